@@ -1,0 +1,1 @@
+"""Keeps a LanceDB index in step with a tree of markdown."""

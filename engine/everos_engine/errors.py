@@ -1,0 +1,67 @@
+"""The error families: what the world did to us, told apart by what happens next."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of every error this package raises on purpose; its text says what to do next."""
+
+
+class SettingsError(EngineError):
+    """A setting has a value the engine cannot work with; the text names the setting, the value and the bound."""
+
+
+class Fatal(EngineError):
+    """Something only a human can change; the process ends non-zero with this reason."""
+
+
+class AlreadyRunning(EngineError):
+    """Another engine owns this memory root.
+
+    ``pid`` is that process, or None where its lock file could not be read.
+    """
+
+    def __init__(self, message: str, *, pid: int | None) -> None:
+        super().__init__(message)
+        self.pid = pid
+
+
+class OutsideRoot(EngineError):
+    """A path a person named lies outside the memory root, or is of no kind the engine indexes."""
+
+
+class Transient(EngineError):
+    """The world may be better in a moment: the work is done again after a backoff.
+
+    ``retry_after_seconds`` is what the other side asked for (HTTP ``Retry-After``), or None.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class BadFile(EngineError):
+    """A file that only an edit can heal.
+
+    ``line`` and ``column`` are 1-based, or None where the damage has no place; ``remedy`` says what to edit.
+    """
+
+    def __init__(
+        self, message: str, *, remedy: str, line: int | None = None, column: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+        self.line = line
+        self.column = column
+
+    def __str__(self) -> str:
+        where = "" if self.line is None else f"line {self.line}"
+        if self.line is not None and self.column is not None:
+            where += f", column {self.column}"
+        text = f"{where}: {self.args[0]}" if where else str(self.args[0])
+        return f"{text}; {self.remedy}"
+
+
+class BadText(EngineError):
+    """The embedder refuses this one text (HTTP 400, 413, 422): an edit of its entry heals it."""

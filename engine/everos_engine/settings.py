@@ -1,0 +1,337 @@
+"""Frozen settings: defaults < user's TOML < the root's TOML < ``EVEROS_*`` environment < command line flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from everos_engine.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "EVEROS_"
+ROOT_SETTINGS_FILE = "everos-engine.toml"
+_UNITS = {"": 1, "B": 1, "KB": 1 << 10, "KIB": 1 << 10, "MB": 1 << 20, "MIB": 1 << 20, "GB": 1 << 30, "GIB": 1 << 30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def knob(default: Any, doc: str, *, least: float | None = None, most: float | None = None) -> Any:
+    """A settings field: its default, its line in the settings table, and its bounds (inclusive)."""
+    return field(default=default, metadata={"doc": doc, "least": least, "most": most})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanceDBSettings:
+    """The index store."""
+
+    index_cache_size_bytes: int = knob(
+        16 << 20, "Cap of the LanceDB index cache; sizes such as `8MB` are accepted.", least=0
+    )
+    read_deadline_seconds: float = knob(30.0, "Longest one read of the index may take.", least=0.1)
+    write_deadline_seconds: float = knob(
+        120.0, "Longest one commit may take before its outcome counts as unknown and it is done again.", least=1
+    )
+    optimize_after_commits: int = knob(40, "Commits to a table before it is optimized.", least=1)
+    optimize_after_rows: int = knob(5000, "Rows written to a table before it is optimized.", least=1)
+    optimize_idle_seconds: float = knob(
+        5.0, "Quiet time after the last commit before a pending optimize runs.", least=0
+    )
+    keep_versions_seconds: float = knob(
+        600.0, "Age before an old table version is pruned; a reader may hold one this long.", least=60
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedderSettings:
+    """Where vectors come from."""
+
+    kind: Literal["local", "http", "none"] = knob(
+        "local", "`local` (offline, ships its weights), `http` (OpenAI-compatible service) or `none` (text search only)."
+    )
+    url: str = knob("", "Base URL of the service, up to but without `/embeddings` (kind `http`).")
+    model: str = knob("", "Model name sent to the service (kind `http`).")
+    api_key: str = knob("", "Bearer token for the service; never logged.")
+    dimension: int = knob(0, "Width the service must answer with; 0 takes the width of its first answer.", least=0)
+    batch_size: int = knob(64, "Most texts in one call.", least=1, most=2048)
+    concurrency: int = knob(8, "Most calls in flight.", least=1, most=64)
+    deadline_seconds: float = knob(30.0, "Longest one call may take.", least=0.1)
+    hedge_seconds: float = knob(
+        2.0, "A call with several texts that takes longer is split, so that one slow text cannot hold up the others.",
+        least=0.05,
+    )
+    cache_max_bytes: int = knob(2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoteSettings:
+    """Plain markdown as a kind of its own."""
+
+    globs: tuple[str, ...] = knob(
+        (), "Globs, relative to the root, of plain markdown indexed as `note`; empty turns the kind off."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySettings:
+    """Where the memory is."""
+
+    root: Path = knob(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set; build one with `load`, or directly in tests."""
+
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    lancedb: LanceDBSettings = field(default_factory=LanceDBSettings)
+    embedder: EmbedderSettings = field(default_factory=EmbedderSettings)
+    note: NoteSettings = field(default_factory=NoteSettings)
+
+    scan_interval_seconds: float = knob(30.0, "Time between sweeps of the whole tree.", least=0.05)
+    worker_batch_size: int = knob(50, "Changes claimed at once; grows with the backlog.", least=1)
+    worker_batch_max: int = knob(500, "Most changes claimed at once.", least=1)
+    worker_max_retry: int = knob(3, "Attempts again after a transient failure, before the change is dead-lettered.", least=0)
+    worker_poll_interval_seconds: float = knob(
+        1.0, "Time between looks for changes queued by other processes; only the net under the wake-ups.", least=0.01
+    )
+    worker_retry_backoff_seconds: float = knob(2.0, "First delay after a transient failure; doubles per attempt.", least=0)
+    worker_retry_backoff_max_seconds: float = knob(300.0, "Longest delay between two attempts.", least=0)
+    watch_debounce_milliseconds: int = knob(200, "Longest time events are gathered before they are recorded.", least=1)
+    watch: bool = knob(True, "Listen for file events; without, the sweeps find every change.")
+    max_file_bytes: int = knob(16 << 20, "Largest markdown file that is indexed.", least=1)
+    shutdown_grace_seconds: float = knob(10.0, "Time a graceful stop may take to finish what is held.", least=0)
+    log_format: Literal["auto", "text", "json"] = knob("auto", "`auto` shows a status line on a terminal, else text lines.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = knob("INFO", "Least level that is logged.")
+
+    @property
+    def root(self) -> Path:
+        """The memory root, absolute, with links resolved."""
+        return Path(os.path.realpath(os.path.expanduser(self.memory.root)))
+
+    @property
+    def engine_directory(self) -> Path:
+        """Our SQLite files, locks and the wake-up socket."""
+        return self.root / ".index" / "engine"
+
+    @property
+    def lancedb_directory(self) -> Path:
+        """The LanceDB tables, `<kind>.lance` each."""
+        return self.root / ".index" / "lancedb"
+
+
+def load(
+    flags: Mapping[str, object] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    user_file: Path | None = None,
+) -> Settings:
+    """Settings from all sources; ``flags`` has dotted names (``{"memory.root": "x"}``).
+
+    ``user_file`` defaults to ``$XDG_CONFIG_HOME/everos-engine/settings.toml``.
+    Raises SettingsError for an unknown name, a value of the wrong type or out of bounds, or an unreadable file.
+    """
+    env = os.environ if environment is None else environment
+    values: dict[str, tuple[object, str]] = {}
+    user_path = user_file or _user_file(env)
+    values.update(_from_toml(user_path))
+    from_environment = _from_environment(env)
+    from_flags = {name: (value, f"--{name}") for name, value in (flags or {}).items() if value is not None}
+    root_value = {**values, **from_environment, **from_flags}.get("memory.root", (Settings().memory.root, ""))[0]
+    root = Path(os.path.expanduser(os.fspath(typing.cast("str", root_value))))
+    values.update(_from_toml(root / ROOT_SETTINGS_FILE))
+    values.update(from_environment)
+    values.update(from_flags)
+    settings = _build(Settings, values, "")
+    unknown = sorted(values)
+    if unknown:
+        name = unknown[0]
+        message = f"{values[name][1]}: there is no setting {name!r}: see `everos-engine settings` for the list"
+        raise SettingsError(message)
+    _check_together(settings)
+    return typing.cast("Settings", settings)
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """(name, environment variable, default, doc) of each setting, for the docs and ``everos-engine settings``."""
+    return [
+        (name, ENVIRONMENT_PREFIX + name.replace(".", "__").upper(), _show(fld.default), fld.metadata["doc"])
+        for name, fld, _ in _fields(Settings, "")
+    ]
+
+
+def describe(settings: Settings) -> dict[str, object]:
+    """Each setting's value by dotted name, secrets masked."""
+    shown: dict[str, object] = {}
+    for name, _, _ in _fields(Settings, ""):
+        value: Any = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        if name == "embedder.api_key" and value:
+            value = "********"
+        shown[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return shown
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``"16777216"``, ``"16MB"`` or ``"1.5 GiB"`` (binary units throughout); ValueError otherwise."""
+    match = _SIZE.fullmatch(text)
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    if match is None or unit is None:
+        message = f"{text!r} is not a size: write bytes, or a number with KB, MB or GB"
+        raise ValueError(message)
+    return int(float(match[1]) * unit)
+
+
+def _fields(cls: type, prefix: str) -> list[tuple[str, dataclasses.Field[Any], Any]]:
+    hints = get_type_hints(cls)
+    found: list[tuple[str, dataclasses.Field[Any], Any]] = []
+    for fld in dataclasses.fields(cls):
+        hint = hints[fld.name]
+        if dataclasses.is_dataclass(hint):
+            found += _fields(typing.cast("type", hint), f"{prefix}{fld.name}.")
+        else:
+            found.append((prefix + fld.name, fld, hint))
+    return found
+
+
+def _build(cls: type, values: dict[str, tuple[object, str]], prefix: str) -> Any:
+    """Take what belongs to ``cls`` out of ``values``; what is left over is unknown."""
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for fld in dataclasses.fields(cls):
+        name, hint = prefix + fld.name, hints[fld.name]
+        if dataclasses.is_dataclass(hint):
+            arguments[fld.name] = _build(typing.cast("type", hint), values, f"{name}.")
+        elif name in values:
+            value, source = values.pop(name)
+            arguments[fld.name] = _coerce(name, value, hint, fld, source)
+    return cls(**arguments)
+
+
+def _coerce(name: str, value: object, hint: Any, fld: dataclasses.Field[Any], source: str) -> object:
+    try:
+        result = _convert(name, value, hint)
+    except (ValueError, TypeError) as error:
+        message = f"{source}: {name}={value!r}: {error}"
+        raise SettingsError(message) from None
+    least, most = fld.metadata["least"], fld.metadata["most"]
+    if least is not None and typing.cast("float", result) < least:
+        message = f"{source}: {name}={value!r} is below its least value {least:g}"
+        raise SettingsError(message)
+    if most is not None and typing.cast("float", result) > most:
+        message = f"{source}: {name}={value!r} is above its greatest value {most:g}"
+        raise SettingsError(message)
+    return result
+
+
+def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - one arm a type
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if value not in choices:
+            message = f"must be one of {', '.join(choices)}"
+            raise ValueError(message)
+        return value
+    if get_origin(hint) is tuple:
+        parts = value.split(os.pathsep) if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+            message = "must be a list of strings"
+            raise ValueError(message)
+        return tuple(part for part in parts if part)
+    if hint is bool:
+        return _as_bool(value)
+    if hint is int:
+        if isinstance(value, str):
+            return parse_size(value) if name.endswith("_bytes") else int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            message = "must be a whole number"
+            raise ValueError(message)
+        return value
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            message = "must be a number"
+            raise ValueError(message)
+        number = float(value)
+        if number != number or number in {float("inf"), float("-inf")}:  # noqa: PLR0124 - NaN is the one unequal to itself
+            message = "must be a finite number"
+            raise ValueError(message)
+        return number
+    if not isinstance(value, (str, os.PathLike)):
+        message = "must be a string"
+        raise ValueError(message)
+    return Path(value) if hint is Path else os.fspath(value)
+
+
+def _as_bool(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).lower()
+    if word in _TRUE | _FALSE:
+        return word in _TRUE
+    message = "must be true or false"
+    raise ValueError(message)
+
+
+def _check_together(settings: Settings) -> None:
+    if settings.worker_batch_max < settings.worker_batch_size:
+        message = (
+            f"worker_batch_max={settings.worker_batch_max} is below worker_batch_size={settings.worker_batch_size}: "
+            "raise the first or lower the second"
+        )
+        raise SettingsError(message)
+    embedder = settings.embedder
+    if embedder.kind == "http" and not (embedder.url and embedder.model):
+        message = "embedder.kind=http needs embedder.url and embedder.model: set both, or choose kind local or none"
+        raise SettingsError(message)
+
+
+def _user_file(env: Mapping[str, str]) -> Path:
+    home = env.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home) / "everos-engine" / "settings.toml"
+
+
+def _from_toml(path: Path) -> dict[str, tuple[object, str]]:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        message = f"{path}: cannot be read as settings: {error}"
+        raise SettingsError(message) from None
+    return {name: (value, str(path)) for name, value in _flatten(data, "")}
+
+
+def _flatten(data: Mapping[str, object], prefix: str) -> list[tuple[str, object]]:
+    flat: list[tuple[str, object]] = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append((prefix + key, value))
+    return flat
+
+
+def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[object, str]]:
+    """Only names we know: other programs of the same family use the prefix too."""
+    found: dict[str, tuple[object, str]] = {}
+    known = {variable: name for name, variable, _, _ in table()}
+    for variable, name in known.items():
+        if env.get(variable):
+            found[name] = (env[variable], variable)
+    if env.get("EVEROS_ROOT"):
+        found["memory.root"] = (env["EVEROS_ROOT"], "EVEROS_ROOT")
+    return found
+
+
+def _show(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[]" if not value else ", ".join(map(str, value))
+    return str(value) if value != "" else '""'

@@ -1,0 +1,134 @@
+"""The one door to SQLite: a connection, a thread at a time, and whole transactions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import apsw
+import trio
+
+from everos_engine.errors import Fatal, Transient
+
+T = TypeVar("T")
+Value = str | int | float | bytes | None
+BUSY_RETRIES = 40
+BUSY_TIMEOUT_MILLISECONDS = 250
+
+
+class Transaction(Protocol):
+    """What the queries of this room need of a connection inside one transaction."""
+
+    def execute(self, statements: str, bindings: Sequence[Value] | None = None) -> Iterable[tuple[Value, ...]]:
+        """Run SQL; iterate to the end to have it done."""
+
+    def executemany(self, statements: str, bindings: Iterable[Sequence[Value]]) -> Iterable[tuple[Value, ...]]:
+        """Run SQL once per bindings."""
+
+
+class Database:
+    """One SQLite file in WAL mode; every call is one whole transaction.
+
+    ``BEGIN IMMEDIATE`` and ``COMMIT`` are executed as statements: entered as a context manager, an apsw connection
+    holds the GIL through both, and a lock of another process would freeze the event loop.
+    """
+
+    def __init__(self, path: Path, *, schema: str = "", readonly: bool = False) -> None:
+        flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
+        self.path = path
+        self._limiter = trio.CapacityLimiter(1)
+        try:
+            self._connection = apsw.Connection(str(path), flags=flags)
+            self._connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
+            if not readonly:
+                self._retried(lambda: self._run("PRAGMA journal_mode=WAL"))
+                self._run("PRAGMA synchronous=NORMAL")
+                self._run("PRAGMA journal_size_limit=8388608")
+            self._run("PRAGMA temp_store=MEMORY")
+            if schema:
+                self.write(lambda tx: _drain(tx.execute(schema)))
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            message = f"{path} is damaged ({error}): stop the engine, remove {path.parent} and start again; nothing but the queue and caches is lost, markdown is the truth"
+            raise Fatal(message) from error
+
+    def write(self, work: Callable[[Transaction], T]) -> T:
+        """Run ``work`` between ``BEGIN IMMEDIATE`` and ``COMMIT``; rolled back if it raises.
+
+        Raises Transient when other processes hold the lock for longer than the retries last, or the disk is full.
+        """
+
+        def attempt() -> T:
+            self._run("BEGIN IMMEDIATE")
+            try:
+                result = work(self._connection)
+                self._run("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    with suppress(apsw.Error):
+                        self._run("ROLLBACK")
+                raise
+            return result
+
+        return self._retried(attempt)
+
+    def read(self, work: Callable[[Transaction], T]) -> T:
+        """Run ``work`` on one consistent snapshot."""
+
+        def attempt() -> T:
+            self._run("BEGIN")
+            try:
+                return work(self._connection)
+            finally:
+                self._run("COMMIT")
+
+        return self._retried(attempt)
+
+    async def awrite(self, work: Callable[[Transaction], T]) -> T:
+        """``write`` off the event loop; once begun it is not cancelled."""
+        return await trio.to_thread.run_sync(self.write, work, limiter=self._limiter)
+
+    async def aread(self, work: Callable[[Transaction], T]) -> T:
+        """``read`` off the event loop."""
+        return await trio.to_thread.run_sync(self.read, work, limiter=self._limiter)
+
+    async def data_version(self) -> int:
+        """A number that moves when another connection has committed."""
+
+        def ask() -> int:
+            return next(iter(self._connection.execute("PRAGMA data_version")))[0]
+
+        return await trio.to_thread.run_sync(ask, limiter=self._limiter)
+
+    def checkpoint(self) -> None:
+        """Move the WAL into the database file, as far as readers allow."""
+        with suppress(apsw.BusyError, apsw.LockedError):
+            self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+    def close(self) -> None:
+        """Close the connection; safe to call twice."""
+        self._connection.close()
+
+    def _run(self, sql: str) -> None:
+        _drain(self._connection.execute(sql))
+
+    def _retried(self, attempt: Callable[[], T]) -> T:
+        for tries_left in range(BUSY_RETRIES, -1, -1):
+            try:
+                return attempt()
+            except (apsw.BusyError, apsw.LockedError) as error:
+                if not tries_left:
+                    message = f"{self.path} stayed locked by another process"
+                    raise Transient(message) from error
+                time.sleep(0.005)
+            except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.NoMemError) as error:
+                message = f"{self.path}: {error}: free disk space, or check the disk"
+                raise Transient(message) from error
+        raise AssertionError
+
+
+def _drain(rows: Iterable[object]) -> None:
+    for _ in rows:
+        pass

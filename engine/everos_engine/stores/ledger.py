@@ -1,0 +1,122 @@
+"""The ledger: which entries the index holds, by content hash, so that an edit touches only what it changed.
+
+Before a commit to the index the touched keys are noted as *unknown* (an empty hash). A crash between the two commits
+then leaves keys that the next diff writes or deletes again: no row is ever orphaned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+from everos_engine.stores.database import Transaction, Value
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS ledger (
+    md_path TEXT NOT NULL, entry_id TEXT NOT NULL, kind TEXT NOT NULL, content_hash BLOB NOT NULL, line INTEGER NOT NULL,
+    PRIMARY KEY (md_path, entry_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS ledger_kind ON ledger (kind);
+CREATE TABLE IF NOT EXISTS incarnation (
+    kind TEXT PRIMARY KEY, incarnation TEXT NOT NULL, version INTEGER NOT NULL, model TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+UNKNOWN = b""
+
+INTEND = """
+INSERT INTO ledger VALUES (?, ?, ?, x'', ?)
+ON CONFLICT (md_path, entry_id) DO UPDATE SET content_hash = x'', kind = excluded.kind
+"""
+APPLY = """
+INSERT INTO ledger VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (md_path, entry_id) DO UPDATE SET content_hash = excluded.content_hash, line = excluded.line, kind = excluded.kind
+"""
+
+
+def known(tx: Transaction, paths: Sequence[str]) -> dict[str, dict[str, bytes]]:
+    """Path -> entry id -> content hash, of what the index holds for ``paths``; ``b""`` means unknown."""
+    found: dict[str, dict[str, bytes]] = {path: {} for path in paths}
+    sql = "SELECT md_path, entry_id, content_hash FROM ledger WHERE md_path IN (SELECT value FROM json_each(?))"
+    for path, entry_id, content_hash in tx.execute(sql, (json.dumps(list(paths)),)):
+        found[cast("str", path)][cast("str", entry_id)] = cast("bytes", content_hash)
+    return found
+
+
+def intend(tx: Transaction, md_path: str, kind: str, entry_ids: Iterable[str]) -> None:
+    """Note that the index is about to change at these keys."""
+    _many(tx, INTEND, [(md_path, entry_id, kind, 0) for entry_id in entry_ids])
+
+
+def apply(
+    tx: Transaction,
+    md_path: str,
+    kind: str,
+    *,
+    written: Iterable[tuple[str, bytes, int]],
+    lines: Iterable[tuple[str, int]],
+    deleted: Iterable[str],
+) -> None:
+    """Note what a commit did: ``written`` (entry id, content hash, line), moved ``lines``, and ``deleted`` ids."""
+    _many(tx, APPLY, [(md_path, entry_id, kind, content_hash, line) for entry_id, content_hash, line in written])
+    _many(
+        tx,
+        "UPDATE ledger SET line = ? WHERE md_path = ? AND entry_id = ? AND line <> ?",
+        [(line, md_path, entry_id, line) for entry_id, line in lines],
+    )
+    _many(tx, "DELETE FROM ledger WHERE md_path = ? AND entry_id = ?", [(md_path, entry_id) for entry_id in deleted])
+
+
+def doubt(tx: Transaction, keys: Iterable[tuple[str, str, str]]) -> None:
+    """Mark (md_path, entry_id, kind) keys as unknown, because the index disagrees about them."""
+    _many(tx, INTEND, [(path, entry_id, kind, 0) for path, entry_id, kind in keys])
+
+
+def void(tx: Transaction, kind: str) -> None:
+    """Forget a kind: its table began a new life."""
+    _many(tx, "DELETE FROM ledger WHERE kind = ?", [(kind,)])
+
+
+def hashes(tx: Transaction, kind: str) -> dict[tuple[str, str], bytes]:
+    """(md_path, entry_id) -> content hash of a whole kind."""
+    sql = "SELECT md_path, entry_id, content_hash FROM ledger WHERE kind = ?"
+    return {
+        (cast("str", path), cast("str", entry_id)): cast("bytes", content_hash)
+        for path, entry_id, content_hash in tx.execute(sql, (kind,))
+    }
+
+
+def lines(tx: Transaction, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """(md_path, entry_id) -> 1-based line, for those known."""
+    found: dict[tuple[str, str], int] = {}
+    for key in keys:
+        for (line,) in tx.execute("SELECT line FROM ledger WHERE md_path = ? AND entry_id = ?", key):
+            found[key] = cast("int", line)
+    return found
+
+
+def rows_per_kind(tx: Transaction) -> dict[str, int]:
+    """How many rows the index holds of each kind."""
+    return {
+        cast("str", kind): cast("int", count)
+        for kind, count in tx.execute("SELECT kind, count(*) FROM ledger WHERE content_hash <> x'' GROUP BY kind")
+    }
+
+
+def incarnations(tx: Transaction) -> Mapping[str, tuple[str, int, str]]:
+    """Kind -> (incarnation, table version after our last commit, model) as last written by us."""
+    return {
+        cast("str", kind): (cast("str", incarnation), cast("int", version), cast("str", model))
+        for kind, incarnation, version, model in tx.execute("SELECT * FROM incarnation")
+    }
+
+
+def remember(tx: Transaction, kind: str, incarnation: str, *, version: int, model: str) -> None:
+    """Note a table's identity and newest version."""
+    sql = "INSERT OR REPLACE INTO incarnation VALUES (?, ?, ?, ?)"
+    _many(tx, sql, [(kind, incarnation, version, model)])
+
+
+def _many(tx: Transaction, sql: str, rows: Sequence[Sequence[Value]]) -> None:
+    for _ in tx.executemany(sql, rows):
+        pass

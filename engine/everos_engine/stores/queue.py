@@ -1,0 +1,476 @@
+"""The change queue: one row per path, claimed and marked in transactions that never lose an edit.
+
+Every function here runs inside one transaction of ``stores.database`` and does one arrow of the state machine
+drawn in the docs. Times are milliseconds since the epoch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from everos_engine.stores.database import Transaction, Value
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS md_change_state (
+    md_path     TEXT PRIMARY KEY,
+    kind        TEXT NOT NULL,
+    lsn         INTEGER NOT NULL,
+    pos         INTEGER NOT NULL,
+    status      TEXT NOT NULL CHECK (status IN ('pending', 'processing', 'done', 'failed')),
+    claim_no    INTEGER,
+    claim_lsn   INTEGER,
+    owner       TEXT,
+    not_before  INTEGER NOT NULL DEFAULT 0,
+    mtime_ns    INTEGER,
+    size        INTEGER,
+    ino         INTEGER,
+    ctime_ns    INTEGER,
+    racy        INTEGER NOT NULL DEFAULT 0,
+    retry_count INTEGER NOT NULL DEFAULT 0,
+    retryable   INTEGER,
+    error       TEXT,
+    source      TEXT NOT NULL,
+    first_seen  INTEGER NOT NULL,
+    updated     INTEGER NOT NULL,
+    CHECK ((status = 'processing') = (claim_no IS NOT NULL)),
+    CHECK ((status = 'failed') = (retryable IS NOT NULL))
+) STRICT;
+CREATE INDEX IF NOT EXISTS change_ready   ON md_change_state (pos) WHERE status = 'pending' AND not_before = 0;
+CREATE INDEX IF NOT EXISTS change_delayed ON md_change_state (not_before, pos) WHERE status = 'pending' AND not_before > 0;
+CREATE INDEX IF NOT EXISTS change_claimed ON md_change_state (owner, pos) WHERE status = 'processing';
+CREATE INDEX IF NOT EXISTS idx_md_change_retryable ON md_change_state (retryable, lsn) WHERE status = 'failed';
+CREATE TABLE IF NOT EXISTS counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT) STRICT, WITHOUT ROWID;
+INSERT INTO counter VALUES ('lsn', 0), ('claim', 0), ('found_by_scan', 0), ('found_by_watch', 0)
+    ON CONFLICT (name) DO NOTHING;
+"""
+
+Status = Literal["pending", "processing", "done", "failed"]
+Fingerprint4 = tuple[int, int, int, int]
+Source = Literal["watch", "scan", "sync", "rebuild"]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a look at the disk saw; ``fingerprint`` is None where there is no file (any more)."""
+
+    md_path: str
+    kind: str
+    fingerprint: Fingerprint4 | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker's hold on one change; ``claim_no`` is unique, ``first_seen`` is when the oldest edit was queued."""
+
+    md_path: str
+    kind: str
+    claim_no: int
+    claim_lsn: int
+    pos: int
+    retry_count: int
+    first_seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The queue in numbers."""
+
+    pending: int
+    processing: int
+    done: int
+    failed_retryable: int
+    failed_permanent: int
+    delayed: int
+    lsn_max: int
+    watermark: int
+    oldest_pending_milliseconds: int | None
+    found_by_scan: int
+    found_by_watch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where one path stands; a path the queue does not know (any more) has ``status`` None."""
+
+    md_path: str
+    status: Status | None
+    retryable: bool | None = None
+    retry_count: int = 0
+    error: str | None = None
+    lsn: int = 0
+    updated: int = 0
+    kind: str = ""
+
+
+TAKE = "UPDATE counter SET value = value + ? WHERE name = ? RETURNING value"
+
+
+def take(tx: Transaction, name: str, count: int) -> int:
+    """Advance a counter by ``count``; the first of the numbers taken."""
+    ((last,),) = tx.execute(TAKE, (count, name))
+    return cast("int", last) - count + 1
+
+
+KNOWN = """
+SELECT md_path, mtime_ns, size, ino, ctime_ns, racy, status, not_before FROM md_change_state
+WHERE md_path IN (SELECT value FROM json_each(?))
+"""
+
+RECORD = """
+INSERT INTO md_change_state (md_path, kind, lsn, pos, status, mtime_ns, size, ino, ctime_ns, source, first_seen, updated)
+VALUES (?1, ?2, ?3, ?3, 'pending', ?4, ?5, ?6, ?7, ?8, ?9, ?9)
+ON CONFLICT (md_path) DO UPDATE SET
+    kind = excluded.kind,
+    lsn = excluded.lsn,
+    pos = CASE WHEN status IN ('pending', 'processing') THEN pos ELSE excluded.lsn END,
+    first_seen = CASE WHEN status IN ('pending', 'processing') THEN first_seen ELSE excluded.first_seen END,
+    status = CASE WHEN status = 'processing' THEN status ELSE 'pending' END,
+    not_before = 0, retry_count = 0, retryable = NULL, error = NULL, racy = 0,
+    mtime_ns = excluded.mtime_ns, size = excluded.size, ino = excluded.ino, ctime_ns = excluded.ctime_ns,
+    source = excluded.source, updated = excluded.updated
+"""
+
+
+def record(
+    tx: Transaction,
+    observations: Sequence[Observation],
+    *,
+    source: Source,
+    now_milliseconds: int,
+    force: bool = False,
+) -> list[str]:
+    """Queue what differs from what is known; returns the paths queued, in order.
+
+    A repeated fingerprint writes nothing, unless it is racy (a later write of the same size could have left it) and
+    the change is at rest. ``force`` queues whatever its fingerprint. A pending change keeps its place in the line.
+    """
+    paths = json.dumps([observation.md_path for observation in observations])
+    known = {row[0]: row for row in tx.execute(KNOWN, (paths,))}
+    queued = [seen for seen in observations if force or _is_news(seen, known.get(seen.md_path))]
+    if not queued:
+        return []
+    first = take(tx, "lsn", len(queued))
+    if source in {"scan", "watch"}:
+        take(tx, f"found_by_{source}", len(queued))
+    rows: list[tuple[Value, ...]] = [
+        (
+            seen.md_path,
+            seen.kind,
+            first + offset,
+            *(seen.fingerprint or (None, None, None, None)),
+            source,
+            now_milliseconds,
+        )
+        for offset, seen in enumerate(queued)
+    ]
+    _drain(tx.executemany(RECORD, rows))
+    return [seen.md_path for seen in queued]
+
+
+def _is_news(seen: Observation, row: tuple[Value, ...] | None) -> bool:
+    if row is None:
+        return seen.fingerprint is not None
+    _, mtime_ns, size, ino, ctime_ns, racy, status, _ = row
+    if seen.fingerprint is None:
+        return mtime_ns is not None
+    if (mtime_ns, size, ino, ctime_ns) != seen.fingerprint:
+        return True
+    return bool(racy) and status in {"done", "failed"}
+
+
+SWEEP_TABLE = """
+CREATE TEMP TABLE IF NOT EXISTS sweep (md_path TEXT PRIMARY KEY, kind TEXT, mtime_ns INTEGER, size INTEGER, ino INTEGER,
+    ctime_ns INTEGER) WITHOUT ROWID;
+DELETE FROM temp.sweep;
+"""
+SWEEP_CHANGED = """
+SELECT s.md_path, s.kind, s.mtime_ns, s.size, s.ino, s.ctime_ns FROM temp.sweep AS s
+LEFT JOIN md_change_state AS c ON c.md_path = s.md_path
+WHERE c.md_path IS NULL OR (c.mtime_ns, c.size, c.ino, c.ctime_ns) IS NOT (s.mtime_ns, s.size, s.ino, s.ctime_ns)
+   OR (c.racy = 1 AND c.status IN ('done', 'failed'))
+"""
+SWEEP_VANISHED = """
+SELECT c.md_path, c.kind FROM md_change_state AS c
+WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
+"""
+
+
+def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
+    """Put a whole sweep into a temporary table, for ``record_sweep``."""
+    _drain(tx.execute(SWEEP_TABLE))
+    rows: Iterable[tuple[Value, ...]] = (
+        (seen.md_path, seen.kind, *seen.fingerprint) for seen in observations if seen.fingerprint is not None
+    )
+    _drain(tx.executemany("INSERT OR REPLACE INTO temp.sweep VALUES (?, ?, ?, ?, ?, ?)", rows))
+
+
+def record_sweep(tx: Transaction, *, source: Source, now_milliseconds: int) -> tuple[int, list[str]]:
+    """Queue all that a loaded sweep found changed; (count queued, the paths that vanished).
+
+    The vanished are not queued: the caller looks at each again and records it, so that a file created while the
+    sweep ran, or one that a brake holds, is not taken for deleted.
+    """
+    changed = [
+        Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:])))
+        for row in tx.execute(SWEEP_CHANGED)
+    ]
+    queued = record(tx, changed, source=source, now_milliseconds=now_milliseconds) if changed else []
+    return len(queued), [cast("str", row[0]) for row in tx.execute(SWEEP_VANISHED)]
+
+
+WAKE_DELAYED = """
+UPDATE md_change_state SET not_before = 0 WHERE status = 'pending' AND not_before > 0 AND not_before <= ?
+"""
+CLAIM = """
+UPDATE md_change_state SET status = 'processing', claim_no = ?1 + next.nth, claim_lsn = lsn, owner = ?2, updated = ?3
+FROM (
+    SELECT md_path AS path, row_number() OVER (ORDER BY pos) - 1 AS nth FROM md_change_state
+    WHERE status = 'pending' AND not_before = 0 ORDER BY pos LIMIT ?4
+) AS next
+WHERE md_path = next.path
+RETURNING md_path, kind, claim_no, claim_lsn, pos, retry_count, first_seen
+"""
+
+
+def claim(tx: Transaction, owner: str, *, limit: int, now_milliseconds: int) -> list[Claim]:
+    """Hold up to ``limit`` ready changes, oldest first; each is in no other hand until marked."""
+    _drain(tx.execute(WAKE_DELAYED, (now_milliseconds,)))
+    first = take(tx, "claim", limit)
+    rows = tx.execute(CLAIM, (first, owner, now_milliseconds, limit))
+    claims = [Claim(*row) for row in cast("Iterable[tuple[str, str, int, int, int, int, int]]", rows)]
+    return sorted(claims, key=lambda held: held.pos)
+
+
+FORGET = "DELETE FROM md_change_state WHERE claim_no = ? AND lsn = claim_lsn"
+DONE = """
+UPDATE md_change_state SET
+    status = CASE WHEN lsn = claim_lsn THEN 'done' ELSE 'pending' END,
+    pos = CASE WHEN lsn = claim_lsn THEN pos ELSE claim_lsn + 1 END,
+    mtime_ns = CASE WHEN lsn = claim_lsn THEN ?2 ELSE mtime_ns END,
+    size = CASE WHEN lsn = claim_lsn THEN ?3 ELSE size END,
+    ino = CASE WHEN lsn = claim_lsn THEN ?4 ELSE ino END,
+    ctime_ns = CASE WHEN lsn = claim_lsn THEN ?5 ELSE ctime_ns END,
+    racy = CASE WHEN lsn = claim_lsn THEN ?6 ELSE racy END,
+    claim_no = NULL, claim_lsn = NULL, owner = NULL, retry_count = 0, not_before = 0, updated = ?7
+WHERE claim_no = ?1
+"""
+
+
+def mark_done(
+    tx: Transaction, held: Claim, fingerprint: Fingerprint4 | None, *, racy: bool, now_milliseconds: int
+) -> None:
+    """The change is applied as read with ``fingerprint`` (None: the file is gone, and its row goes too).
+
+    A change edited meanwhile goes back to pending behind the edits that were applied.
+    """
+    if fingerprint is None:
+        _drain(tx.execute(FORGET, (held.claim_no,)))
+    values = fingerprint or (None, None, None, None)
+    _drain(tx.execute(DONE, (held.claim_no, *values, int(racy), now_milliseconds)))
+
+
+FAILED = """
+UPDATE md_change_state SET
+    status = CASE WHEN lsn = claim_lsn THEN 'failed' ELSE 'pending' END,
+    retryable = CASE WHEN lsn = claim_lsn THEN ?2 END,
+    error = CASE WHEN lsn = claim_lsn THEN ?3 END,
+    pos = CASE WHEN lsn = claim_lsn THEN pos ELSE claim_lsn + 1 END,
+    mtime_ns = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?4 ELSE mtime_ns END,
+    size = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?5 ELSE size END,
+    ino = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?6 ELSE ino END,
+    ctime_ns = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?7 ELSE ctime_ns END,
+    racy = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?8 ELSE racy END,
+    claim_no = NULL, claim_lsn = NULL, owner = NULL, updated = ?9
+WHERE claim_no = ?1
+"""
+
+
+def mark_failed(
+    tx: Transaction,
+    held: Claim,
+    error: str,
+    *,
+    retryable: bool,
+    fingerprint: Fingerprint4 | None = None,
+    racy: bool = False,
+    now_milliseconds: int,
+) -> None:
+    """Dead-letter the change, unless it was edited meanwhile: then the edit has its own try."""
+    values = fingerprint or (None, None, None, None)
+    _drain(tx.execute(FAILED, (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds)))
+
+
+POSTPONE = """
+UPDATE md_change_state SET status = 'pending',
+    not_before = CASE WHEN lsn = claim_lsn THEN ?2 ELSE 0 END,
+    retry_count = CASE WHEN lsn = claim_lsn THEN retry_count + ?3 ELSE 0 END,
+    error = ?4, claim_no = NULL, claim_lsn = NULL, owner = NULL, updated = ?5
+WHERE claim_no = ?1
+"""
+
+
+def postpone(
+    tx: Transaction, held: Claim, error: str, *, not_before: int, now_milliseconds: int, counts_as_retry: bool = True
+) -> None:
+    """Back to pending, claimable from ``not_before`` on; nobody sleeps on it."""
+    _drain(tx.execute(POSTPONE, (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds)))
+
+
+RELEASE = """
+UPDATE md_change_state SET status = 'pending', claim_no = NULL, claim_lsn = NULL, owner = NULL, not_before = 0
+WHERE status = 'processing' AND owner = ? RETURNING 1
+"""
+
+
+def recover(tx: Transaction, dead_owners: Iterable[str]) -> int:
+    """Hand back everything that these owners held; how many changes that was."""
+    return sum(len(list(tx.execute(RELEASE, (owner,)))) for owner in dead_owners)
+
+
+def owners(tx: Transaction) -> list[str]:
+    """Owners of the claims there are."""
+    return [cast("str", row[0]) for row in tx.execute("SELECT DISTINCT owner FROM md_change_state WHERE status = 'processing'")]
+
+
+WATERMARK = """
+SELECT min(pos) FROM (
+    SELECT min(pos) AS pos FROM md_change_state WHERE status = 'pending' AND not_before = 0
+    UNION ALL SELECT min(pos) FROM md_change_state WHERE status = 'pending' AND not_before > 0
+    UNION ALL SELECT min(pos) FROM md_change_state WHERE status = 'processing'
+)
+"""
+
+
+def newest(tx: Transaction) -> int:
+    """The newest lsn given out."""
+    ((value,),) = tx.execute("SELECT value FROM counter WHERE name = 'lsn'")
+    return cast("int", value)
+
+
+def watermark(tx: Transaction) -> int:
+    """The highest lsn with every change at or below it applied or dead-lettered."""
+    ((oldest,),) = tx.execute(WATERMARK)
+    return newest(tx) if oldest is None else cast("int", oldest) - 1
+
+
+def ready(tx: Transaction) -> int:
+    """How many changes could be claimed now."""
+    sql = "SELECT count(*) FROM md_change_state WHERE status = 'pending' AND not_before = 0"
+    ((count,),) = tx.execute(sql)
+    return cast("int", count)
+
+
+def next_due(tx: Transaction) -> int | None:
+    """When the first delayed change becomes claimable, or None."""
+    sql = "SELECT min(not_before) FROM md_change_state WHERE status = 'pending' AND not_before > 0"
+    ((due,),) = tx.execute(sql)
+    return cast("int | None", due)
+
+
+COUNTS = """
+SELECT count(*) FILTER (WHERE status = 'pending'), count(*) FILTER (WHERE status = 'processing'),
+    count(*) FILTER (WHERE status = 'done'), count(*) FILTER (WHERE status = 'failed' AND retryable = 1),
+    count(*) FILTER (WHERE status = 'failed' AND retryable = 0),
+    count(*) FILTER (WHERE status = 'pending' AND not_before > 0),
+    min(first_seen) FILTER (WHERE status IN ('pending', 'processing'))
+FROM md_change_state
+"""
+
+
+def counts(tx: Transaction) -> Counts:
+    """The whole queue in numbers, of one moment."""
+    ((pending, processing, done, retryable, permanent, delayed, oldest),) = cast(
+        "Iterable[tuple[int, int, int, int, int, int, int | None]]", tx.execute(COUNTS)
+    )
+    counters = dict(cast("Iterable[tuple[str, int]]", tx.execute("SELECT name, value FROM counter")))
+    return Counts(
+        pending=pending,
+        processing=processing,
+        done=done,
+        failed_retryable=retryable,
+        failed_permanent=permanent,
+        delayed=delayed,
+        lsn_max=newest(tx),
+        watermark=watermark(tx),
+        oldest_pending_milliseconds=oldest,
+        found_by_scan=counters["found_by_scan"],
+        found_by_watch=counters["found_by_watch"],
+    )
+
+
+OUTCOME = "SELECT md_path, status, retryable, retry_count, error, lsn, updated, kind FROM md_change_state"
+
+
+def outcomes(tx: Transaction, paths: Sequence[str]) -> list[Outcome]:
+    """Where each of ``paths`` stands, in their order."""
+    sql = f"{OUTCOME} WHERE md_path IN (SELECT value FROM json_each(?))"
+    found = {outcome.md_path: outcome for outcome in map(_outcome, tx.execute(sql, (json.dumps(list(paths)),)))}
+    return [found.get(path) or Outcome(path, None) for path in paths]
+
+
+def failed(tx: Transaction, *, retryable: bool | None = None) -> list[Outcome]:
+    """Every dead-lettered change, or those of one sort, oldest first."""
+    sql = f"{OUTCOME} WHERE status = 'failed' AND (?1 IS NULL OR retryable = ?1) ORDER BY retryable DESC, lsn"
+    return [_outcome(row) for row in tx.execute(sql, (None if retryable is None else int(retryable),))]
+
+
+def _outcome(row: tuple[Value, ...]) -> Outcome:
+    path, status, retryable, retry_count, error, lsn, updated, kind = row
+    return Outcome(
+        cast("str", path),
+        cast("Status", status),
+        None if retryable is None else bool(retryable),
+        cast("int", retry_count),
+        cast("str | None", error),
+        cast("int", lsn),
+        cast("int", updated),
+        cast("str", kind),
+    )
+
+
+REQUEUE = """
+UPDATE md_change_state SET status = 'pending', lsn = ?2, pos = ?2, retry_count = 0, retryable = NULL, error = NULL,
+    not_before = 0, first_seen = ?3, updated = ?3
+WHERE md_path = ?1 AND status = 'failed'
+"""
+
+
+def requeue_failed(tx: Transaction, *, now_milliseconds: int) -> list[str]:
+    """Give every failed retryable=TRUE change a fresh lsn and a clean start; their paths."""
+    paths = [outcome.md_path for outcome in failed(tx, retryable=True)]
+    first = take(tx, "lsn", len(paths)) if paths else 0
+    _drain(tx.executemany(REQUEUE, [(path, first + nth, now_milliseconds) for nth, path in enumerate(paths)]))
+    return paths
+
+
+REQUEUE_KIND = "SELECT md_path, kind, mtime_ns, size, ino, ctime_ns FROM md_change_state WHERE kind = ? AND mtime_ns IS NOT NULL"
+
+
+def requeue_kind(tx: Transaction, kind: str, *, now_milliseconds: int) -> int:
+    """Queue every known file of a kind again, because its table began a new life."""
+    seen = [
+        Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:])))
+        for row in tx.execute(REQUEUE_KIND, (kind,))
+    ]
+    return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0
+
+
+def get_meta(tx: Transaction, name: str) -> str | None:
+    """A remembered fact, or None."""
+    for (value,) in tx.execute("SELECT value FROM meta WHERE name = ?", (name,)):
+        return cast("str | None", value)
+    return None
+
+
+def set_meta(tx: Transaction, name: str, value: str) -> None:
+    """Remember a fact."""
+    _drain(tx.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)))
+
+
+def _drain(rows: Iterable[object]) -> None:
+    for _ in rows:
+        pass
