@@ -1,0 +1,416 @@
+"""The one door to LanceDB: tables that carry their identity, one commit per kind and batch, and searches."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import quote
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from lancedb.index import FTS
+from lancedb.query import MatchQuery, MultiMatchQuery
+
+from everos_engine.errors import Fatal, Transient
+
+if TYPE_CHECKING:
+    from lancedb import AsyncConnection, AsyncTable
+    from numpy.typing import NDArray
+
+    from everos_engine.settings import LanceDBSettings
+
+T = TypeVar("T")
+FORMAT = "1"
+MERGE_ROWS = 2048
+DELETE_KEYS = 1000
+VECTOR_INDEX_ROWS = 200_000
+"""Below this many rows an exact scan of 512-wide vectors answers in tens of milliseconds, so none is built."""
+KEY_COLUMNS = ("md_path", "entry_id", "content_hash")
+_ARROW = {
+    "string": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+    "strings": pa.list_(pa.string()),
+}
+
+
+class TableKind(Protocol):
+    """What the index needs to know of a kind."""
+
+    @property
+    def name(self) -> str:
+        """The table's name."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Column -> string, int, float, timestamp or strings."""
+
+    @property
+    def fts_columns(self) -> Sequence[str]:
+        """Columns with a full-text index."""
+
+
+class Bridge(Protocol):
+    """Runs lancedb's coroutines on their own event loop."""
+
+    async def read(self, function: Callable[..., Awaitable[T]], *args: object, deadline_seconds: float) -> T:
+        """Cancellable."""
+
+    async def write(self, function: Callable[..., Awaitable[T]], *args: object, deadline_seconds: float) -> T:
+        """Shielded; past its deadline the outcome is unknown and Transient is raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which vectors a table holds; ``name`` is unique per model fingerprint, ``dimension`` 0 means none."""
+
+    name: str
+    dimension: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row to write; ``vector`` has shape (dimension,) or is None for a row without text."""
+
+    md_path: str
+    entry_id: str
+    content_hash: bytes
+    values: Mapping[str, object]
+    vector: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One row found; ``score`` grows with relevance (BM25, or cosine similarity)."""
+
+    kind: str
+    md_path: str
+    entry_id: str
+    score: float
+    values: Mapping[str, object]
+
+
+@dataclass(slots=True)
+class _Life:
+    """An open table."""
+
+    table: AsyncTable
+    incarnation: str
+    model: str
+    has_vector: bool
+    commits: int = 0
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class Index:
+    """All tables of one memory root; open it with ``open_index``."""
+
+    bridge: Bridge
+    settings: LanceDBSettings
+    kinds: Mapping[str, TableKind]
+    directory: Path
+    _connection: AsyncConnection | None = None
+    _session: Any = None
+    _tables: dict[str, _Life] = field(default_factory=dict)
+
+    async def read(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
+        """Run a coroutine function on LanceDB's loop, its troubles sorted."""
+        with _sorted():
+            return await self.bridge.read(function, *args, deadline_seconds=self.settings.read_deadline_seconds)
+
+    async def write(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
+        """Run a shielded coroutine function on LanceDB's loop, its troubles sorted."""
+        with _sorted():
+            return await self.bridge.write(function, *args, deadline_seconds=self.settings.write_deadline_seconds)
+
+    async def lives(self) -> dict[str, tuple[str, int, str]]:
+        """Kind -> (incarnation, version, model) of each table on disk that is ours and of today's schema.
+
+        Raises Fatal for a table of somebody else's under one of our names.
+        """
+        found: dict[str, tuple[str, int, str]] = {}
+        for kind in self.kinds:
+            life = await self.write(self._open, kind)
+            if life is not None:
+                found[kind] = (life.incarnation, await self.read(life.table.version), life.model)
+        return found
+
+    def model_of(self, kind: str) -> str | None:
+        """The model whose vectors the kind's table holds; None where there is no table yet."""
+        life = self._tables.get(kind)
+        return None if life is None else life.model
+
+    async def create(self, kind: str, model: Model) -> str:
+        """Begin a new life of a kind's table, dropping what was there; its incarnation."""
+        life = await self.write(self._create, kind, model)
+        return life.incarnation
+
+    async def commit(self, kind: str, rows: Sequence[Row], deletes: Sequence[tuple[str, str]]) -> int:
+        """Upsert ``rows`` and delete (md_path, entry_id) keys; idempotent; the table's new version.
+
+        Raises Transient when the outcome is unknown or the world is in the way: do the same commit again.
+        """
+        life = self._tables[kind]
+        version = 0
+        for start in range(0, len(rows), MERGE_ROWS):
+            batch = self._batch(self.kinds[kind], life, rows[start : start + MERGE_ROWS])
+            version = await self.write(_merge, life.table, batch)
+        for start in range(0, len(deletes), DELETE_KEYS):
+            version = await self.write(_delete, life.table, deletes[start : start + DELETE_KEYS])
+        life.commits += 1
+        life.rows += len(rows) + len(deletes)
+        return version
+
+    def wants_optimize(self, kind: str) -> bool:
+        """Whether enough was written since the last optimize."""
+        life = self._tables.get(kind)
+        if life is None:
+            return False
+        due = self.settings
+        return life.commits >= due.optimize_after_commits or life.rows >= due.optimize_after_rows
+
+    def open_kinds(self) -> list[str]:
+        """Kinds that have a table."""
+        return list(self._tables)
+
+    def unoptimized(self, kind: str) -> int:
+        """Commits since the last optimize."""
+        return self._tables[kind].commits
+
+    async def optimize(self, kind: str) -> int:
+        """Compact, fold new rows into the indexes, prune old versions; the table's new version."""
+        life = self._tables[kind]
+        commits, rows = life.commits, life.rows
+        version = await self.write(_optimize, life.table, self.settings.keep_versions_seconds)
+        life.commits -= commits
+        life.rows -= rows
+        return version
+
+    async def keys(self, kind: str) -> dict[tuple[str, str], bytes]:
+        """(md_path, entry_id) -> content hash of every row."""
+        return await self.read(_keys, self._tables[kind].table)
+
+    async def rows(self, kind: str, *, where: str = "") -> list[dict[str, object]]:
+        """Every row of a kind, vectors as lists; for checks and small tables."""
+        life = self._tables.get(kind) or await self.write(self._open, kind)
+        return [] if life is None else await self.read(_rows, life.table, where)
+
+    async def search_text(self, kind: str, query: str, *, where: str, limit: int) -> list[Hit]:
+        """The best rows by BM25 over the kind's text columns; words only, no operators."""
+        life = self._tables.get(kind) or await self.write(self._open, kind)
+        if life is None:
+            return []
+        return await self.read(_search_text, life.table, self.kinds[kind], query, where, limit)
+
+    async def search_vector(
+        self, kind: str, vector: NDArray[np.float32], *, model: str, where: str, limit: int
+    ) -> list[Hit]:
+        """The nearest rows by cosine; none where the table holds another model's vectors."""
+        life = self._tables.get(kind) or await self.write(self._open, kind)
+        if life is None or not life.has_vector or life.model != model:
+            return []
+        return await self.read(_search_vector, life.table, self.kinds[kind], vector, where, limit)
+
+    def session_bytes(self) -> int:
+        """Bytes in the Session's caches now."""
+        return int(self._session.size_bytes)
+
+    def close(self) -> None:
+        """Let go of every table, the connection and the Session."""
+        for life in self._tables.values():
+            life.table.close()
+        self._tables.clear()
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._session = None
+
+    async def _open(self, kind: str) -> _Life | None:
+        if kind in self._tables:
+            return self._tables[kind]
+        if not (self.directory / f"{kind}.lance").is_dir():
+            return None
+        connection = await self._connect()
+        table = await connection.open_table(kind)
+        schema = await table.schema()
+        facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        incarnation, model = facts.get("everos_engine.incarnation", ""), facts.get("everos_engine.model", "")
+        dimension = int(facts.get("everos_engine.dimension", "0"))
+        if not incarnation:
+            raise Fatal(_drift(kind, schema, self._schema(self.kinds[kind], Model(model, dimension), "")))
+        expected = self._schema(self.kinds[kind], Model(model, dimension), incarnation)
+        if not schema.equals(expected) or facts.get("everos_engine.format") != FORMAT:
+            await connection.drop_table(kind)  # ours, of an older or altered schema: it is made again from markdown
+            return None
+        self._tables[kind] = _Life(table, incarnation, model, has_vector=dimension > 0)
+        return self._tables[kind]
+
+    async def _create(self, kind: str, model: Model) -> _Life:
+        connection = await self._connect()
+        old = self._tables.pop(kind, None)
+        if old is not None:
+            old.table.close()
+        if (self.directory / f"{kind}.lance").exists():
+            try:
+                await connection.drop_table(kind)
+            except (RuntimeError, ValueError, OSError):
+                shutil.rmtree(self.directory / f"{kind}.lance")
+        incarnation = uuid.uuid4().hex
+        schema = self._schema(self.kinds[kind], model, incarnation)
+        table = await connection.create_table(kind, schema=schema)
+        for column in self.kinds[kind].fts_columns:
+            await table.create_index(column, config=FTS(base_tokenizer="icu", with_position=False))
+        self._tables[kind] = _Life(table, incarnation, model.name, has_vector=model.dimension > 0)
+        return self._tables[kind]
+
+    async def _connect(self) -> AsyncConnection:
+        if self._connection is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._session = lancedb.Session(index_cache_size_bytes=self.settings.index_cache_size_bytes)
+            self._connection = await lancedb.connect_async(uri_of(self.directory), session=self._session)
+        return self._connection
+
+    def _schema(self, kind: TableKind, model: Model, incarnation: str) -> pa.Schema:
+        fields = [
+            pa.field("md_path", pa.string(), nullable=False),
+            pa.field("entry_id", pa.string(), nullable=False),
+            pa.field("content_hash", pa.string(), nullable=False),
+            *(pa.field(name, _ARROW[column]) for name, column in kind.columns.items()),
+        ]
+        if model.dimension:
+            fields.append(pa.field("vector", pa.list_(pa.float32(), model.dimension)))
+        facts = {"format": FORMAT, "incarnation": incarnation, "model": model.name, "dimension": str(model.dimension)}
+        return pa.schema(fields, metadata={f"everos_engine.{name}": value for name, value in facts.items()})
+
+    def _batch(self, kind: TableKind, life: _Life, rows: Sequence[Row]) -> pa.RecordBatch:
+        arrays = [
+            pa.array([row.md_path for row in rows], pa.string()),
+            pa.array([row.entry_id for row in rows], pa.string()),
+            pa.array([row.content_hash.hex() for row in rows], pa.string()),
+            *(pa.array([row.values.get(name) for row in rows], _ARROW[column]) for name, column in kind.columns.items()),
+        ]
+        names = [*KEY_COLUMNS, *kind.columns]
+        if life.has_vector:
+            arrays.append(_vectors([row.vector for row in rows]))
+            names.append("vector")
+        return pa.RecordBatch.from_arrays(arrays, names=names)
+
+
+def open_index(
+    bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path
+) -> Index:
+    """The index of one memory root; connects when first used."""
+    os.environ.setdefault("LANCEDB_LOG", "error")
+    warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
+    return Index(bridge, settings, kinds, directory)
+
+
+def uri_of(directory: Path) -> str:
+    """The URI under which no index descriptor is ever pinned; unquoted, ``%``, ``#`` and ``?`` would open another folder."""
+    return "file-object-store://" + quote(os.fspath(directory))
+
+
+def text_literal(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _vectors(vectors: Sequence[NDArray[np.float32] | None]) -> pa.Array:
+    width = next((vector.shape[0] for vector in vectors if vector is not None), 1)
+    flat = np.zeros((len(vectors), width), dtype=np.float32)
+    for at, vector in enumerate(vectors):
+        if vector is not None:
+            flat[at] = vector
+    mask = pa.array([vector is None for vector in vectors])
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), width, mask=mask)
+
+
+async def _merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
+    merge = table.merge_insert(["md_path", "entry_id"]).when_matched_update_all().when_not_matched_insert_all()
+    result = await merge.execute(batch)
+    return int(result.version)
+
+
+async def _delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
+    paths = ", ".join(text_literal(path) for path in dict.fromkeys(path for path, _ in keys))
+    wanted = ", ".join(text_literal(f"{path}\n{entry_id}") for path, entry_id in keys)
+    result = await table.delete(f"md_path IN ({paths}) AND concat(md_path, '\n', entry_id) IN ({wanted})")
+    return int(result.version)
+
+
+async def _optimize(table: AsyncTable, keep_seconds: float) -> int:
+    await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds))
+    return int(await table.version())
+
+
+async def _keys(table: AsyncTable) -> dict[tuple[str, str], bytes]:
+    found: dict[tuple[str, str], bytes] = {}
+    async for batch in await table.query().select(list(KEY_COLUMNS)).to_batches():
+        paths, entries, hashes = (batch.column(name).to_pylist() for name in KEY_COLUMNS)
+        found.update(zip(zip(paths, entries, strict=True), map(bytes.fromhex, hashes), strict=True))
+    return found
+
+
+async def _rows(table: AsyncTable, where: str) -> list[dict[str, object]]:
+    query = table.query().where(where) if where else table.query()
+    return list((await query.to_arrow()).to_pylist())
+
+
+async def _search_text(table: AsyncTable, kind: TableKind, text: str, where: str, limit: int) -> list[Hit]:
+    columns = list(kind.fts_columns)
+    query = MatchQuery(text, columns[0]) if len(columns) == 1 else MultiMatchQuery(text, columns)
+    search = table.query().nearest_to_text(query).select([*KEY_COLUMNS, *kind.columns, "_score"]).limit(limit)
+    if where:
+        search = search.where(where)
+    return _hits(kind, (await search.to_arrow()).to_pylist(), lambda row: float(row["_score"]))
+
+
+async def _search_vector(
+    table: AsyncTable, kind: TableKind, vector: NDArray[np.float32], where: str, limit: int
+) -> list[Hit]:
+    search = table.query().nearest_to(vector).distance_type("cosine")
+    search = search.select([*KEY_COLUMNS, *kind.columns, "_distance"]).limit(limit)
+    if where:
+        search = search.where(where)
+    return _hits(kind, (await search.to_arrow()).to_pylist(), lambda row: 1.0 - float(row["_distance"]))
+
+
+def _hits(kind: TableKind, rows: Iterable[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> list[Hit]:
+    hits = []
+    for row in rows:
+        value = score(row)
+        if math.isfinite(value):
+            hits.append(Hit(kind.name, row["md_path"], row["entry_id"], value, {name: row[name] for name in kind.columns}))
+    return hits
+
+
+class _sorted:  # noqa: N801 - a context manager used as a verb
+    """LanceDB reports the world's troubles as bare RuntimeErrors and OSErrors; here they become Transient."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, (RecursionError, NotImplementedError)):
+            first_line = str(error).strip().split("\n", 1)[0][:400]
+            message = f"LanceDB: {first_line}"
+            raise Transient(message) from error
+
+
+def _drift(kind: str, found: pa.Schema, expected: pa.Schema) -> str:
+    missing = [name for name in expected.names if name not in found.names]
+    extra = [name for name in found.names if name not in expected.names]
+    return (
+        f"LanceDB table {kind!r} schema drift: missing={missing}, extra={extra}. It was not made by this engine. The index is "
+        "rebuildable from markdown: remove `<root>/.index/lancedb` and start again."
+    )
