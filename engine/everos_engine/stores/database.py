@@ -39,7 +39,7 @@ class Database:
     def __init__(self, path: Path, *, schema: str = "", readonly: bool = False) -> None:
         flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         self.path = path
-        self._limiter = trio.CapacityLimiter(1)
+        self.limiter = trio.CapacityLimiter(1)
         try:
             self._connection = apsw.Connection(str(path), flags=flags)
             self._connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
@@ -88,11 +88,11 @@ class Database:
 
     async def awrite(self, work: Callable[[Transaction], T]) -> T:
         """``write`` off the event loop; once begun it is not cancelled."""
-        return await trio.to_thread.run_sync(self.write, work, limiter=self._limiter)
+        return await trio.to_thread.run_sync(self.write, work, limiter=self.limiter)
 
     async def aread(self, work: Callable[[Transaction], T]) -> T:
         """``read`` off the event loop."""
-        return await trio.to_thread.run_sync(self.read, work, limiter=self._limiter)
+        return await trio.to_thread.run_sync(self.read, work, limiter=self.limiter)
 
     async def data_version(self) -> int:
         """A number that moves when another connection has committed."""
@@ -100,7 +100,7 @@ class Database:
         def ask() -> int:
             return next(iter(self._connection.execute("PRAGMA data_version")))[0]
 
-        return await trio.to_thread.run_sync(ask, limiter=self._limiter)
+        return await trio.to_thread.run_sync(ask, limiter=self.limiter)
 
     def checkpoint(self) -> None:
         """Move the WAL into the database file, as far as readers allow."""

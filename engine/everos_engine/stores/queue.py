@@ -459,6 +459,12 @@ def requeue_kind(tx: Transaction, kind: str, *, now_milliseconds: int) -> int:
     return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0
 
 
+def known_below(tx: Transaction, directory: str) -> list[str]:
+    """Paths known below a directory that may be gone."""
+    sql = "SELECT md_path FROM md_change_state WHERE md_path > ?1 || '/' AND md_path < ?1 || '0' AND mtime_ns IS NOT NULL"
+    return [cast("str", row[0]) for row in tx.execute(sql, (directory,))]
+
+
 def get_meta(tx: Transaction, name: str) -> str | None:
     """A remembered fact, or None."""
     for (value,) in tx.execute("SELECT value FROM meta WHERE name = ?", (name,)):

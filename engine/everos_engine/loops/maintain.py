@@ -1,0 +1,61 @@
+"""Maintenance: keeps tables compact after they were written, and the SQLite files small. Never on a timer alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+from loguru import logger
+
+from everos_engine.errors import Transient
+from everos_engine.loops.desk import wait_moved
+from everos_engine.stores import embeddings, ledger
+
+if TYPE_CHECKING:
+    from everos_engine.loops.desk import Desk
+    from everos_engine.stores.database import Transaction
+
+LONG_SECONDS = 3600.0
+MANY = 4
+"""A table that is written without pause is optimized all the same once it is this many times over its threshold."""
+
+
+async def maintain(desk: Desk) -> None:
+    """After commits, once they pause, optimize each table that is due; then prune caches."""
+    while True:
+        seen = desk.applied.value
+        quiet = not await wait_moved(desk.applied, seen, at_most_seconds=_patience(desk))
+        due = [kind for kind in desk.index.open_kinds() if desk.index.wants_optimize(kind)]
+        for kind in due:
+            if quiet or desk.index.unoptimized(kind) >= MANY * desk.settings.lancedb.optimize_after_commits:
+                await _optimize(desk, kind)
+        if quiet:
+            await _prune(desk)
+
+
+def _patience(desk: Desk) -> float:
+    due = any(desk.index.wants_optimize(kind) for kind in desk.index.open_kinds())
+    return desk.settings.lancedb.optimize_idle_seconds if due else LONG_SECONDS
+
+
+async def _optimize(desk: Desk, kind: str) -> None:
+    try:
+        version = await desk.index.optimize(kind)
+    except Transient as error:
+        logger.warning("cascade_lancedb_optimize_failed kind={} error={!r}", kind, str(error))
+        return
+    logger.debug("optimized kind={} version={}", kind, version)
+
+    def note(tx: Transaction) -> None:
+        incarnation, _, model = ledger.incarnations(tx)[kind]
+        ledger.remember(tx, kind, incarnation, version=version, model=model)
+
+    await desk.database.awrite(note)
+
+
+async def _prune(desk: Desk) -> None:
+    most = desk.settings.embedder.cache_max_bytes
+    dropped = await desk.vectors.cache.awrite(lambda tx: embeddings.prune(tx, max_bytes=most))
+    if dropped:
+        logger.info("embedding_cache_pruned dropped={}", dropped)
+    await trio.to_thread.run_sync(desk.database.checkpoint, limiter=desk.database.limiter)

@@ -1,0 +1,351 @@
+"""The worker: claims changes, reads, diffs, embeds what is new, commits once per kind, and marks.
+
+Stages overlap: while one batch waits for its vectors the next is read, and a job whose vectors are there is committed
+with whatever else is ready, so that one slow text or bad file never holds up its neighbours.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+from loguru import logger
+from trio_util import AsyncValue
+
+from everos_engine.errors import BadFile, BadText, EngineError, Transient
+from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
+from everos_engine.stores import ledger, queue
+from everos_engine.stores.index import Model, Row
+from everos_engine.system import files, locks
+from everos_engine.text import diff, kinds
+from everos_engine.text.entries import Document, Entry, Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from everos_engine.stores.database import Transaction
+
+COMMIT_ENTRIES = 8192
+REAP_SECONDS = 30.0
+HELD_FACTOR = 4
+
+
+@dataclass(slots=True)
+class Job:
+    """One claimed change on its way: what was read, what is to be written, and why it failed if it did."""
+
+    claim: queue.Claim
+    fingerprint: files.Fingerprint | None = None
+    racy: bool = False
+    document: Document = field(default_factory=lambda: Document((), ()))
+    plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
+    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    error: EngineError | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """Texts that still have no vector."""
+        texts = dict.fromkeys(entry.embed_text for entry in self.plan.upserts if entry.embed_text)
+        return [text for text in texts if text not in self.vectors]
+
+
+async def work(desk: Desk) -> None:
+    """Serve the queue until cancelled; whatever is held then is handed back."""
+    worker = _Worker(desk)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.commit_loop)
+            nursery.start_soon(_poll, desk)
+            nursery.start_soon(_reap, desk)
+            await worker.claim_loop()
+    finally:
+        with trio.CancelScope(shield=True):
+            await desk.database.awrite(lambda tx: queue.recover(tx, [desk.owner]))
+
+
+class _Worker:
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.held = AsyncValue(0)
+        self.ready, self.ready_jobs = trio.open_memory_channel[Job](4 * desk.settings.worker_batch_max)
+
+    async def claim_loop(self) -> None:
+        settings, desk = self.desk.settings, self.desk
+        async with trio.open_nursery() as nursery:
+            while True:
+                seen = desk.wake.value
+                while claims := await self._claim():
+                    self.held.value += len(claims)
+                    nursery.start_soon(self._prepare, claims)
+                    await self.held.wait_value(lambda held: held < HELD_FACTOR * settings.worker_batch_size)
+                due = await desk.database.aread(queue.next_due)
+                pause = 3600.0 if due is None else max(0.0, (due - now_milliseconds()) / 1000)
+                await wait_moved(desk.wake, seen, at_most_seconds=pause)
+
+    async def _claim(self) -> list[queue.Claim]:
+        settings = self.desk.settings
+
+        def take(tx: Transaction) -> list[queue.Claim]:
+            limit = min(settings.worker_batch_max, max(settings.worker_batch_size, queue.ready(tx)))
+            return queue.claim(tx, self.desk.owner, limit=limit, now_milliseconds=now_milliseconds())
+
+        due = await self.desk.database.aread(_has_ready)
+        return await self.desk.database.awrite(take) if due else []
+
+    async def _prepare(self, claims: list[queue.Claim]) -> None:
+        """Read and diff a batch off the loop, then send each job on as soon as it needs nothing more."""
+        jobs = await trio.to_thread.run_sync(self._read_all, claims)
+        known = await self.desk.database.aread(lambda tx: ledger.known(tx, [job.claim.md_path for job in jobs]))
+        for job in jobs:
+            if job.error is None:
+                job.plan = diff.plan(job.document, known[job.claim.md_path])
+        await self._look_up(jobs)
+        async with trio.open_nursery() as nursery:
+            for job in jobs:
+                if job.error is None and job.missing and self.desk.vectors.embedder is not None:
+                    nursery.start_soon(self._embed, job)
+                else:
+                    await self.ready.send(job)
+
+    def _read_all(self, claims: list[queue.Claim]) -> list[Job]:
+        return [self._read(claim) for claim in claims]
+
+    def _read(self, claim: queue.Claim) -> Job:
+        settings, job = self.desk.settings, Job(claim)
+        place = kinds.recognise(claim.md_path, note_globs=settings.note.globs)
+        if place is None:
+            return job  # of no kind any more: its rows go
+        try:
+            reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
+            job.fingerprint, job.racy = reading.fingerprint, reading.racy
+            job.document = kinds.parse(place, reading.sources)
+            job.problems = list(job.document.problems)
+        except files.Vanished:
+            pass
+        except BadFile as error:
+            job.error = error
+            if job.fingerprint is None:
+                job.fingerprint = files.fingerprint(settings.root, place)
+        except (Transient, OSError) as error:
+            job.error = error if isinstance(error, Transient) else Transient(f"reading failed: {error}")
+        except Exception as error:  # noqa: BLE001 - a bug one file reveals must not stop the memory of everyone else
+            logger.opt(exception=error).error("parser_bug path={}", claim.md_path)
+            job.error = BadFile(f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again")
+        return job
+
+    async def _look_up(self, jobs: list[Job]) -> None:
+        texts = list(dict.fromkeys(text for job in jobs if job.error is None for text in job.missing))
+        try:
+            known = await self.desk.vectors.cached(texts)
+        except Transient as error:
+            for job in jobs:
+                if job.error is None and job.missing:
+                    job.error = error
+            return
+        for job in jobs:
+            job.vectors = {text: known[text] for text in job.missing if text in known}
+
+    async def _embed(self, job: Job) -> None:
+        missing = job.missing
+        outcomes = await self.desk.vectors.embed(missing)
+        refused: dict[str, EngineError] = {}
+        for text, outcome in zip(missing, outcomes, strict=True):
+            if isinstance(outcome, BadText):
+                refused[text] = outcome
+            elif isinstance(outcome, EngineError):
+                job.error = outcome
+            else:
+                job.vectors[text] = outcome
+        if refused and job.error is None:
+            _refuse(job, refused)
+        await self.ready.send(job)
+
+    async def commit_loop(self) -> None:
+        while True:
+            jobs = [await self.ready_jobs.receive()]
+            for _ in range(3):  # let the tasks that were woken together arrive together
+                await trio.lowlevel.checkpoint()
+            entries = 0
+            while entries < COMMIT_ENTRIES:
+                try:
+                    job = self.ready_jobs.receive_nowait()
+                except trio.WouldBlock:
+                    break
+                entries += len(job.plan.upserts)
+                jobs.append(job)
+            with trio.CancelScope(shield=True):
+                await self._commit(jobs)
+            self.held.value -= len(jobs)
+            self.desk.applied.value += 1
+
+    async def _commit(self, jobs: list[Job]) -> None:
+        """Commit each kind once; a kind in trouble postpones its own jobs only."""
+        by_kind: dict[str, list[Job]] = defaultdict(list)
+        for job in jobs:
+            by_kind[job.claim.kind].append(job)
+        for kind, of_kind in by_kind.items():
+            writing = [job for job in of_kind if job.error is None and (job.plan.upserts or job.plan.deletes)]
+            version = None
+            if writing:
+                try:
+                    version = await self._write(kind, writing)
+                except Transient as error:
+                    for job in writing:
+                        job.error = error
+            await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, v=version: self._mark(tx, k, o, v))  # type: ignore[misc]
+            self.desk.progress.applied += len(of_kind)
+            if version is not None:
+                self.desk.progress.commits[kind] = self.desk.progress.commits.get(kind, 0) + 1
+
+    async def _write(self, kind: str, jobs: list[Job]) -> int | None:
+        """One commit to the kind's table; its new version, or None where only unknown keys of no table were deleted."""
+        index, database = self.desk.index, self.desk.database
+        rows = [
+            Row(job.claim.md_path, entry.entry_id, entry.content_hash, entry.values, job.vectors.get(entry.embed_text))
+            for job in jobs
+            for entry in job.plan.upserts
+        ]
+        deletes = [(job.claim.md_path, entry_id) for job in jobs for entry_id in job.plan.deletes]
+        if index.model_of(kind) is None and not rows:
+            return None
+        if rows:
+            model = await self.desk.vectors.model()
+            if index.model_of(kind) != model.name:
+                await self._new_life(kind, model)
+
+        def intend(tx: Transaction) -> None:
+            for job in jobs:
+                touched = [entry.entry_id for entry in job.plan.upserts] + list(job.plan.deletes)
+                ledger.intend(tx, job.claim.md_path, kind, touched)
+
+        await database.awrite(intend)
+        return await index.commit(kind, rows, deletes)
+
+    async def _new_life(self, kind: str, model: Model) -> None:
+        """A table for ``model``; whatever the kind had goes, and its files come again with their cached vectors."""
+        had = self.desk.index.model_of(kind)
+        incarnation = await self.desk.index.create(kind, model)
+
+        def note(tx: Transaction) -> int:
+            ledger.void(tx, kind)
+            ledger.remember(tx, kind, incarnation, version=0, model=model.name)
+            return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds()) if had else 0
+
+        count = await self.desk.database.awrite(note)
+        logger.info("table_created kind={} model={} requeued={}", kind, model.name, count)
+        self.desk.wake_up()
+
+    def _mark(self, tx: Transaction, kind: str, jobs: list[Job], version: int | None) -> None:
+        now = now_milliseconds()
+        for job in jobs:
+            if isinstance(job.error, Transient):
+                self._try_later(tx, job, now)
+                continue
+            if job.error is None:
+                _apply(tx, kind, job)
+            message = _message(job)
+            if message is None:
+                queue.mark_done(tx, job.claim, job.fingerprint, racy=job.racy, now_milliseconds=now)
+                continue
+            queue.mark_failed(
+                tx, job.claim, message, retryable=False, fingerprint=job.fingerprint, racy=job.racy, now_milliseconds=now
+            )
+            logger.warning("change_failed path={!r} error={!r}", job.claim.md_path, message)
+        if version is not None:
+            incarnation, _, model = ledger.incarnations(tx)[kind]
+            ledger.remember(tx, kind, incarnation, version=version, model=model)
+
+    def _try_later(self, tx: Transaction, job: Job, now: int) -> None:
+        settings, error = self.desk.settings, job.error
+        if job.claim.retry_count >= settings.worker_max_retry:
+            message = f"{error} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
+            queue.mark_failed(tx, job.claim, message, retryable=True, now_milliseconds=now)
+            logger.warning("change_failed path={!r} retryable=true error={!r}", job.claim.md_path, str(error))
+            return
+        delay = backoff_seconds(
+            job.claim.retry_count,
+            seed=settings.worker_retry_backoff_seconds,
+            most=settings.worker_retry_backoff_max_seconds,
+            asked=error.retry_after_seconds if isinstance(error, Transient) else None,
+        )
+        not_before = now + max(1, int(delay * 1000))
+        queue.postpone(tx, job.claim, str(error), not_before=not_before, now_milliseconds=now)
+        self.desk.wake_up()
+
+
+def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
+    """Delay before the next attempt: doubles per retry with up to 25 % jitter on top, and never less than was asked for."""
+    jitter = 1 + random.random() / 4  # noqa: S311 - spreads retries, guards nothing
+    return max(min(seed * 2**retries * jitter, most), asked or 0.0)
+
+
+def _has_ready(tx: Transaction) -> bool:
+    if queue.ready(tx):
+        return True
+    due = queue.next_due(tx)
+    return due is not None and due <= now_milliseconds()
+
+
+def _refuse(job: Job, refused: dict[str, EngineError]) -> None:
+    """Entries whose text the embedder refuses become problems; they keep their last good rows."""
+    bad = [entry for entry in job.plan.upserts if entry.embed_text in refused]
+    job.problems += [
+        Problem(entry.entry_id, str(refused[entry.embed_text]), "edit the entry's text", entry.line) for entry in bad
+    ]
+    keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in refused)
+    job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
+
+
+def _apply(tx: Transaction, kind: str, job: Job) -> None:
+    written: set[str] = {entry.entry_id for entry in job.plan.upserts}
+    moved: list[Entry] = [entry for entry in job.document.entries if entry.entry_id not in written]
+    ledger.apply(
+        tx,
+        job.claim.md_path,
+        kind,
+        written=[(entry.entry_id, entry.content_hash, entry.line) for entry in job.plan.upserts],
+        lines=[(entry.entry_id, entry.line) for entry in moved],
+        deleted=job.plan.deletes,
+    )
+
+
+def _message(job: Job) -> str | None:
+    if job.error is not None:
+        return str(job.error)
+    if not job.problems:
+        return None
+    told = [f"line {p.line}: entry {p.entry_id!r}: {p.message}; {p.remedy}" for p in job.problems[:20]]
+    more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []  # noqa: PLR2004 - same 20
+    return "\n".join([*told, *more])
+
+
+async def _poll(desk: Desk) -> None:
+    """The net under the wake-ups: another process' commit moves the data version."""
+    last = await desk.database.data_version()
+    while True:
+        await trio.sleep(desk.settings.worker_poll_interval_seconds)
+        version = await desk.database.data_version()
+        if version != last:
+            last = version
+            desk.wake_up()
+
+
+async def _reap(desk: Desk) -> None:
+    """Take back what dead processes held."""
+    while True:
+        others = [owner for owner in await desk.database.aread(queue.owners) if owner != desk.owner]
+        if others:
+            dead = locks.dead_owners(desk.settings.engine_directory / "owners", others)
+            count = await desk.database.awrite(lambda tx: queue.recover(tx, dead)) if dead else 0
+            if count:
+                logger.info("cascade_recovered_orphan_processing count={}", count)
+                desk.wake_up()
+        await trio.sleep(REAP_SECONDS)
+
+
+__all__ = ["Job", "backoff_seconds", "work"]

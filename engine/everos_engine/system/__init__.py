@@ -1,0 +1,1 @@
+"""What the operating system gives us: files, locks, wake-ups, threads."""
