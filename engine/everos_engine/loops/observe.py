@@ -61,7 +61,7 @@ def observe_paths(settings: Settings, paths: list[str]) -> list[Observation]:
     for path in paths:
         place = kinds.recognise(path, note_globs=settings.note.globs)
         fingerprint = None if place is None else files.fingerprint(settings.root, place)
-        kind = place.kind if place is not None else "gone"
+        kind = place.kind if place is not None else ""
         seen.append(Observation(path, kind, None if fingerprint is None else tuple(fingerprint)))
     return seen
 

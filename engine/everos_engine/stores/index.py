@@ -107,7 +107,7 @@ class _Life:
     table: AsyncTable
     incarnation: str
     model: str
-    has_vector: bool
+    dimension: int
     commits: int = 0
     rows: int = 0
 
@@ -150,6 +150,10 @@ class Index:
         """The model whose vectors the kind's table holds; None where there is no table yet."""
         life = self._tables.get(kind)
         return None if life is None else life.model
+
+    def dimension_of(self, kind: str) -> int:
+        """Width of the vectors in the kind's table; 0 where it has none."""
+        return self._tables[kind].dimension
 
     async def create(self, kind: str, model: Model) -> str:
         """Begin a new life of a kind's table, dropping what was there; its incarnation."""
@@ -218,7 +222,7 @@ class Index:
     ) -> list[Hit]:
         """The nearest rows by cosine; none where the table holds another model's vectors."""
         life = self._tables.get(kind) or await self.write(self._open, kind)
-        if life is None or not life.has_vector or life.model != model:
+        if life is None or not life.dimension or life.model != model:
             return []
         return await self.read(_search_vector, life.table, self.kinds[kind], vector, where, limit)
 
@@ -252,7 +256,7 @@ class Index:
         if not schema.equals(expected) or facts.get("everos_engine.format") != FORMAT:
             await connection.drop_table(kind)  # ours, of an older or altered schema: it is made again from markdown
             return None
-        self._tables[kind] = _Life(table, incarnation, model, has_vector=dimension > 0)
+        self._tables[kind] = _Life(table, incarnation, model, dimension=dimension)
         return self._tables[kind]
 
     async def _create(self, kind: str, model: Model) -> _Life:
@@ -270,7 +274,7 @@ class Index:
         table = await connection.create_table(kind, schema=schema)
         for column in self.kinds[kind].fts_columns:
             await table.create_index(column, config=FTS(base_tokenizer="icu", with_position=False))
-        self._tables[kind] = _Life(table, incarnation, model.name, has_vector=model.dimension > 0)
+        self._tables[kind] = _Life(table, incarnation, model.name, dimension=model.dimension)
         return self._tables[kind]
 
     async def _connect(self) -> AsyncConnection:
@@ -300,7 +304,7 @@ class Index:
             *(pa.array([row.values.get(name) for row in rows], _ARROW[column]) for name, column in kind.columns.items()),
         ]
         names = [*KEY_COLUMNS, *kind.columns]
-        if life.has_vector:
+        if life.dimension:
             arrays.append(_vectors([row.vector for row in rows]))
             names.append("vector")
         return pa.RecordBatch.from_arrays(arrays, names=names)

@@ -117,6 +117,11 @@ def remember(tx: Transaction, kind: str, incarnation: str, *, version: int, mode
     _many(tx, sql, [(kind, incarnation, version, model)])
 
 
+def forget(tx: Transaction, kind: str) -> None:
+    """Forget a table's identity: there is none any more."""
+    _many(tx, "DELETE FROM incarnation WHERE kind = ?", [(kind,)])
+
+
 def _many(tx: Transaction, sql: str, rows: Sequence[Sequence[Value]]) -> None:
     for _ in tx.executemany(sql, rows):
         pass

@@ -124,7 +124,7 @@ RECORD = """
 INSERT INTO md_change_state (md_path, kind, lsn, pos, status, mtime_ns, size, ino, ctime_ns, source, first_seen, updated)
 VALUES (?1, ?2, ?3, ?3, 'pending', ?4, ?5, ?6, ?7, ?8, ?9, ?9)
 ON CONFLICT (md_path) DO UPDATE SET
-    kind = excluded.kind,
+    kind = CASE excluded.kind WHEN '' THEN kind ELSE excluded.kind END,
     lsn = excluded.lsn,
     pos = CASE WHEN status IN ('pending', 'processing') THEN pos ELSE excluded.lsn END,
     first_seen = CASE WHEN status IN ('pending', 'processing') THEN first_seen ELSE excluded.first_seen END,
@@ -447,15 +447,25 @@ def requeue_failed(tx: Transaction, *, now_milliseconds: int) -> list[str]:
     return paths
 
 
-REQUEUE_KIND = "SELECT md_path, kind, mtime_ns, size, ino, ctime_ns FROM md_change_state WHERE kind = ? AND mtime_ns IS NOT NULL"
+PATHS_OF_KIND = "SELECT md_path FROM md_change_state WHERE kind = ?"
+FINGERPRINTS = """
+SELECT md_path, mtime_ns, size, ino, ctime_ns FROM md_change_state WHERE md_path IN (SELECT value FROM json_each(?))
+"""
 
 
 def requeue_kind(tx: Transaction, kind: str, *, now_milliseconds: int) -> int:
     """Queue every known file of a kind again, because its table began a new life."""
-    seen = [
-        Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:])))
-        for row in tx.execute(REQUEUE_KIND, (kind,))
-    ]
+    paths = [cast("str", row[0]) for row in tx.execute(PATHS_OF_KIND, (kind,))]
+    return requeue_paths(tx, paths, kind, now_milliseconds=now_milliseconds)
+
+
+def requeue_paths(tx: Transaction, paths: Sequence[str], kind: str, *, now_milliseconds: int) -> int:
+    """Queue these paths again whatever their state; a path without a row counts as a file that went."""
+    known = {row[0]: row[1:] for row in tx.execute(FINGERPRINTS, (json.dumps(list(paths)),))}
+    seen = []
+    for path in paths:
+        fingerprint = known.get(path, (None,))
+        seen.append(Observation(path, kind, None if fingerprint[0] is None else cast("Fingerprint4", tuple(fingerprint))))
     return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0
 
 

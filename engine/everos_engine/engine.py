@@ -1,0 +1,317 @@
+"""The engine: opens the stores, checks that they agree, and runs the loops."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+from loguru import logger
+
+from everos_engine.embed import open_embedder
+from everos_engine.embed.batch import open_batcher
+from everos_engine.errors import OutsideRoot
+from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
+from everos_engine.loops.maintain import maintain
+from everos_engine.loops.observe import key_in_root, observe_paths, sweep
+from everos_engine.loops.scan import scan
+from everos_engine.loops.vectors import Remembering, Vectors
+from everos_engine.loops.watch import watch
+from everos_engine.loops.work import work
+from everos_engine.search import Filter, Mode, Result
+from everos_engine.search import search as search_index
+from everos_engine.stores import embeddings, ledger, queue
+from everos_engine.stores.database import Database
+from everos_engine.stores.index import Model, open_index
+from everos_engine.supervise import alone, keep
+from everos_engine.system import locks, wake
+from everos_engine.system.asyncio_thread import open_asyncio_thread
+from everos_engine.text import kinds
+
+if TYPE_CHECKING:
+    from everos_engine.embed.protocol import Embedder
+    from everos_engine.settings import Settings
+    from everos_engine.stores.database import Transaction
+    from everos_engine.stores.queue import Counts, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The queue, the rows per kind and the time of the last sweep (milliseconds since the epoch)."""
+
+    counts: Counts
+    rows: dict[str, int]
+    last_scan_milliseconds: int | None
+
+
+class Engine:
+    """A running engine; get one from ``open_engine``."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    @property
+    def settings(self) -> Settings:
+        """What it runs with."""
+        return self._desk.settings
+
+    @property
+    def desk(self) -> Desk:
+        """The parts, for status lines and tests."""
+        return self._desk
+
+    async def settle(self) -> Status:
+        """Return when every change on disk at the time of the call is searchable or failed.
+
+        Raises Transient if the tree cannot be swept.
+        """
+        found = await sweep(self._desk.settings, self._desk.database, source="scan")
+        self._desk.progress.last_scan_milliseconds = now_milliseconds()
+        await self.reach(found.lsn)
+        return await self.status()
+
+    async def sync(self, paths: Sequence[str] = ()) -> list[Outcome]:
+        """Queue ``paths`` whatever their state, or all that a sweep finds changed; wait; where each path stands.
+
+        Raises OutsideRoot for a path outside the root or of no kind.
+        """
+        if not paths:
+            await self.settle()
+            return await self._desk.database.aread(queue.failed)
+        keys, lsn = await trio.to_thread.run_sync(
+            enqueue, self._desk.settings, self._desk.database, paths, limiter=self._desk.database.limiter
+        )
+        await self.reach(lsn)
+        return await self._desk.database.aread(lambda tx: queue.outcomes(tx, keys))
+
+    async def reach(self, lsn: int) -> None:
+        """Wait until every change up to ``lsn`` is applied or dead-lettered."""
+        self._desk.wake_up()
+        while True:
+            seen = self._desk.applied.value
+            if await self._desk.database.aread(queue.watermark) >= lsn:
+                return
+            await wait_moved(self._desk.applied, seen, at_most_seconds=self._desk.settings.worker_poll_interval_seconds)
+
+    async def search(
+        self, query: str, *, mode: Mode | None = None, only: Filter | None = None, limit: int = 10
+    ) -> list[Result]:
+        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service, else full text."""
+        desk = self._desk
+        chosen = mode or default_mode(desk.settings)
+        return await search_index(
+            desk.index, desk.database, desk.vectors, query, mode=chosen, only=only or Filter(), limit=limit
+        )
+
+    async def status(self) -> Status:
+        """Everything in numbers, of one moment."""
+        return await self._desk.database.aread(status_of)
+
+    async def fix(self) -> list[Outcome]:
+        """Re-queue every failed retryable=TRUE change with a fresh lsn, drain once, and say what became of each."""
+        paths = await self._desk.database.awrite(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
+        await self.reach(await self._desk.database.aread(queue.newest))
+        return await self._desk.database.aread(lambda tx: queue.outcomes(tx, paths))
+
+
+@asynccontextmanager
+async def open_engine(
+    settings: Settings, *, embedder: Embedder | None = None, watching: bool = True
+) -> AsyncIterator[Engine]:
+    """Own a memory root: open its stores, heal what a crash left, and run the loops until the block ends.
+
+    ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync.
+    Raises AlreadyRunning where another engine owns the root, Fatal and SettingsError as they come.
+    """
+    try:
+        async with (
+            _owned(settings) as owner,
+            open_asyncio_thread() as bridge,
+            _open_vectors(settings, embedder) as vectors,
+        ):
+            with _databases(settings) as database:
+                index = open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=settings.lancedb_directory)
+                desk = Desk(settings, database, index, vectors, owner)
+                try:
+                    await _recover(desk)
+                    await _agree(desk)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(keep, "work", lambda: work(desk))
+                        nursery.start_soon(_wake_ups, desk)
+                        if watching:
+                            nursery.start_soon(keep, "watch", lambda: watch(desk))
+                            nursery.start_soon(keep, "scan", lambda: scan(desk))
+                            nursery.start_soon(keep, "maintain", lambda: maintain(desk))
+                        yield Engine(desk)
+                        nursery.cancel_scope.cancel()
+                finally:
+                    index.close()
+    except BaseExceptionGroup as group:
+        error = alone(group)
+        if error is group:
+            raise
+        raise error from None
+
+
+@asynccontextmanager
+async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
+    """The stores without the loops, for searching beside a running engine."""
+    async with open_asyncio_thread() as bridge, _open_vectors(settings, None) as vectors:
+        with _databases(settings) as database:
+            index = open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=settings.lancedb_directory)
+            try:
+                yield Engine(Desk(settings, database, index, vectors, "reader"))
+            finally:
+                index.close()
+
+
+def default_mode(settings: Settings) -> Mode:
+    """Hybrid where an embedding service answers; full text with the local model or none."""
+    return "hybrid" if settings.embedder.kind == "http" else "fts"
+
+
+def open_queue(settings: Settings) -> Database:
+    """The queue and ledger of a root."""
+    settings.engine_directory.mkdir(parents=True, exist_ok=True)
+    return Database(settings.engine_directory / "engine.db", schema=queue.SCHEMA + ledger.SCHEMA)
+
+
+def status_of(tx: Transaction) -> Status:
+    """The status, from the queue's database alone."""
+    last_scan = queue.get_meta(tx, "last_scan")
+    return Status(queue.counts(tx), ledger.rows_per_kind(tx), None if last_scan is None else int(last_scan))
+
+
+def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tuple[list[str], int]:
+    """Queue single paths whatever their state; their keys and the newest lsn. Raises OutsideRoot."""
+    keys = [key_of(settings, path) for path in paths]
+    observations = observe_paths(settings, keys)
+    now = now_milliseconds()
+
+    def record(tx: Transaction) -> int:
+        queue.record(tx, observations, source="sync", now_milliseconds=now, force=True)
+        return queue.newest(tx)
+
+    return keys, database.write(record)
+
+
+def key_of(settings: Settings, path: str) -> str:
+    """The key of the change that ``path`` belongs to. Raises OutsideRoot."""
+    key = key_in_root(settings, path)
+    if key is None:
+        message = f"{path!r} is outside the memory root {settings.root}: name a path below it"
+        raise OutsideRoot(message)
+    place = kinds.recognise(key, note_globs=settings.note.globs)
+    if place is None:
+        message = f"{key!r} is of no kind the engine indexes: see the layout in docs/kinds.md, or set note.globs"
+        raise OutsideRoot(message)
+    return place.md_path
+
+
+@asynccontextmanager
+async def _owned(settings: Settings) -> AsyncIterator[str]:
+    directory = settings.engine_directory
+    directory.mkdir(parents=True, exist_ok=True)
+    owner = f"{os.getpid()}-{secrets.token_hex(4)}"
+    with locks.EngineLock(directory / "engine.lock"), locks.OwnerLock(directory / "owners", owner):
+        yield owner
+
+
+@asynccontextmanager
+async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncIterator[Vectors]:
+    settings.engine_directory.mkdir(parents=True, exist_ok=True)
+    cache = Database(settings.engine_directory / "embeddings.db", schema=embeddings.SCHEMA)
+    try:
+        async with open_embedder(settings.embedder) as configured:
+            chosen = embedder or configured
+            if chosen is None:
+                yield Vectors(cache, None, None)
+                return
+            remembering = Remembering(chosen, cache)
+            async with open_batcher(remembering, settings.embedder) as batcher:
+                yield Vectors(cache, remembering, batcher)
+    finally:
+        cache.close()
+
+
+@contextmanager
+def _databases(settings: Settings) -> Iterator[Database]:
+    database = open_queue(settings)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+async def _recover(desk: Desk) -> None:
+    """Take back what dead engines held: we hold the engine's lock, but a CLI may live."""
+
+    def reap() -> int:
+        others = desk.database.read(queue.owners)
+        dead = locks.dead_owners(desk.settings.engine_directory / "owners", others)
+        return desk.database.write(lambda tx: queue.recover(tx, dead)) if dead else 0
+
+    count = await trio.to_thread.run_sync(reap, limiter=desk.database.limiter)
+    if count:
+        logger.info("cascade_recovered_orphan_processing count={}", count)
+
+
+async def _agree(desk: Desk) -> None:
+    """Make ledger and index agree: a table that is gone, replaced, restored or half written heals by itself."""
+    remembered = await desk.database.aread(ledger.incarnations)
+    lives = await desk.index.lives()
+    for kind in kinds.KINDS:
+        life, known = lives.get(kind), remembered.get(kind)
+        if life is None and known is None:
+            continue
+        if life is None or known is None or life[0] != known[0]:
+            await _void(desk, kind, life)
+        elif life[1] != known[1]:
+            await _reconcile(desk, kind, life)
+
+
+async def _void(desk: Desk, kind: str, life: tuple[str, int, str] | None) -> None:
+    """The ledger speaks of another table than the one there is: start the kind again from markdown."""
+    if life is not None:
+        incarnation = await desk.index.create(kind, Model(life[2], desk.index.dimension_of(kind)))
+        life = (incarnation, 0, life[2])
+
+    def note(tx: Transaction) -> int:
+        ledger.void(tx, kind)
+        ledger.forget(tx, kind)
+        if life is not None:
+            ledger.remember(tx, kind, life[0], version=life[1], model=life[2])
+        return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds())
+
+    count = await desk.database.awrite(note)
+    logger.warning("index_replaced kind={} requeued={}", kind, count)
+
+
+async def _reconcile(desk: Desk, kind: str, life: tuple[str, int, str]) -> None:
+    """The table is not of the version we left: compare every key, and queue the files that differ."""
+    rows, known = await desk.index.keys(kind), await desk.database.aread(lambda tx: ledger.hashes(tx, kind))
+    differing = {key for key in rows.keys() | known.keys() if rows.get(key) != known.get(key)}
+
+    def note(tx: Transaction) -> int:
+        ledger.doubt(tx, [(path, entry_id, kind) for path, entry_id in differing])
+        ledger.remember(tx, kind, life[0], version=life[1], model=life[2])
+        paths = sorted({path for path, _ in differing})
+        return queue.requeue_paths(tx, paths, kind, now_milliseconds=now_milliseconds())
+
+    count = await desk.database.awrite(note)
+    if differing:
+        logger.info("index_reconciled kind={} keys={} requeued={}", kind, len(differing), count)
+
+
+async def _wake_ups(desk: Desk) -> None:
+    """Datagrams of other processes: they queued something."""
+    async with wake.open_wake(desk.settings.engine_directory / "wake.sock") as messages:
+        async for _ in messages.messages():
+            desk.wake_up()
+
+
+__all__ = ["Engine", "Status", "default_mode", "open_engine", "open_reader"]

@@ -1,0 +1,116 @@
+"""Search over all kinds: full text, vectors, or both fused by weighted reciprocal ranks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from everos_engine.stores import ledger
+from everos_engine.stores.index import Hit, text_literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from everos_engine.loops.vectors import Vectors
+    from everos_engine.stores.database import Database
+    from everos_engine.stores.index import Index
+
+Mode = Literal["fts", "vector", "hybrid"]
+RRF_K = 60
+"""The constant of reciprocal rank fusion: Cormack, Clarke and Buettcher, SIGIR 2009."""
+WEIGHTS: Mapping[str, float] = {"fts": 1.0, "vector": 1.0}
+SNIPPET_CHARACTERS = 200
+OVERSAMPLE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One entry found; ``line`` is 1-based in the file, None where the ledger does not know it."""
+
+    kind: str
+    md_path: str
+    entry_id: str
+    line: int | None
+    score: float
+    snippet: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What rows must be of; None means any."""
+
+    kind: str | None = None
+    owner: str | None = None
+    app: str | None = None
+    project: str | None = None
+
+    def where(self) -> str:
+        """The filter in SQL."""
+        wanted = {"owner_id": self.owner, "app_id": self.app, "project_id": self.project}
+        return " AND ".join(f"{column} = {text_literal(value)}" for column, value in wanted.items() if value is not None)
+
+
+async def search(  # noqa: PLR0913 - the stores, and the question
+    index: Index, database: Database, vectors: Vectors, query: str, *, mode: Mode, only: Filter, limit: int
+) -> list[Result]:
+    """The best ``limit`` entries for ``query``, best first; words only: quotes and operators mean nothing."""
+    chosen = [kind for kind in index.kinds if only.kind in {None, kind}]
+    where, depth = only.where(), max(limit * OVERSAMPLE, limit)
+    rankings: dict[str, list[Hit]] = {}
+    if mode != "vector":
+        found = [await index.search_text(kind, query, where=where, limit=depth) for kind in chosen]
+        rankings["fts"] = _ranked(found)
+    if mode != "fts":
+        vector, model = await vectors.query(query), await vectors.model()
+        found = [
+            await index.search_vector(kind, vector, model=model.name, where=where, limit=depth) for kind in chosen
+        ]
+        rankings["vector"] = _ranked(found)
+    best = fuse(rankings)[:limit] if mode == "hybrid" else rankings[mode][:limit]
+    lines = await database.aread(lambda tx: ledger.lines(tx, [(hit.md_path, hit.entry_id) for hit in best]))
+    return [
+        Result(
+            hit.kind,
+            hit.md_path,
+            hit.entry_id,
+            lines.get((hit.md_path, hit.entry_id)),
+            hit.score,
+            snippet([str(hit.values.get(column) or "") for column in index.kinds[hit.kind].fts_columns], query),
+            hit.values,
+        )
+        for hit in best
+    ]
+
+
+def fuse(rankings: Mapping[str, Sequence[Hit]]) -> list[Hit]:
+    """Weighted reciprocal rank fusion: a hit scores the sum of weight / (60 + rank) over the rankings it is in."""
+    scores: dict[tuple[str, str], float] = {}
+    hits: dict[tuple[str, str], Hit] = {}
+    for name, ranking in rankings.items():
+        for rank, hit in enumerate(ranking, start=1):
+            key = (hit.md_path, hit.entry_id)
+            scores[key] = scores.get(key, 0.0) + WEIGHTS[name] / (RRF_K + rank)
+            hits.setdefault(key, hit)
+    order = sorted(scores, key=lambda key: (-scores[key], key))
+    return [Hit(hits[key].kind, *key, scores[key], hits[key].values) for key in order]
+
+
+def snippet(texts: Sequence[str], query: str) -> str:
+    """About 200 characters around the first word of ``query`` that occurs, on one line."""
+    words = [word for word in re.findall(r"\w+", query.casefold()) if len(word) > 1]
+    chosen, at = next((text for text in texts if text.strip()), ""), 0
+    for text in texts:
+        folded = text.casefold()
+        places = [place for place in (folded.find(word) for word in words) if place >= 0]
+        if places:
+            chosen, at = text, min(places)
+            break
+    start = max(0, at - SNIPPET_CHARACTERS // 3)
+    cut = " ".join(chosen[start : start + SNIPPET_CHARACTERS].split())
+    return ("…" if start else "") + cut + ("…" if start + SNIPPET_CHARACTERS < len(chosen) else "")
+
+
+def _ranked(found: Iterable[Sequence[Hit]]) -> list[Hit]:
+    return sorted((hit for hits in found for hit in hits), key=lambda hit: (-hit.score, hit.md_path, hit.entry_id))

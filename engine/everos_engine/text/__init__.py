@@ -1,0 +1,1 @@
+"""Pure: bytes in, entries and plans out."""

@@ -1,0 +1,28 @@
+"""From what a file says and what the index holds to what must be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from everos_engine.text.entries import Document, Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Rows to write and ids to delete."""
+
+    upserts: tuple[Entry, ...]
+    deletes: tuple[str, ...]
+    unchanged: int
+
+
+def plan(document: Document, known: Mapping[str, bytes]) -> Plan:
+    """The least that makes the index hold ``document``; ``known`` is entry id -> content hash, ``b""`` unknown.
+
+    A bad entry keeps the row it has.
+    """
+    upserts = tuple(entry for entry in document.entries if known.get(entry.entry_id) != entry.content_hash)
+    said = {entry.entry_id for entry in document.entries} | {problem.entry_id for problem in document.problems}
+    deletes = tuple(entry_id for entry_id in known if entry_id not in said)
+    return Plan(upserts, deletes, len(document.entries) - len(upserts))

@@ -1,0 +1,162 @@
+"""YAML frontmatter, by our own builder on PyYAML's event stream: no aliases, tags, repeated keys or deep nesting.
+
+The C loader's constructor recurses and crashes the interpreter on deep nesting; events do not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import yaml
+
+from everos_engine.errors import BadFile
+
+MOST_BYTES = 64 << 10
+MOST_DEPTH = 16
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_END = re.compile(r"^(?:---|\.\.\.)[ \t]*$")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")
+_WORDS: dict[str, bool | None] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
+_INT64 = 1 << 63
+REMEDY = "mend the frontmatter and save"
+
+
+@dataclass(frozen=True, slots=True)
+class Frontmatter:
+    """``values`` by key, each key's 1-based line, and the lines that follow (``first_line`` is their first's number)."""
+
+    values: dict[str, object]
+    lines: dict[str, int]
+    body: list[str]
+    first_line: int
+    present: bool
+
+
+def split(lines: list[str]) -> Frontmatter:
+    """Part ``lines`` of a file into frontmatter and body. Raises BadFile with the line and column in the file.
+
+    Scalars are null, booleans, integers, floats or strings as in YAML 1.2's core schema; timestamps stay strings.
+    """
+    if not lines or lines[0].rstrip() != "---":
+        return Frontmatter({}, {}, lines, 1, present=False)
+    for number, line in enumerate(lines[1:], start=1):
+        if _END.match(line):
+            values, places = _parse("\n".join(lines[1:number]) + "\n")
+            return Frontmatter(values, places, lines[number + 1 :], number + 2, present=True)
+    message = "the frontmatter that starts here never ends"
+    raise BadFile(message, remedy="close it with a line `---`", line=1)
+
+
+def _parse(text: str) -> tuple[dict[str, object], dict[str, int]]:
+    if len(text.encode()) > MOST_BYTES:
+        message = f"the frontmatter is larger than {MOST_BYTES} bytes"
+        raise BadFile(message, remedy="move the text below the frontmatter", line=1)
+    loader = _LOADER(text)
+    try:
+        return _build(loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line + 2, mark.column + 1) if mark else (1, None)
+        message = f"malformed YAML: {error.problem or error.context}"
+        raise BadFile(message, remedy=REMEDY, line=line, column=column) from None
+    except yaml.YAMLError as error:
+        message = f"malformed YAML: {error}".split("\n", 1)[0]
+        raise BadFile(message, remedy=REMEDY, line=1) from None
+    finally:
+        loader.dispose()
+
+
+def _build(loader: yaml.SafeLoader) -> tuple[dict[str, object], dict[str, int]]:  # noqa: C901 - one arm an event
+    root: object = None
+    places: dict[str, int] = {}
+    stack: list[tuple[dict[str, object] | list[object], list[str]]] = []
+    documents = 0
+
+    def put(value: object, event: yaml.Event) -> None:
+        nonlocal root
+        if not stack:
+            root = value
+            return
+        container, pending = stack[-1]
+        if isinstance(container, list):
+            container.append(value)
+        elif pending:
+            container[pending.pop()] = value
+        else:
+            key = _key(event)
+            if key in container:
+                raise _refused(event, f"the key {key!r} is there twice")
+            pending.append(key)
+            if len(stack) == 1:
+                places[key] = event.start_mark.line + 2
+
+    while True:
+        event = loader.get_event()
+        if event is None or isinstance(event, yaml.StreamEndEvent):
+            break
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise _refused(event, "there is more than one YAML document")
+        elif isinstance(event, yaml.AliasEvent):
+            raise _refused(event, "aliases are not allowed")
+        elif isinstance(event, yaml.ScalarEvent):
+            _check(event)
+            put(_scalar(event) if _is_value(stack) else event.value, event)
+        elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            _check(event)
+            if len(stack) >= MOST_DEPTH:
+                raise _refused(event, f"nested deeper than {MOST_DEPTH}")
+            container: dict[str, object] | list[object] = {} if isinstance(event, yaml.MappingStartEvent) else []
+            put(container, event)
+            stack.append((container, []))
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            stack.pop()
+    if root is None:
+        return {}, {}
+    if not isinstance(root, dict):
+        message = "the frontmatter is not a mapping"
+        raise BadFile(message, remedy="write `key: value` lines", line=2)
+    return root, places
+
+
+def _is_value(stack: list[tuple[dict[str, object] | list[object], list[str]]]) -> bool:
+    return not stack or isinstance(stack[-1][0], list) or bool(stack[-1][1])
+
+
+def _key(event: yaml.Event) -> str:
+    if not isinstance(event, yaml.ScalarEvent):
+        raise _refused(event, "a key must be a string")
+    return str(event.value)
+
+
+def _check(event: yaml.Event) -> None:
+    if getattr(event, "anchor", None):
+        raise _refused(event, "anchors are not allowed")
+    if getattr(event, "tag", None) not in {None, "!"}:
+        raise _refused(event, f"the tag {event.tag} is not allowed")
+
+
+def _scalar(event: yaml.ScalarEvent) -> object:
+    text = str(event.value)
+    if not event.implicit[0]:
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if len(text) < 20 and _INT.match(text):  # noqa: PLR2004 - longest int64
+        number = int(text)
+        return number if -_INT64 <= number < _INT64 else text
+    if len(text) < 64 and _FLOAT.match(text):  # noqa: PLR2004 - no float is written longer
+        value = float(text)
+        return value if value not in {float("inf"), float("-inf")} else text
+    return text
+
+
+def _refused(event: yaml.Event, message: str) -> BadFile:
+    mark = event.start_mark
+    return BadFile(message, remedy=REMEDY, line=mark.line + 2, column=mark.column + 1)

@@ -1,0 +1,253 @@
+"""From a file's frontmatter and lines to typed entries, a parser per kind."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+from everos_engine.text.entries import Document, Entry, Place, Problem, entry
+from everos_engine.text.frontmatter import Frontmatter
+from everos_engine.text.kinds.tables import INLINE, KINDS, Field
+from everos_engine.text.markdown import Block, blocks, fields, headings
+
+_INT64 = 1 << 63
+_MILLISECOND_MOST = 253_402_300_799_999
+"""The last millisecond of the year 9999, the last a datetime holds."""
+
+
+class _BadValue(Exception):
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
+    """Entries between markers; a repeated id is a problem of that id, and none of its entries is indexed."""
+    found = blocks(front.body, front.first_line)
+    lines: dict[str, list[int]] = {}
+    for block in found:
+        lines.setdefault(block.entry_id, []).append(block.line)
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    for block in found:
+        at = lines[block.entry_id]
+        if len(at) > 1:
+            if block.line == at[0]:
+                message = f"the id is used by the entries of lines {' and '.join(map(str, at))}"
+                problems.append(Problem(block.entry_id, message, "give each entry an id of its own", block.line))
+            continue
+        try:
+            entries.append(_daily_entry(place, block))
+        except _BadValue as error:
+            problems.append(Problem(block.entry_id, str(error), "mend the entry and save", error.line))
+    return Document(tuple(entries), tuple(problems))
+
+
+def _daily_entry(place: Place, block: Block) -> Entry:
+    kind = KINDS[place.kind]
+    said = fields(block)
+    owner, owner_line = said.inline.get("owner_id", (place.owner_id, block.line))
+    if owner != place.owner_id:
+        message = f"owner_id {owner!r} is not the owner of this path, {place.owner_id!r}"
+        raise _BadValue(message, owner_line)
+    values = _common(place, block.entry_id)
+    for field in (*INLINE, *kind.inline):
+        values[field.column] = _typed(field, said.inline.get(field.source), block.line)
+    for field in kind.own:
+        values[field.column] = _typed(field, said.sections.get(field.source), block.line, section=True)
+    return _entry(place, block.entry_id, block.line, values)
+
+
+def skill(place: Place, front: Frontmatter, references: Mapping[str, str]) -> Document:
+    """One row per skill directory, named by it."""
+    entry_id = place.md_path.split("/")[-2]
+    values = _common(place, entry_id)
+    try:
+        _from_front(place, front, values)
+    except _BadValue as error:
+        return _one_problem(entry_id, error)
+    values["content"] = "\n".join(front.body).strip("\n")
+    values["references"] = "\n\n".join(f"{name}\n{text.strip()}" for name, text in references.items()) or None
+    values["timestamp"] = values["updated_at"] or values["created_at"]
+    return Document((_entry(place, entry_id, 1, values),), ())
+
+
+def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
+    """One row, ``profile``, from the frontmatter; the body is kept as content."""
+    entry_id = "profile"
+    values = _common(place, entry_id)
+    try:
+        _from_front(place, front, values)
+        values["profile_timestamp"] = values["timestamp"] = _milliseconds(front)
+    except _BadValue as error:
+        return _one_problem(entry_id, error)
+    for name in ("explicit_info", "implicit_traits"):
+        found = front.values.get(name)
+        values[name] = None if found is None else json.dumps(found, ensure_ascii=False, sort_keys=True)
+    values["content"] = "\n".join(front.body).strip("\n")
+    return Document((_entry(place, entry_id, 1, values),), ())
+
+
+def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
+    """One row per heading section, named by its heading path; text before the first heading is ``intro``."""
+    title = front.values.get("title")
+    fallback = place.md_path.rsplit("/", 1)[-1].removesuffix(".md")
+    used: set[str] = set()
+    entries: list[Entry] = []
+    path: list[tuple[int, str]] = []
+    start, gathered = front.first_line, list[str]()
+
+    def close() -> None:
+        content = "\n".join(gathered).strip()
+        if not content and not path:
+            return
+        slug = "/".join(_slug(name) for _, name in path) or "intro"
+        entry_id, again = slug, 1
+        while entry_id in used:
+            again += 1
+            entry_id = f"{slug}-{again}"
+        used.add(entry_id)
+        values = _common(place, entry_id)
+        values |= {"title": title if isinstance(title, str) else fallback, "content": content}
+        values["heading"] = " › ".join(name for _, name in path) or None
+        entries.append(_entry(place, entry_id, start, values))
+
+    for number, level, name, line in headings(front.body, front.first_line):
+        if not level:
+            gathered.append(line)
+            continue
+        close()
+        path = [*((above, text) for above, text in path if above < level), (level, name)]
+        start, gathered = number, []
+    close()
+    return Document(tuple(entries), ())
+
+
+PARSERS: Mapping[str, Callable[[Place, Frontmatter, Mapping[str, str]], Document]] = {
+    "episode": daily,
+    "atomic_fact": daily,
+    "foresight": daily,
+    "agent_case": daily,
+    "agent_skill": skill,
+    "user_profile": profile,
+    "note": note,
+}
+
+
+def _entry(place: Place, entry_id: str, line: int, values: dict[str, object]) -> Entry:
+    kind = KINDS[place.kind]
+    full = {name: values.get(name) for name in kind.columns}
+    text = "\n".join(str(full[column]) for column in kind.embed_columns if full[column])
+    return entry(entry_id, line=line, values=full, embed_text=text)
+
+
+def _common(place: Place, entry_id: str) -> dict[str, object]:
+    return {
+        "id": f"{place.owner_id}_{entry_id}" if place.owner_id else entry_id,
+        "app_id": place.app_id,
+        "project_id": place.project_id,
+        "owner_type": place.owner_type,
+        "owner_id": place.owner_id,
+    }
+
+
+def _one_problem(entry_id: str, error: _BadValue) -> Document:
+    return Document((), (Problem(entry_id, str(error), "mend the frontmatter and save", error.line),))
+
+
+def _from_front(place: Place, front: Frontmatter, values: dict[str, object]) -> None:
+    owner = front.values.get(f"{place.owner_type}_id", place.owner_id)
+    if owner != place.owner_id:
+        message = f"{place.owner_type}_id {owner!r} is not the owner of this path, {place.owner_id!r}"
+        raise _BadValue(message, front.lines.get(f"{place.owner_type}_id", 1))
+    for field in KINDS[place.kind].own:
+        found = front.values.get(field.source)
+        values[field.column] = _from_yaml(field, found, front.lines.get(field.source, 1))
+
+
+def _from_yaml(field: Field, value: object, line: int) -> object:
+    if value is None:
+        return _typed(field, None, line)
+    if field.type == "strings":
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        message = f"{field.source} must be a list of strings"
+        raise _BadValue(message, line)
+    if isinstance(value, (dict, list, bool)) or (field.type == "string" and not isinstance(value, str)):
+        message = f"{field.source} must be a {field.type}, not {json.dumps(value, ensure_ascii=False)[:80]}"
+        raise _BadValue(message, line)
+    return _typed(field, (str(value), line), line)
+
+
+def _milliseconds(front: Frontmatter) -> datetime | None:
+    value = front.values.get("profile_timestamp_ms")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MILLISECOND_MOST:
+        message = f"profile_timestamp_ms must be milliseconds since 1970, not {value!r}"
+        raise _BadValue(message, front.lines.get("profile_timestamp_ms", 1))
+    return datetime.fromtimestamp(value // 1000, UTC).replace(microsecond=value % 1000 * 1000)
+
+
+def _typed(field: Field, found: tuple[str, int] | None, entry_line: int, *, section: bool = False) -> object:
+    """The value of a field, or None where it is absent or null and may be."""
+    text, line = found or ("", entry_line)
+    if not text.strip() or (text in {"null", "None", "~"} and not section):
+        if field.required:
+            message = f"`### {field.source}` is missing or empty" if section else f"{field.source} is missing or empty"
+            raise _BadValue(message, line)
+        return None
+    try:
+        return _CONVERT[field.type](text)
+    except (ValueError, OverflowError):
+        message = f"{field.source} must be {_WANTED[field.type]}, not {text[:80]!r}"
+        raise _BadValue(message, line) from None
+
+
+def _timestamp(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text) > 20 or not -_INT64 <= int(text) < _INT64:  # noqa: PLR2004 - longest int64 with its sign
+        raise ValueError(text)
+    return int(text)
+
+
+def _strings(text: str) -> list[str]:
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError(text)
+    return [item for item in (part.strip().strip("'\"") for part in text[1:-1].split(",")) if item]
+
+
+_CONVERT: Mapping[str, Callable[[str], object]] = {
+    "string": str,
+    "int": _int,
+    "float": _float,
+    "timestamp": _timestamp,
+    "strings": _strings,
+}
+_WANTED = {
+    "string": "text",
+    "int": "a whole number of at most 64 bits",
+    "float": "a finite number",
+    "timestamp": "an ISO 8601 time",
+    "strings": "a list such as [a, b]",
+}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w]+", "-", text.casefold()).strip("-")[:80] or "section"
+
+

@@ -1,0 +1,142 @@
+"""Lines of markdown: decoding, code fences, entry markers, sections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from everos_engine.errors import BadFile
+
+MOST_ID_CHARACTERS = 200
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
+_MARKER = re.compile(r"[ \t]*<!--[ \t]*(/?)entry:(.*?)[ \t]*-->[ \t]*\Z")
+_INLINE = re.compile(r"\*\*([A-Za-z_][A-Za-z0-9_]*)\*\*:[ \t]*(.*)\Z")
+_SECTION = re.compile(r"###[ \t]+(.+?)[ \t]*#*[ \t]*\Z")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*\Z")
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The text between an entry's markers; ``line`` is the opening marker's, 1-based."""
+
+    entry_id: str
+    line: int
+    lines: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """An entry's inline values and sections, with the line each starts at."""
+
+    inline: dict[str, tuple[str, int]]
+    sections: dict[str, tuple[str, int]]
+
+
+def decode(data: bytes) -> list[str]:
+    """Lines of a file, without their ends (LF, CRLF or CR); a BOM is dropped. Raises BadFile for bad UTF-8 and NUL."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, column = _place(data[: error.start])
+        message = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        raise BadFile(message, remedy="save the file as UTF-8", line=line, column=column) from None
+    at = text.find("\0")
+    if at >= 0:
+        line, column = _place(text[:at].encode())
+        message = "there is a NUL byte"
+        raise BadFile(message, remedy="remove the NUL byte, or restore the file", line=line, column=column)
+    return _LINE_END.split(text)
+
+
+def outside_fences(lines: list[str], first_line: int) -> Iterator[tuple[int, str, int]]:
+    """(line number, line, number of the fence line it is inside of or 0) of each line, by CommonMark's rules."""
+    fence, opened = "", 0
+    for number, line in enumerate(lines, start=first_line):
+        match = _FENCE.match(line)
+        if not fence:
+            if match:
+                fence, opened = match[1], number
+                yield number, line, number
+            else:
+                yield number, line, 0
+        else:
+            yield number, line, opened
+            closing = line.strip(" ").rstrip()
+            if len(line) - len(line.lstrip(" ")) <= 3 and len(closing) >= len(fence) and set(closing) == {fence[0]}:  # noqa: PLR2004 - CommonMark
+                fence = ""
+
+
+def blocks(lines: list[str], first_line: int) -> list[Block]:
+    """The entries of a daily log; text outside markers is no entry. Raises BadFile for damaged markers."""
+    found: list[Block] = []
+    current: Block | None = None
+    fence_inside = 0
+    for number, line, fence in outside_fences(lines, first_line):
+        marker = None if fence or "<!--" not in line else _MARKER.match(line)
+        if marker is None:
+            if current is not None:
+                current.lines.append(line)
+                fence_inside = fence
+            continue
+        closing, entry_id = bool(marker[1]), marker[2].strip()
+        if not closing:
+            if current is not None:
+                message = f"entry {entry_id!r} opens inside entry {current.entry_id!r} of line {current.line}"
+                raise BadFile(message, remedy=f"close it with `<!-- /entry:{current.entry_id} -->` first", line=number)
+            if not entry_id or len(entry_id) > MOST_ID_CHARACTERS or not entry_id.isprintable():
+                message = "the entry marker has no usable id"
+                remedy = f"give it 1 to {MOST_ID_CHARACTERS} printable characters"
+                raise BadFile(message, remedy=remedy, line=number)
+            current = Block(entry_id, number, [])
+        elif current is None or current.entry_id != entry_id:
+            inside = "no entry is open" if current is None else f"entry {current.entry_id!r} of line {current.line} is open"
+            message = f"a marker closes entry {entry_id!r} but {inside}"
+            raise BadFile(message, remedy="make the opening and closing markers match", line=number)
+        else:
+            found.append(current)
+            current = None
+    if current is not None:
+        hint = f" (the code fence of line {fence_inside} is never closed)" if fence_inside else ""
+        message = f"entry {current.entry_id!r} is never closed{hint}"
+        remedy = f"add `<!-- /entry:{current.entry_id} -->`" if not fence_inside else "close the code fence"
+        raise BadFile(message, remedy=remedy, line=current.line)
+    return found
+
+
+def fields(block: Block) -> Fields:
+    """Inline ``**key**: value`` lines before the first section, and ``### Name`` sections, of one entry."""
+    inline: dict[str, tuple[str, int]] = {}
+    sections: dict[str, tuple[str, int]] = {}
+    name, start, gathered = "", 0, list[str]()
+
+    def close() -> None:
+        if name and name not in sections:
+            sections[name] = ("\n".join(gathered).strip("\n").rstrip(), start)
+
+    for number, line, fence in outside_fences(block.lines, block.line + 1):
+        section = None if fence else _SECTION.match(line)
+        if section:
+            close()
+            name, start, gathered = section[1], number, []
+        elif name:
+            gathered.append(line)
+        elif not fence:
+            match = _INLINE.match(line)
+            if match and match[1] not in inline:
+                inline[match[1]] = (match[2].strip(), number)
+    close()
+    return Fields(inline, sections)
+
+
+def headings(lines: list[str], first_line: int) -> Iterator[tuple[int, int, str, str]]:
+    """(line number, level, title, line) of each line outside fences that is an ATX heading; level 0 for the others."""
+    for number, line, fence in outside_fences(lines, first_line):
+        match = None if fence else _HEADING.match(line)
+        yield (number, len(match[1]), (match[2] or "").strip(), line) if match else (number, 0, "", line)
+
+
+def _place(before: bytes) -> tuple[int, int]:
+    lines = _LINE_END.split(before.decode("utf-8-sig", "replace"))
+    return len(lines), len(lines[-1]) + 1
