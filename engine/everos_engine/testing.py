@@ -1,0 +1,50 @@
+"""For tests of programs that use the engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from everos_engine.errors import BadText, Transient
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class FakeEmbedder:
+    """Answers at once with a vector made from each text's hash; ``calls`` are the texts of each call.
+
+    A text with HANG in it never returns, POISON is refused, FLAKY fails as Transient.
+    """
+
+    def __init__(self, *, model: str = "fake", dimension: int = 16, batch_size: int = 64, concurrency: int = 8) -> None:
+        self.model = model
+        self.dimension = dimension
+        self.batch_size = batch_size
+        self.concurrency = concurrency
+        self.hedged = True
+        self.calls: list[tuple[str, ...]] = []
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Shape (n, dimension), unit length."""
+        self.calls.append(tuple(texts))
+        await trio.lowlevel.checkpoint()
+        if any("HANG" in text for text in texts):
+            await trio.sleep_forever()
+        if any("POISON" in text for text in texts):
+            message = "refused by the fake"
+            raise BadText(message)
+        if any("FLAKY" in text for text in texts):
+            message = "flaky"
+            raise Transient(message)
+        return np.stack([self.vector(text) for text in texts])
+
+    def vector(self, text: str) -> NDArray[np.float32]:
+        """The vector this model gives ``text``, shape (dimension,)."""
+        seed = int.from_bytes(hashlib.blake2b(f"{self.model}\0{text}".encode(), digest_size=8).digest(), "big")
+        vector = np.random.default_rng(seed).standard_normal(self.dimension).astype(np.float32)
+        return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)
