@@ -1,1 +1,24 @@
-"""Keeps a LanceDB index in step with a tree of markdown."""
+"""Keeps a LanceDB index in step with a tree of markdown, the memory of people and agents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from everos_engine.settings import Settings, load
+
+if TYPE_CHECKING:
+    from everos_engine.engine import Engine, open_engine
+    from everos_engine.surface.daemon import run
+
+__all__ = ["Engine", "Settings", "load", "open_engine", "run"]
+_LAZY = {"Engine": "everos_engine.engine", "open_engine": "everos_engine.engine", "run": "everos_engine.surface.daemon"}
+
+
+def __getattr__(name: str) -> object:
+    """LanceDB takes a second to import; only those who open an engine pay for it."""
+    import importlib  # noqa: PLC0415
+
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

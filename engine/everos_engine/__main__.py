@@ -1,0 +1,10 @@
+"""``python -m everos_engine``."""
+
+from __future__ import annotations
+
+import sys
+
+from everos_engine.surface.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

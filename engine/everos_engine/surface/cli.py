@@ -1,0 +1,160 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from everos_engine.errors import EngineError
+from everos_engine.settings import describe, load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from everos_engine.settings import Settings
+    from everos_engine.stores.queue import Outcome
+
+OK, TROUBLE, USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 1 something is not in order, 2 it could not be tried."""
+    arguments = parser().parse_args(argv)
+    flags = {"memory.root": arguments.at or arguments.root, "log_format": getattr(arguments, "log_format", None)}
+    try:
+        settings = load(flags)
+        return int(arguments.command(settings, arguments))
+    except EngineError as error:
+        print(f"everos-engine: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return OK
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
+    top = argparse.ArgumentParser(prog="everos-engine", description="Keeps a LanceDB index in step with a tree of markdown.")
+    top.add_argument("--root", help="the memory root (else EVEROS_ROOT, the settings file, ~/.everos)")
+    top.set_defaults(at=None)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: object, help_text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help_text, description=help_text)
+        added.add_argument("--root", default=argparse.SUPPRESS, help="the memory root")
+        added.set_defaults(command=command)
+        return added
+
+    run = add("run", _run, "watch the memory root and keep its index in step")
+    run.add_argument("at", nargs="?", metavar="ROOT", help="the memory root")
+    run.add_argument("--log-format", choices=["auto", "text", "json"])
+    sync = add("sync", _sync, "bring the index in step once, or just these paths, and say what became of them")
+    sync.add_argument("paths", nargs="*", metavar="PATH")
+    status = add("status", _status, "the queue, the watermark and the rows, in numbers")
+    status.add_argument("--json", action="store_true")
+    fix = add("fix", _fix, "list what failed; --apply tries the retryable ones again")
+    fix.add_argument("--apply", action="store_true")
+    search = add("search", _search, "search the memory")
+    search.add_argument("query", nargs="+", metavar="QUERY")
+    search.add_argument("--kind")
+    search.add_argument("--owner")
+    search.add_argument("--app")
+    search.add_argument("--project")
+    search.add_argument("--limit", type=_positive, default=10)
+    search.add_argument("--mode", choices=["fts", "vector", "hybrid"])
+    search.add_argument("--json", action="store_true")
+    add("settings", _settings, "every setting and its value here")
+    return top
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        message = "must be at least 1"
+        raise argparse.ArgumentTypeError(message)
+    return number
+
+
+def _run(settings: Settings, _arguments: argparse.Namespace) -> int:
+    from everos_engine.surface.daemon import run  # noqa: PLC0415 - imports LanceDB
+
+    return run(settings)
+
+
+def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface.oneshot import sync  # noqa: PLC0415 - imports LanceDB
+
+    return _report(sync(settings, arguments.paths), everything=bool(arguments.paths), settings=settings)
+
+
+def _status(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
+
+    found = status.snapshot(settings)
+    print(json.dumps(status.as_json(found), indent=2) if arguments.json else status.as_text(found))
+    return OK
+
+
+def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
+
+    if arguments.apply:
+        from everos_engine.surface.oneshot import fix  # noqa: PLC0415 - imports LanceDB
+
+        return _report(fix(settings), everything=True, settings=settings)
+    failed = status.failed(settings)
+    for outcome in failed:
+        _show(outcome)
+    print(f"{len(failed)} failed")
+    return TROUBLE if failed else OK
+
+
+def _search(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface.oneshot import search  # noqa: PLC0415 - imports LanceDB
+
+    results = search(settings, arguments)
+    if arguments.json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+        return OK
+    for result in results:
+        print(f"{result['score']:.3f}  {result['kind']}  {shown(str(result['md_path']))}:{result['line']}  {result['entry_id']}")
+        print(f"       {result['snippet']}")
+    if not results:
+        print("nothing found")
+    return OK
+
+
+def _settings(settings: Settings, _arguments: argparse.Namespace) -> int:
+    for name, value in describe(settings).items():
+        print(f"{name} = {json.dumps(value)}")
+    return OK
+
+
+def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings) -> int:
+    """Say what became of each; 1 if anything is failed."""
+    bad = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in outcomes if everything else bad:
+        _show(outcome)
+    if not everything:
+        from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
+
+        found = status.snapshot(settings)
+        print(f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(bad)} failed")
+    return TROUBLE if bad else OK
+
+
+def _show(outcome: Outcome) -> None:
+    word = outcome.status or "gone, its rows are removed"
+    if outcome.status == "failed":
+        word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}"
+    print(f"{shown(outcome.md_path)}: {word}")
+    for line in (outcome.error or "").splitlines() if outcome.status == "failed" else []:
+        print(f"    {line}")
+
+
+def shown(path: str) -> str:
+    """A path on one line whatever its name holds."""
+    return path if path.isprintable() else repr(path)

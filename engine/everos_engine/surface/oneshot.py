@@ -1,0 +1,117 @@
+"""Commands that do their work and end: beside a running engine they hand it over, without one they do it themselves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import trio
+
+from everos_engine.engine import Engine, enqueue, open_engine, open_queue, open_reader
+from everos_engine.errors import AlreadyRunning, Transient
+from everos_engine.loops.desk import now_milliseconds
+from everos_engine.loops.observe import sweep
+from everos_engine.search import Filter
+from everos_engine.stores import queue
+from everos_engine.supervise import alone
+from everos_engine.surface.logs import set_up
+from everos_engine.system import wake
+from everos_engine.system.locks import running_pid
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from everos_engine.settings import Settings
+    from everos_engine.stores.database import Database
+    from everos_engine.stores.queue import Outcome
+
+LOOK_SECONDS = 0.05
+
+
+def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
+    """Bring everything, or just ``paths``, in step; what became of each path, or all that is failed."""
+
+    async def own(engine: Engine) -> list[Outcome]:
+        return await engine.sync(paths)
+
+    async def hand_over(database: Database) -> list[Outcome]:
+        if paths:
+            keys, lsn = enqueue(settings, database, paths)
+            await _reach(settings, database, lsn)
+            return database.read(lambda tx: queue.outcomes(tx, keys))
+        found = await sweep(settings, database, source="sync")
+        await _reach(settings, database, found.lsn)
+        return database.read(queue.failed)
+
+    return _do(settings, own, hand_over)
+
+
+def fix(settings: Settings) -> list[Outcome]:
+    """Try every retryable failure again; what became of each."""
+
+    async def own(engine: Engine) -> list[Outcome]:
+        return await engine.fix()
+
+    async def hand_over(database: Database) -> list[Outcome]:
+        paths = database.write(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
+        await _reach(settings, database, database.read(queue.newest))
+        return database.read(lambda tx: queue.outcomes(tx, paths))
+
+    return _do(settings, own, hand_over)
+
+
+def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Results as plain data."""
+    only = Filter(arguments.kind, arguments.owner, arguments.app, arguments.project)
+
+    async def ask() -> list[dict[str, object]]:
+        async with open_reader(settings) as engine:
+            found = await engine.search(" ".join(arguments.query), mode=arguments.mode, only=only, limit=arguments.limit)
+        return [{name: value for name, value in asdict(result).items() if name != "values"} for result in found]
+
+    set_up(settings)
+    return _alone(ask)
+
+
+def _do(
+    settings: Settings,
+    own: Callable[[Engine], Awaitable[list[Outcome]]],
+    hand_over: Callable[[Database], Awaitable[list[Outcome]]],
+) -> list[Outcome]:
+    async def work() -> list[Outcome]:
+        if running_pid(settings.engine_directory / "engine.lock") is None:
+            try:
+                async with open_engine(settings, watching=False) as engine:
+                    return await own(engine)
+            except AlreadyRunning:
+                pass  # one started in between: it serves us
+        database = open_queue(settings)
+        try:
+            return await hand_over(database)
+        finally:
+            database.close()
+
+    set_up(settings)
+    return _alone(work)
+
+
+def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable[list[dict[str, object]]]]) -> list:  # type: ignore[type-arg]
+    try:
+        return trio.run(work)  # type: ignore[arg-type]
+    except BaseExceptionGroup as group:
+        raise alone(group) from None
+
+
+async def _reach(settings: Settings, database: Database, lsn: int) -> None:
+    """Wait for the running engine's watermark. Raises Transient if it goes away."""
+    wake.send(settings.engine_directory / "wake.sock")
+    asked = time.monotonic()
+    while database.read(queue.watermark) < lsn:
+        await trio.sleep(LOOK_SECONDS)
+        if time.monotonic() - asked > 1:
+            asked = time.monotonic()
+            if running_pid(settings.engine_directory / "engine.lock") is None:
+                message = "the engine stopped before it was done; everything is queued: run the command again"
+                raise Transient(message)
