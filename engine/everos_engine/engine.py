@@ -113,7 +113,9 @@ class Engine:
 
     async def fix(self) -> list[Outcome]:
         """Re-queue every failed retryable=TRUE change with a fresh lsn, drain once, and say what became of each."""
-        paths = await self._desk.database.awrite(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
+        paths = await self._desk.database.awrite(
+            lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds())
+        )
         await self.reach(await self._desk.database.aread(queue.newest))
         return await self._desk.database.aread(lambda tx: queue.outcomes(tx, paths))
 

@@ -47,9 +47,7 @@ class BadFile(EngineError):
     ``line`` and ``column`` are 1-based, or None where the damage has no place; ``remedy`` says what to edit.
     """
 
-    def __init__(
-        self, message: str, *, remedy: str, line: int | None = None, column: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, remedy: str, line: int | None = None, column: int | None = None) -> None:
         super().__init__(message)
         self.remedy = remedy
         self.line = line

@@ -49,7 +49,9 @@ class Filter:
     def where(self) -> str:
         """The filter in SQL."""
         wanted = {"owner_id": self.owner, "app_id": self.app, "project_id": self.project}
-        return " AND ".join(f"{column} = {text_literal(value)}" for column, value in wanted.items() if value is not None)
+        return " AND ".join(
+            f"{column} = {text_literal(value)}" for column, value in wanted.items() if value is not None
+        )
 
 
 async def search(  # noqa: PLR0913 - the stores, and the question
@@ -64,9 +66,7 @@ async def search(  # noqa: PLR0913 - the stores, and the question
         rankings["fts"] = _ranked(found)
     if mode != "fts":
         vector, model = await vectors.query(query), await vectors.model()
-        found = [
-            await index.search_vector(kind, vector, model=model.name, where=where, limit=depth) for kind in chosen
-        ]
+        found = [await index.search_vector(kind, vector, model=model.name, where=where, limit=depth) for kind in chosen]
         rankings["vector"] = _ranked(found)
     best = fuse(rankings)[:limit] if mode == "hybrid" else rankings[mode][:limit]
     lines = await database.aread(lambda tx: ledger.lines(tx, [(hit.md_path, hit.entry_id) for hit in best]))

@@ -53,7 +53,8 @@ class EmbedderSettings:
     """Where vectors come from."""
 
     kind: Literal["local", "http", "none"] = knob(
-        "local", "`local` (offline, ships its weights), `http` (OpenAI-compatible service) or `none` (text search only)."
+        "local",
+        "`local` (offline, ships its weights), `http` (OpenAI-compatible service) or `none` (text search only).",
     )
     url: str = knob("", "Base URL of the service, up to but without `/embeddings` (kind `http`).")
     model: str = knob("", "Model name sent to the service (kind `http`).")
@@ -63,10 +64,13 @@ class EmbedderSettings:
     concurrency: int = knob(8, "Most calls in flight.", least=1, most=64)
     deadline_seconds: float = knob(30.0, "Longest one call may take.", least=0.1)
     hedge_seconds: float = knob(
-        2.0, "A call with several texts that takes longer is split, so that one slow text cannot hold up the others.",
+        2.0,
+        "A call with several texts that takes longer is split, so that one slow text cannot hold up the others.",
         least=0.05,
     )
-    cache_max_bytes: int = knob(2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0)
+    cache_max_bytes: int = knob(
+        2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,17 +101,23 @@ class Settings:
     scan_interval_seconds: float = knob(30.0, "Time between sweeps of the whole tree.", least=0.05)
     worker_batch_size: int = knob(50, "Changes claimed at once; grows with the backlog.", least=1)
     worker_batch_max: int = knob(500, "Most changes claimed at once.", least=1)
-    worker_max_retry: int = knob(3, "Attempts again after a transient failure, before the change is dead-lettered.", least=0)
+    worker_max_retry: int = knob(
+        3, "Attempts again after a transient failure, before the change is dead-lettered.", least=0
+    )
     worker_poll_interval_seconds: float = knob(
         1.0, "Time between looks for changes queued by other processes; only the net under the wake-ups.", least=0.01
     )
-    worker_retry_backoff_seconds: float = knob(2.0, "First delay after a transient failure; doubles per attempt.", least=0)
+    worker_retry_backoff_seconds: float = knob(
+        2.0, "First delay after a transient failure; doubles per attempt.", least=0
+    )
     worker_retry_backoff_max_seconds: float = knob(300.0, "Longest delay between two attempts.", least=0)
     watch_debounce_milliseconds: int = knob(200, "Longest time events are gathered before they are recorded.", least=1)
     watch: bool = knob(True, "Listen for file events; without, the sweeps find every change.")
     max_file_bytes: int = knob(16 << 20, "Largest markdown file that is indexed.", least=1)
     shutdown_grace_seconds: float = knob(10.0, "Time a graceful stop may take to finish what is held.", least=0)
-    log_format: Literal["auto", "text", "json"] = knob("auto", "`auto` shows a status line on a terminal, else text lines.")
+    log_format: Literal["auto", "text", "json"] = knob(
+        "auto", "`auto` shows a status line on a terminal, else text lines."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = knob("INFO", "Least level that is logged.")
 
     @property

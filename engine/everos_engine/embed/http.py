@@ -81,7 +81,8 @@ class HttpEmbedder:
             raise BadText(f"{message} for this text")
         hint = HINTS.get(HTTPStatus(status)) if status in {401, 403, 404} else None
         raise Transient(
-            f"{message}: {hint}" if hint else message, retry_after_seconds=retry_after(answer.headers.get("retry-after"))
+            f"{message}: {hint}" if hint else message,
+            retry_after_seconds=retry_after(answer.headers.get("retry-after")),
         )
 
 

@@ -57,9 +57,7 @@ async def _record(desk: Desk, paths: set[str]) -> None:
     def look() -> list[str]:
         observations = _observe(desk, paths)
         now = now_milliseconds()
-        return desk.database.write(
-            lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now)
-        )
+        return desk.database.write(lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now))
 
     try:
         queued = await trio.to_thread.run_sync(look, limiter=desk.database.limiter)

@@ -135,7 +135,9 @@ class _Worker:
             job.error = error if isinstance(error, Transient) else Transient(f"reading failed: {error}")
         except Exception as error:  # noqa: BLE001 - a bug one file reveals must not stop the memory of everyone else
             logger.opt(exception=error).error("parser_bug path={}", claim.md_path)
-            job.error = BadFile(f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again")
+            job.error = BadFile(
+                f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again"
+            )
         return job
 
     async def _look_up(self, jobs: list[Job]) -> None:
@@ -253,7 +255,13 @@ class _Worker:
                 queue.mark_done(tx, job.claim, job.fingerprint, racy=job.racy, now_milliseconds=now)
                 continue
             queue.mark_failed(
-                tx, job.claim, message, retryable=False, fingerprint=job.fingerprint, racy=job.racy, now_milliseconds=now
+                tx,
+                job.claim,
+                message,
+                retryable=False,
+                fingerprint=job.fingerprint,
+                racy=job.racy,
+                now_milliseconds=now,
             )
             logger.warning("change_failed path={!r} error={!r}", job.claim.md_path, message)
         if version is not None:

@@ -49,15 +49,15 @@ def add_model(tx: Transaction, name: str, probe: NDArray[np.float32]) -> int:
     return cast("int", number)
 
 
-def get(
-    tx: Transaction, model: int, texts: Sequence[str], *, now_milliseconds: int
-) -> dict[str, NDArray[np.float32]]:
+def get(tx: Transaction, model: int, texts: Sequence[str], *, now_milliseconds: int) -> dict[str, NDArray[np.float32]]:
     """Text -> vector, float32, for those in the cache; each hit counts as a use of today."""
     found: dict[str, NDArray[np.float32]] = {}
     today = now_milliseconds - now_milliseconds % USED_GRAIN_MILLISECONDS
     for text in texts:
         key = text_hash(text)
-        for vector, used in tx.execute("SELECT vector, used FROM embedding WHERE model = ? AND text_hash = ?", (model, key)):
+        for vector, used in tx.execute(
+            "SELECT vector, used FROM embedding WHERE model = ? AND text_hash = ?", (model, key)
+        ):
             found[text] = np.frombuffer(cast("bytes", vector), dtype="<f4")
             if cast("int", used) < today:
                 _all(tx.execute("UPDATE embedding SET used = ? WHERE model = ? AND text_hash = ?", (today, model, key)))

@@ -301,7 +301,10 @@ class Index:
             pa.array([row.md_path for row in rows], pa.string()),
             pa.array([row.entry_id for row in rows], pa.string()),
             pa.array([row.content_hash.hex() for row in rows], pa.string()),
-            *(pa.array([row.values.get(name) for row in rows], _ARROW[column]) for name, column in kind.columns.items()),
+            *(
+                pa.array([row.values.get(name) for row in rows], _ARROW[column])
+                for name, column in kind.columns.items()
+            ),
         ]
         names = [*KEY_COLUMNS, *kind.columns]
         if life.dimension:
@@ -310,9 +313,7 @@ class Index:
         return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
-def open_index(
-    bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path
-) -> Index:
+def open_index(bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path) -> Index:
     """The index of one memory root; connects when first used."""
     os.environ.setdefault("LANCEDB_LOG", "error")
     warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
@@ -394,7 +395,9 @@ def _hits(kind: TableKind, rows: Iterable[dict[str, Any]], score: Callable[[dict
     for row in rows:
         value = score(row)
         if math.isfinite(value):
-            hits.append(Hit(kind.name, row["md_path"], row["entry_id"], value, {name: row[name] for name in kind.columns}))
+            hits.append(
+                Hit(kind.name, row["md_path"], row["entry_id"], value, {name: row[name] for name in kind.columns})
+            )
     return hits
 
 

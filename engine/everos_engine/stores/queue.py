@@ -333,7 +333,10 @@ def recover(tx: Transaction, dead_owners: Iterable[str]) -> int:
 
 def owners(tx: Transaction) -> list[str]:
     """Owners of the claims there are."""
-    return [cast("str", row[0]) for row in tx.execute("SELECT DISTINCT owner FROM md_change_state WHERE status = 'processing'")]
+    return [
+        cast("str", row[0])
+        for row in tx.execute("SELECT DISTINCT owner FROM md_change_state WHERE status = 'processing'")
+    ]
 
 
 WATERMARK = """
@@ -465,13 +468,17 @@ def requeue_paths(tx: Transaction, paths: Sequence[str], kind: str, *, now_milli
     seen = []
     for path in paths:
         fingerprint = known.get(path, (None,))
-        seen.append(Observation(path, kind, None if fingerprint[0] is None else cast("Fingerprint4", tuple(fingerprint))))
+        seen.append(
+            Observation(path, kind, None if fingerprint[0] is None else cast("Fingerprint4", tuple(fingerprint)))
+        )
     return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0
 
 
 def known_below(tx: Transaction, directory: str) -> list[str]:
     """Paths known below a directory that may be gone."""
-    sql = "SELECT md_path FROM md_change_state WHERE md_path > ?1 || '/' AND md_path < ?1 || '0' AND mtime_ns IS NOT NULL"
+    sql = (
+        "SELECT md_path FROM md_change_state WHERE md_path > ?1 || '/' AND md_path < ?1 || '0' AND mtime_ns IS NOT NULL"
+    )
     return [cast("str", row[0]) for row in tx.execute(sql, (directory,))]
 
 
@@ -484,7 +491,11 @@ def get_meta(tx: Transaction, name: str) -> str | None:
 
 def set_meta(tx: Transaction, name: str, value: str) -> None:
     """Remember a fact."""
-    _drain(tx.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)))
+    _drain(
+        tx.execute(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
+        )
+    )
 
 
 def _drain(rows: Iterable[object]) -> None:

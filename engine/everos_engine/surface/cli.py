@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    top = argparse.ArgumentParser(prog="everos-engine", description="Keeps a LanceDB index in step with a tree of markdown.")
+    top = argparse.ArgumentParser(
+        prog="everos-engine", description="Keeps a LanceDB index in step with a tree of markdown."
+    )
     top.add_argument("--root", help="the memory root (else EVEROS_ROOT, the settings file, ~/.everos)")
     top.set_defaults(at=None)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -120,7 +122,9 @@ def _search(settings: Settings, arguments: argparse.Namespace) -> int:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return OK
     for result in results:
-        print(f"{result['score']:.3f}  {result['kind']}  {shown(str(result['md_path']))}:{result['line']}  {result['entry_id']}")
+        print(
+            f"{result['score']:.3f}  {result['kind']}  {shown(str(result['md_path']))}:{result['line']}  {result['entry_id']}"
+        )
         print(f"       {result['snippet']}")
     if not results:
         print("nothing found")
@@ -142,7 +146,9 @@ def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings) ->
         from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
 
         found = status.snapshot(settings)
-        print(f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(bad)} failed")
+        print(
+            f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(bad)} failed"
+        )
     return TROUBLE if bad else OK
 
 

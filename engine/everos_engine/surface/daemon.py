@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import AsyncIterator
 
 import trio
 from loguru import logger
@@ -32,8 +33,8 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, settings.shutdown_grace_seconds)
             async with open_engine(settings) as engine:
                 logger.info("engine_started root={} pid={}", settings.root, os.getpid())
@@ -43,16 +44,11 @@ async def _serve(settings: Settings) -> None:
     logger.info("engine_stopped root={}", settings.root)
 
 
-async def _stop_on_signal(signals: object, scope: trio.CancelScope, grace_seconds: float) -> None:
-    stopping = False
-    async for _ in signals:  # type: ignore[attr-defined]
-        if stopping:
-            os._exit(STOPPED_AT_ONCE)
-        stopping = True
+async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope, grace_seconds: float) -> None:
+    async for _ in signals:
         logger.info("engine_stopping grace_seconds={}", grace_seconds)
-        signal.signal(signal.SIGINT, lambda *_: os._exit(STOPPED_AT_ONCE))
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(STOPPED_AT_ONCE))
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(STOPPED_AT_ONCE))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, lambda *_: os._exit(STOPPED_AT_ONCE))
         signal.setitimer(signal.ITIMER_REAL, max(grace_seconds, 0.1))
         scope.cancel()
         return

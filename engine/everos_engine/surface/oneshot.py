@@ -68,7 +68,9 @@ def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, 
 
     async def ask() -> list[dict[str, object]]:
         async with open_reader(settings) as engine:
-            found = await engine.search(" ".join(arguments.query), mode=arguments.mode, only=only, limit=arguments.limit)
+            found = await engine.search(
+                " ".join(arguments.query), mode=arguments.mode, only=only, limit=arguments.limit
+            )
         return [{name: value for name, value in asdict(result).items() if name != "values"} for result in found]
 
     set_up(settings)

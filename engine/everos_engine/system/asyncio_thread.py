@@ -67,9 +67,7 @@ class AsyncioThread:
         self._serving = False
         self._running: set[_Call[object]] = set()
 
-    async def read(
-        self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float
-    ) -> T:
+    async def read(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float) -> T:
         """What ``await function(*args)`` gives on the asyncio loop; cancelling the caller cancels it there.
 
         Raises what the function raises, and Transient where it is not done within ``deadline_seconds``.
@@ -81,9 +79,7 @@ class AsyncioThread:
             raise Transient(message) from (call.outcome and call.outcome.error)
         return call.outcome.unwrap()
 
-    async def write(
-        self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float
-    ) -> T:
+    async def write(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float) -> T:
         """As `read`, but shielded: a cancelled caller waits for the end, and gets the result.
 
         A caller cancelled before the call starts nothing. Raises UnknownOutcome where the function is not done
@@ -123,7 +119,9 @@ class AsyncioThread:
         with trio.move_on_after(STOP_GRACE_SECONDS):
             await self._ended.wait()
         if not self._ended.is_set():
-            message = f"the asyncio thread did not end within {STOP_GRACE_SECONDS:g} s: a call on it cannot be cancelled"
+            message = (
+                f"the asyncio thread did not end within {STOP_GRACE_SECONDS:g} s: a call on it cannot be cancelled"
+            )
             raise AsyncioThreadDied(message)
         self._thread.join()  # its last act was to set `_ended`
 

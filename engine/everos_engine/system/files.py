@@ -91,7 +91,9 @@ def path_of(root: Path, key: str) -> str:
     return os.path.join(root, raw)
 
 
-def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> dict[str, tuple[P, Fingerprint]]:
+def walk(
+    root: Path, recognise: Callable[[str], P | None], *, below: str | None = None
+) -> dict[str, tuple[P, Fingerprint]]:
     """One sweep of the tree, or of one directory ``below`` it: key -> (place, fingerprint) of each change.
 
     Links to directories are not followed, links to files are. Raises SweepAborted if any part cannot be read.
@@ -213,7 +215,9 @@ def _fold(members: Mapping[str, Fingerprint]) -> Fingerprint:
     """One fingerprint for all files of a change: any edit, addition or removal moves it."""
     if len(members) == 1:
         return next(iter(members.values()))
-    digest = hashlib.blake2b(repr(sorted((key, tuple(print_)) for key, print_ in members.items())).encode(), digest_size=8)
+    digest = hashlib.blake2b(
+        repr(sorted((key, tuple(print_)) for key, print_ in members.items())).encode(), digest_size=8
+    )
     return Fingerprint(
         max(print_.mtime_ns for print_ in members.values()),
         sum(print_.size for print_ in members.values()),

@@ -91,7 +91,9 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
                 raise BadFile(message, remedy=remedy, line=number)
             current = Block(entry_id, number, [])
         elif current is None or current.entry_id != entry_id:
-            inside = "no entry is open" if current is None else f"entry {current.entry_id!r} of line {current.line} is open"
+            inside = (
+                "no entry is open" if current is None else f"entry {current.entry_id!r} of line {current.line} is open"
+            )
             message = f"a marker closes entry {entry_id!r} but {inside}"
             raise BadFile(message, remedy="make the opening and closing markers match", line=number)
         else:

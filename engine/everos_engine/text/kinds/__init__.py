@@ -83,5 +83,4 @@ def _note(path: str, globs: tuple[str, ...]) -> Place | None:
     return None
 
 
-
 __all__ = ["KINDS", "Kind", "Place", "parse", "recognise"]

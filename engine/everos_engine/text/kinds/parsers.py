@@ -249,5 +249,3 @@ _WANTED = {
 
 def _slug(text: str) -> str:
     return re.sub(r"[^\w]+", "-", text.casefold()).strip("-")[:80] or "section"
-
-

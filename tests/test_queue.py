@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from everos_engine.stores import queue
+from everos_engine.stores.database import Database, Transaction
+from everos_engine.stores.queue import Observation
+
+ONE, TWO = (1, 1, 1, 1), (2, 2, 2, 2)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return Database(tmp_path / "engine.db", schema=queue.SCHEMA)
+
+
+def record(tx: Transaction, path: str, fingerprint: queue.Fingerprint4 | None, *, force: bool = False) -> list[str]:
+    seen = [Observation(path, "note", fingerprint)]
+    return queue.record(tx, seen, source="watch", now_milliseconds=1, force=force)
+
+
+def claim(tx: Transaction, limit: int = 10) -> list[queue.Claim]:
+    return queue.claim(tx, "me", limit=limit, now_milliseconds=10)
+
+
+def test_a_repeated_fingerprint_writes_nothing(database: Database) -> None:
+    assert database.write(lambda tx: record(tx, "a", ONE)) == ["a"]
+    assert database.write(lambda tx: record(tx, "a", ONE)) == []
+    assert database.read(queue.newest) == 1
+
+
+def test_an_edit_while_claimed_goes_back_to_pending_behind_what_was_applied(database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    (held,) = database.write(claim)
+    database.write(lambda tx: record(tx, "a", TWO))
+    assert database.write(claim) == []
+    database.write(lambda tx: queue.mark_done(tx, held, ONE, racy=False, now_milliseconds=2))
+    (again,) = database.write(claim)
+    assert (again.claim_lsn, again.pos) == (2, 2)
+
+
+def test_a_mark_of_an_old_claim_changes_nothing(database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    (old,) = database.write(claim)
+    database.write(lambda tx: queue.recover(tx, ["me"]))
+    (new,) = database.write(claim)
+    database.write(lambda tx: queue.mark_done(tx, old, ONE, racy=False, now_milliseconds=2))
+    assert database.read(queue.counts).processing == 1
+    assert new.claim_no != old.claim_no
+
+
+def test_a_racy_file_at_rest_is_queued_again(database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    (held,) = database.write(claim)
+    database.write(lambda tx: queue.mark_done(tx, held, ONE, racy=True, now_milliseconds=2))
+    assert database.write(lambda tx: record(tx, "a", ONE)) == ["a"]
+
+
+def test_a_deleted_file_is_forgotten_and_may_come_back_with_its_old_fingerprint(database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    (held,) = database.write(claim)
+    database.write(lambda tx: queue.mark_done(tx, held, None, racy=False, now_milliseconds=2))
+    assert database.read(lambda tx: queue.outcomes(tx, ["a"]))[0].status is None
+    assert database.write(lambda tx: record(tx, "a", ONE)) == ["a"]
+
+
+def test_a_postponed_change_waits_for_its_time_and_holds_the_watermark(database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    (held,) = database.write(claim)
+    database.write(lambda tx: queue.postpone(tx, held, "later", not_before=50, now_milliseconds=2))
+    assert database.write(claim) == []
+    assert database.read(queue.watermark) == 0
+    (again,) = database.write(lambda tx: queue.claim(tx, "me", limit=1, now_milliseconds=50))
+    assert again.retry_count == 1
+
+
+def test_fix_gives_retryable_failures_a_fresh_lsn(database: Database) -> None:
+    for path, retryable in (("a", True), ("b", False)):
+        database.write(lambda tx, p=path: record(tx, p, ONE))
+        (held,) = database.write(claim)
+        database.write(lambda tx, h=held, r=retryable: queue.mark_failed(tx, h, "no", retryable=r, now_milliseconds=2))
+    assert database.read(queue.watermark) == 2
+    assert database.write(lambda tx: queue.requeue_failed(tx, now_milliseconds=3)) == ["a"]
+    assert database.write(claim)[0].claim_lsn == 3
+
+
+def test_claims_are_served_by_the_ready_index(database: Database) -> None:
+    plan = database.read(lambda tx: list(tx.execute("EXPLAIN QUERY PLAN " + queue.CLAIM, (1, "me", 1, 5))))
+    assert any("change_ready" in str(row) for row in plan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["edit", "delete", "claim", "done", "fail", "later", "recover"]), st.integers(0, 3)),
+        max_size=40,
+    )
+)
+def test_no_edit_is_ever_lost_whatever_the_order(steps: list[tuple[str, int]]) -> None:
+    database = Database(Path(":memory:"), schema=queue.SCHEMA)
+    disk: dict[str, queue.Fingerprint4 | None] = {}
+    applied: dict[str, queue.Fingerprint4 | None] = {}
+    held: dict[int, tuple[queue.Claim, queue.Fingerprint4 | None]] = {}
+
+    def settle(name: str, which: int) -> None:
+        if not held:
+            return
+        number = sorted(held)[which % len(held)]
+        change, read = held.pop(number)
+        if name == "done":
+            applied[change.md_path] = read
+            database.write(lambda tx: queue.mark_done(tx, change, read, racy=False, now_milliseconds=1))
+        elif name == "fail":
+            database.write(lambda tx: queue.mark_failed(tx, change, "x", retryable=True, now_milliseconds=1))
+        else:
+            database.write(lambda tx: queue.postpone(tx, change, "x", not_before=1, now_milliseconds=1))
+
+    for step, (name, which) in enumerate(steps, start=1):
+        path = f"p{which}"
+        if name in {"edit", "delete"}:
+            disk[path] = (step, step, step, step) if name == "edit" else None
+            database.write(lambda tx, p=path: record(tx, p, disk[p]))
+        elif name == "claim":
+            for change in database.write(lambda tx: claim(tx, 2)):
+                held[change.claim_no] = (change, disk[change.md_path])
+        elif name == "recover":
+            held.clear()
+            database.write(lambda tx: queue.recover(tx, ["me"]))
+        else:
+            settle(name, which)
+        counts = database.read(queue.counts)
+        assert counts.watermark <= counts.lsn_max
+    database.write(lambda tx: queue.recover(tx, ["me"]))
+    database.write(lambda tx: queue.requeue_failed(tx, now_milliseconds=1))
+    while changes := database.write(claim):
+        for change in changes:
+            applied[change.md_path] = disk[change.md_path]
+            read = disk[change.md_path]
+            database.write(lambda tx, c=change, r=read: queue.mark_done(tx, c, r, racy=False, now_milliseconds=1))
+    assert {path: found for path, found in applied.items() if found} == {p: found for p, found in disk.items() if found}
+    assert database.read(queue.watermark) == database.read(queue.newest)
+    database.close()
+
+
+def _compete(path: Path, owner: str, until: float, results: multiprocessing.Queue[tuple[list[int], list[int]]]) -> None:
+    database = Database(path, schema=queue.SCHEMA)
+    claims, lsns = [], []
+    turn = 0
+    while time.monotonic() < until:
+        turn += 1
+        name = f"{owner}-{turn % 7}"
+        database.write(lambda tx, n=name, t=turn: record(tx, n, (t, t, t, t)))
+        for held in database.write(lambda tx: queue.claim(tx, owner, limit=5, now_milliseconds=1)):
+            claims.append(held.claim_no)
+            lsns.append(held.claim_lsn)
+            database.write(lambda tx, h=held: queue.mark_done(tx, h, ONE, racy=False, now_milliseconds=1))
+    results.put((claims, lsns))
+
+
+def test_two_processes_never_claim_the_same_change(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[tuple[list[int], list[int]]] = context.Queue()
+    until = time.monotonic() + 4
+    processes = [context.Process(target=_compete, args=(tmp_path / "q.db", f"o{n}", until, results)) for n in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    claims = [number for numbers, _ in found for number in numbers]
+    lsns = [number for _, numbers in found for number in numbers]
+    assert len(claims) > 20
+    assert len(set(claims)) == len(claims)
+    assert len(set(lsns)) == len(lsns)
