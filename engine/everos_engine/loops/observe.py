@@ -35,7 +35,7 @@ async def sweep(settings: Settings, database: Database, *, source: Source) -> Sw
 
     def observe() -> list[Observation]:
         seen = files.walk(settings.root, recognise)
-        return [Observation(path, place.kind, tuple(print_)) for path, (place, print_) in seen.items()]
+        return [Observation(path, place.kind, _four(print_)) for path, (place, print_) in seen.items()]
 
     observations = await trio.to_thread.run_sync(observe)
 
@@ -62,7 +62,7 @@ def observe_paths(settings: Settings, paths: list[str]) -> list[Observation]:
         place = kinds.recognise(path, note_globs=settings.note.globs)
         fingerprint = None if place is None else files.fingerprint(settings.root, place)
         kind = place.kind if place is not None else ""
-        seen.append(Observation(path, kind, None if fingerprint is None else tuple(fingerprint)))
+        seen.append(Observation(path, kind, None if fingerprint is None else _four(fingerprint)))
     return seen
 
 
@@ -70,3 +70,7 @@ def key_in_root(settings: Settings, path: str) -> str | None:
     """The key of a path, absolute or relative to the root; None outside the root."""
     full = path if os.path.isabs(path) else os.path.join(settings.root, path)
     return files.key_of(settings.root, full)
+
+
+def _four(found: files.Fingerprint) -> tuple[int, int, int, int]:
+    return found.mtime_ns, found.size, found.ino, found.ctime_ns

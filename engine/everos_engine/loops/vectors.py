@@ -122,10 +122,11 @@ class Vectors:
             return NO_MODEL
         probe = (await self.embedder.inner.embed([PROBE_SENTENCE]))[0]
         name = self.embedder.model
-        for number, known_name, known_probe in await self.cache.aread(embeddings.models):
-            if known_name == name and known_probe.shape == probe.shape and similar(known_probe, probe):
-                break
-        else:
-            number = await self.cache.awrite(lambda tx: embeddings.add_model(tx, name, probe))
+        known = [
+            earlier
+            for earlier, known_name, known_probe in await self.cache.aread(embeddings.models)
+            if known_name == name and known_probe.shape == probe.shape and similar(known_probe, probe)
+        ]
+        number = known[0] if known else await self.cache.awrite(lambda tx: embeddings.add_model(tx, name, probe))
         self.embedder.model_number = number
         return Model(f"{name}#{number}", int(probe.shape[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import anyio
@@ -34,20 +35,22 @@ async def watch(desk: Desk) -> None:
     try:
         desk.progress.watching = True
         desk.scan_now.value += 1  # what changed before the watches were laid has no event
-        async for batch in watchfiles.awatch(
+        batches = watchfiles.awatch(
             settings.root,
             watch_filter=None,
             debounce=settings.watch_debounce_milliseconds,
             step=STEP_MILLISECONDS,
             stop_event=stop,
             ignore_permission_denied=False,
-        ):
-            paths = {path for _, path in batch if not _ours(settings, path)}
-            if not os.path.isdir(settings.root):  # noqa: PTH112, ASYNC240 - one stat
-                message = f"the memory root {settings.root} is gone"
-                raise Transient(message)
-            if paths:
-                await _record(desk, paths)
+        )
+        async with aclosing(batches):
+            async for batch in batches:
+                paths = {path for _, path in batch if not _ours(settings, path)}
+                if not os.path.isdir(settings.root):
+                    message = f"the memory root {settings.root} is gone"
+                    raise Transient(message)
+                if paths:
+                    await _record(desk, paths)
     finally:
         desk.progress.watching = False
         stop.set()

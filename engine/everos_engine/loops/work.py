@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -289,7 +290,7 @@ class _Worker:
 def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
     """Delay before the next attempt: doubles per retry with up to 25 % jitter on top, and never less than was asked for."""
     jitter = 1 + random.random() / 4  # noqa: S311 - spreads retries, guards nothing
-    return max(min(seed * 2**retries * jitter, most), asked or 0.0)
+    return max(min(seed * float(2**retries) * jitter, most), asked or 0.0)
 
 
 def _has_ready(tx: Transaction) -> bool:
@@ -343,13 +344,16 @@ async def _poll(desk: Desk) -> None:
             desk.wake_up()
 
 
+def _dead(desk: Desk, owners: list[str]) -> set[str]:
+    return locks.dead_owners(desk.settings.engine_directory / "owners", owners)
+
+
 async def _reap(desk: Desk) -> None:
     """Take back what dead processes held."""
     while True:
         others = [owner for owner in await desk.database.aread(queue.owners) if owner != desk.owner]
         if others:
-            dead = locks.dead_owners(desk.settings.engine_directory / "owners", others)
-            count = await desk.database.awrite(lambda tx: queue.recover(tx, dead)) if dead else 0
+            count = await desk.database.awrite(partial(queue.recover, dead_owners=_dead(desk, others)))
             if count:
                 logger.info("cascade_recovered_orphan_processing count={}", count)
                 desk.wake_up()

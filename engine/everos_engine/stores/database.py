@@ -98,7 +98,7 @@ class Database:
         """A number that moves when another connection has committed."""
 
         def ask() -> int:
-            return next(iter(self._connection.execute("PRAGMA data_version")))[0]
+            return int(next(iter(self._connection.execute("PRAGMA data_version")))[0])
 
         return await trio.to_thread.run_sync(ask, limiter=self.limiter)
 

@@ -153,7 +153,7 @@ def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings) ->
 
 
 def _show(outcome: Outcome) -> None:
-    word = outcome.status or "gone, its rows are removed"
+    word: str = outcome.status or "gone, its rows are removed"
     if outcome.status == "failed":
         word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}"
     print(f"{shown(outcome.md_path)}: {word}")

@@ -101,7 +101,7 @@ def _do(
 
 def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable[list[dict[str, object]]]]) -> list:  # type: ignore[type-arg]
     try:
-        return trio.run(work)  # type: ignore[arg-type]
+        return trio.run(work)
     except BaseExceptionGroup as group:
         raise alone(group) from None
 

@@ -76,7 +76,7 @@ class AsyncioThread:
         await self._finish(call, deadline_seconds=deadline_seconds, shield=False)
         if call.outcome is None or call.outcome.is_cancelled:
             message = f"a read of the index was given up after {deadline_seconds:g} s: it is tried again"
-            raise Transient(message) from (call.outcome and call.outcome.error)
+            raise Transient(message) from (call.outcome.error if call.outcome else None)
         return call.outcome.unwrap()
 
     async def write(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float) -> T:
@@ -93,7 +93,7 @@ class AsyncioThread:
                 f"a write to the index was cut off after {deadline_seconds:g} s and may have happened or not: "
                 "it is done again; if this repeats, raise lancedb.write_deadline_seconds"
             )
-            raise UnknownOutcome(message) from (outcome and outcome.error)
+            raise UnknownOutcome(message) from (outcome.error if outcome else None)
         return outcome.unwrap()
 
     @property
@@ -158,7 +158,7 @@ class AsyncioThread:
             raise RuntimeError(message)
         self._waited_for.add(cast("_Call[object]", call))
         with suppress(RuntimeError):  # the loop is closed: `_fail_all` is on its way
-            self._loop.call_soon_threadsafe(self._begin, call)
+            self._loop.call_soon_threadsafe(self._begin, cast("_Call[object]", call))
 
     async def _cut_off(self, call: _Call[T]) -> None:
         with suppress(RuntimeError):

@@ -69,9 +69,9 @@ class Reading:
 
 
 def key_of(root: Path, path: str) -> str | None:
-    """The key of an absolute path: relative to ``root``, with ``/``; None outside.
+    r"""The key of an absolute path: relative to ``root``, with ``/``; None outside.
 
-    Bytes of a name that are not UTF-8 are escaped as ``\\xNN``.
+    Bytes of a name that are not UTF-8 are escaped as ``\xNN``.
     """
     base = os.fspath(root)
     full = os.path.normpath(path)
@@ -83,7 +83,7 @@ def key_of(root: Path, path: str) -> str | None:
 
 
 def path_of(root: Path, key: str) -> str:
-    """The path a key names: taken literally if there is such a file, else with ``\\xNN`` as the bytes they stand for."""
+    r"""The path a key names: taken literally if there is such a file, else with ``\xNN`` as the bytes they stand for."""
     literal = os.path.join(root, key)
     if "\\x" not in key or os.path.lexists(literal):
         return literal

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import trio
+
+from everos_engine.engine import Engine, open_engine
+from everos_engine.errors import AlreadyRunning, OutsideRoot
+from everos_engine.settings import Settings, load
+from everos_engine.stores import queue
+from everos_engine.system import files
+from everos_engine.testing import FakeEmbedder
+from everos_engine.text import kinds
+from writer import FACTS, fact, facts, put
+
+CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
+
+
+async def indexed(engine: Engine) -> dict[tuple[str, str], str]:
+    found = {}
+    for kind in engine.desk.index.open_kinds():
+        rows = await engine.desk.index.rows(kind)
+        keys = [(str(row["md_path"]), str(row["entry_id"])) for row in rows]
+        assert len(set(keys)) == len(keys)
+        found.update(dict(zip(keys, (str(row["content_hash"]) for row in rows), strict=True)))
+    return found
+
+
+def described(settings: Settings) -> dict[tuple[str, str], str]:
+    """What the tree says, derived without the engine's queue, ledger or index."""
+    found = {}
+    swept = files.walk(settings.root, lambda key: kinds.recognise(key, note_globs=settings.note.globs))
+    for key, (place, _) in swept.items():
+        reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
+        for entry in kinds.parse(place, reading.sources).entries:
+            found[key, entry.entry_id] = entry.content_hash.hex()
+    return found
+
+
+async def failures(engine: Engine) -> dict[str, str]:
+    listed = await engine.desk.database.aread(queue.failed)
+    return {outcome.md_path: str(outcome.error) for outcome in listed}
+
+
+async def test_an_edit_an_append_and_a_delete_are_searchable_after_settle(settings: Settings, root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "the heron eats fish"), fact(2, "the otter sleeps")))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        (hit,) = await engine.search("heron")
+        assert (hit.entry_id, hit.line) == ("af_20250227_00000001", 5)
+        path.write_text(facts(fact(2, "the otter swims"), fact(3, "a third")))
+        await engine.settle()
+        assert await engine.search("heron") == []
+        assert [hit.entry_id for hit in await engine.search("swims")] == ["af_20250227_00000002"]
+        path.unlink()
+        status = await engine.settle()
+        assert await indexed(engine) == {}
+        assert (status.counts.done, status.counts.pending) == (0, 0)
+
+
+async def test_a_copy_has_rows_of_its_own_and_a_rename_asks_for_no_vectors(settings: Settings, root: Path) -> None:
+    original = put(root, FACTS, facts(fact(1, "one"), fact(2, "two")))
+    fake = FakeEmbedder()
+    async with open_engine(settings, embedder=fake) as engine:
+        await engine.settle()
+        calls = len(fake.calls)
+        copy = original.with_name("copy.md")
+        shutil.copy(original, copy)
+        await engine.settle()
+        assert len(await indexed(engine)) == 4
+        copy.unlink()
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        (root / "users" / "u1").rename(root / "users" / "u1x")
+        (root / "users" / "u1x").rename(root / "users" / "u1")
+        original.rename(original.with_name("renamed.md"))
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        assert len(fake.calls) == calls
+
+
+async def test_a_bad_entry_stays_local_and_keeps_its_last_good_row(settings: Settings, root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "first"), fact(2, "second")))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        path.write_text(facts(fact(1, "first", timestamp="yesterday"), fact(2, "second edited")))
+        await engine.settle()
+        message = (await failures(engine))[FACTS]
+        assert "line 10" in message
+        assert "af_20250227_00000001" in message
+        assert len(await engine.search("first")) == 1
+        assert len(await engine.search("edited")) == 1
+        path.write_text(facts(fact(1, "healed"), fact(2, "second edited")))
+        await engine.settle()
+        assert await failures(engine) == {}
+        assert await indexed(engine) == described(settings)
+
+
+BAD = {
+    "malformed yaml": b"---\na: [1\n---\nx",
+    "no frontmatter": b"just text",
+    "unterminated frontmatter": b"---\na: 1\n",
+    "unterminated entry": b"---\na: 1\n---\n<!-- entry:e1 -->\n",
+    "nested entry": b"---\na: 1\n---\n<!-- entry:e1 -->\n<!-- entry:e2 -->\n<!-- /entry:e2 -->\n<!-- /entry:e1 -->\n",
+    "deep yaml": b"---\na: " + b"[" * 30_000 + b"\n---\n",
+    "alias bomb": b"---\na: &a [1]\nb: [*a, *a]\n---\n",
+    "bad utf-8": b"---\na: 1\n---\n\xff\xfe",
+    "nul": b"---\na: 1\n---\n\x00",
+    "duplicate key": b"---\na: 1\na: 2\n---\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_damage_is_named_with_its_line_and_an_edit_heals_it(name: str, settings: Settings, root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "good")))
+    neighbour = put(root, "users/u1/.atomic_facts/other.md", facts(fact(7, "neighbour")))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        path.write_bytes(BAD[name])
+        neighbour.write_text(facts(fact(7, "neighbour edited")))
+        status = await engine.settle()
+        assert (await failures(engine))[FACTS].startswith("line ")
+        assert status.counts.failed_permanent == 1
+        assert len(await engine.search("good")) == 1
+        assert len(await engine.search("edited")) == 1
+        path.write_text(facts(fact(1, "well again")))
+        await engine.settle()
+        assert await failures(engine) == {}
+
+
+async def test_odd_names_are_indexed_and_odd_things_are_no_files(settings: Settings, root: Path) -> None:
+    names = ["it's.md", 'q".md', "sp ace.md", "%41#?.md", "new\nline.md", "🦦.md", "e\u0301.md", "$(x).md"]
+    for number, name in enumerate(names):
+        put(root, f"notes/{name}", f"# H\nword{number}")
+    (root / "notes" / "dir.md").mkdir()
+    (root / "notes" / "loop").symlink_to(root)
+    (root / "notes" / "self.md").symlink_to("self.md")
+    raw = bytes(root) + b"/notes/caf\xe9.md"
+    Path(raw.decode("utf-8", "surrogateescape")).write_text("# H\nlatin")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        status = await engine.settle()
+        assert status.counts.done == len(names) + 1
+        assert (await engine.search("latin"))[0].md_path == "notes/caf\\xe9.md"
+        for number, name in enumerate(names):
+            assert (await engine.search(f"word{number}"))[0].md_path == f"notes/{name}"
+
+
+async def test_a_hanging_text_does_not_hold_up_its_neighbours(root: Path) -> None:
+    flags = {"memory.root": str(root), "note.globs": ["**/*.md"], "embedder.hedge_seconds": 0.05}
+    settings = load(flags, environment={}, user_file=root / "none")
+    put(root, "a.md", "HANG on")
+    for number in range(20):
+        put(root, f"n{number}.md", f"neighbour{number}")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        with trio.fail_after(20):
+            while (await engine.status()).counts.done < 20:
+                await engine.desk.applied.wait_transition()
+        assert (await engine.status()).counts.pending + (await engine.status()).counts.processing == 1
+
+
+async def test_a_refused_text_fails_alone_and_a_flaky_one_ends_retryable(settings: Settings, root: Path) -> None:
+    put(root, "a.md", "# A\nPOISON\n# B\nfine")
+    put(root, "b.md", "# A\nFLAKY")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        status = await engine.settle()
+        assert (status.counts.failed_permanent, status.counts.failed_retryable) == (1, 1)
+        assert len(await engine.search("fine")) == 1
+        assert [outcome.status for outcome in await engine.fix()] == ["failed"]
+
+
+async def test_another_model_never_shares_a_table(settings: Settings, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "one")))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+    async with open_engine(settings, embedder=FakeEmbedder(model="other", dimension=8)) as engine:
+        put(root, FACTS, facts(fact(1, "one"), fact(2, "two")))
+        await engine.settle()
+        rows = await engine.desk.index.rows("atomic_fact")
+        assert [len(row["vector"]) for row in rows] == [8, 8]  # type: ignore[arg-type]
+
+
+async def test_a_removed_index_heals_without_new_embeddings(settings: Settings, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "one")))
+    fake = FakeEmbedder()
+    async with open_engine(settings, embedder=fake) as engine:
+        await engine.settle()
+    shutil.rmtree(settings.lancedb_directory)
+    calls = len(fake.calls)
+    async with open_engine(settings, embedder=fake) as engine:
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+    assert len(fake.calls) == calls + 1  # the probe of the new start
+
+
+async def test_one_engine_per_root_and_paths_outside_are_refused(settings: Settings, root: Path) -> None:
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        with pytest.raises(AlreadyRunning, match="pid"):
+            async with open_engine(settings, embedder=FakeEmbedder()):
+                pass
+        with pytest.raises(OutsideRoot):
+            await engine.sync(["/etc/passwd.md"])
+
+
+async def test_a_skill_is_indexed_again_when_a_reference_changes(settings: Settings, root: Path) -> None:
+    skill = "agents/a1/skills/s1/SKILL.md"
+    put(root, skill, "---\nname: s1\ndescription: d\n---\nbody")
+    reference = put(root, "agents/a1/skills/s1/references/r.md", "alpaca")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        assert (await engine.search("alpaca"))[0].md_path == skill
+        reference.write_text("vicuna")
+        await engine.settle()
+        assert await engine.search("alpaca") == []
+        assert len(await engine.search("vicuna")) == 1
+        reference.unlink()
+        await engine.settle()
+        assert await engine.search("vicuna") == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_after_random_operations_the_index_is_what_the_tree_says(
+    seed: int, settings: Settings, root: Path
+) -> None:
+    chance = random.Random(seed)  # noqa: S311
+    keys = [f"users/u1/.atomic_facts/{number}.md" for number in range(8)]
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        for step in range(120):
+            path = root / chance.choice(keys)
+            match chance.choice(["write", "write", "append", "delete", "rename", "copy"]):
+                case "write":
+                    put(
+                        root,
+                        str(path.relative_to(root)),
+                        facts(*(fact(n, f"s{step}") for n in range(chance.randint(0, 4)))),
+                    )
+                case "append" if path.exists():
+                    with path.open("a") as file:
+                        file.write(fact(100 + step, f"appended {step}"))
+                case "delete":
+                    path.unlink(missing_ok=True)
+                case "rename" if path.exists():
+                    path.rename(root / chance.choice(keys))
+                case "copy" if path.exists():
+                    target = root / chance.choice(keys)
+                    if target != path:
+                        shutil.copy2(path, target)
+                case _:
+                    pass
+            if step % 10 == 9:
+                await engine.settle()
+                assert await indexed(engine) == described(settings)
+
+
+@pytest.mark.skipif(not CORPUS.exists(), reason="the sample corpus is not part of the checkout")
+async def test_the_sample_corpus_indexes_whole(settings: Settings, root: Path) -> None:
+    manifest = json.loads((CORPUS / "MANIFEST.json").read_text())
+    shutil.copytree(CORPUS / "memory", root, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    settings = load({"memory.root": str(root)}, environment={}, user_file=root / "none")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        status = await engine.settle()
+        assert status.rows == manifest["rows"]
+        assert status.counts.failed_permanent + status.counts.failed_retryable == 0
+        for kind in manifest["rows"]:
+            rows = {(row["md_path"], row["entry_id"]): row for row in await engine.desk.index.rows(kind)}
+            for entry in (entry for entry in manifest["entries"] if entry["kind"] == kind and "entry_id" in entry):
+                row = rows[entry["md_path"], entry["entry_id"]]
+                assert row["parent_id"] == entry["parent_id"]
+                assert row["timestamp"].isoformat() == entry["timestamp"]  # type: ignore[attr-defined]
+                assert (row["owner_id"], row["session_id"]) == (entry["owner_id"], entry["session_id"])
