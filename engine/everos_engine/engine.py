@@ -14,7 +14,7 @@ from loguru import logger
 
 from everos_engine.embed import open_embedder
 from everos_engine.embed.batch import open_batcher
-from everos_engine.errors import OutsideRoot
+from everos_engine.errors import OutsideRoot, Transient
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.maintain import maintain
 from everos_engine.loops.observe import key_in_root, observe_paths, sweep
@@ -266,21 +266,31 @@ async def _agree(desk: Desk) -> None:
     """Make ledger and index agree: a table that is gone, replaced, restored or half written heals by itself."""
     remembered = await desk.database.aread(ledger.incarnations)
     lives = await desk.index.lives()
+    model = await _model_now(desk) if lives else None
     for kind in kinds.KINDS:
         life, known = lives.get(kind), remembered.get(kind)
         if life is None and known is None:
             continue
-        if life is None or known is None or life[0] != known[0]:
-            await _void(desk, kind, life)
+        if life is None or known is None or life[0] != known[0] or (model is not None and life[2] != model.name):
+            await _void(desk, kind, life, model)
         elif life[1] != known[1]:
             await _reconcile(desk, kind, life)
 
 
-async def _void(desk: Desk, kind: str, life: tuple[str, int, str] | None) -> None:
+async def _model_now(desk: Desk) -> Model | None:
+    """The model that answers today; None while it does not answer, then the first commit will tell."""
+    try:
+        return await desk.vectors.model()
+    except Transient as error:
+        logger.warning("embedder_silent error={!r}", str(error))
+        return None
+
+
+async def _void(desk: Desk, kind: str, life: tuple[str, int, str] | None, model: Model | None) -> None:
     """The ledger speaks of another table than the one there is: start the kind again from markdown."""
     if life is not None:
-        incarnation = await desk.index.create(kind, Model(life[2], desk.index.dimension_of(kind)))
-        life = (incarnation, 0, life[2])
+        chosen = model or Model(life[2], desk.index.dimension_of(kind))
+        life = (await desk.index.create(kind, chosen), 0, chosen.name)
 
     def note(tx: Transaction) -> int:
         ledger.void(tx, kind)

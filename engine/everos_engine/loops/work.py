@@ -201,6 +201,8 @@ class _Worker:
                     for job in writing:
                         job.error = error
             await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, v=version: self._mark(tx, k, o, v))  # type: ignore[misc]
+            if any(isinstance(job.error, Transient) for job in of_kind):
+                self.desk.wake_up()  # the claim loop must know when the first is due again
             self.desk.progress.applied += len(of_kind)
             if version is not None:
                 self.desk.progress.commits[kind] = self.desk.progress.commits.get(kind, 0) + 1
@@ -284,7 +286,6 @@ class _Worker:
         )
         not_before = now + max(1, int(delay * 1000))
         queue.postpone(tx, job.claim, str(error), not_before=not_before, now_milliseconds=now)
-        self.desk.wake_up()
 
 
 def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
