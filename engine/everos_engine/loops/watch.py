@@ -43,7 +43,8 @@ async def watch(desk: Desk) -> None:
             stop_event=stop,
             ignore_permission_denied=False,
         )
-        async with aclosing(batches):
+        async with trio.open_nursery() as nursery, aclosing(batches):
+            nursery.start_soon(_stop_when_cancelled, stop)
             async for batch in batches:
                 paths = {path for _, path in batch if not _ours(settings, path)}
                 if not os.path.isdir(settings.root):
@@ -53,6 +54,14 @@ async def watch(desk: Desk) -> None:
                     await _record(desk, paths)
     finally:
         desk.progress.watching = False
+        stop.set()
+
+
+async def _stop_when_cancelled(stop: anyio.Event) -> None:
+    """The watching thread cannot be cancelled, only told; without this a stop waits for its time-out of 5 s."""
+    try:
+        await trio.sleep_forever()
+    finally:
         stop.set()
 
 
