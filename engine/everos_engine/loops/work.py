@@ -201,8 +201,7 @@ class _Worker:
                     for job in writing:
                         job.error = error
             await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, v=version: self._mark(tx, k, o, v))  # type: ignore[misc]
-            if any(isinstance(job.error, Transient) for job in of_kind):
-                self.desk.wake_up()  # the claim loop must know when the first is due again
+            self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
             self.desk.progress.applied += len(of_kind)
             if version is not None:
                 self.desk.progress.commits[kind] = self.desk.progress.commits.get(kind, 0) + 1
