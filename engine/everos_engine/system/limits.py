@@ -1,0 +1,194 @@
+"""What the system allows us: file descriptors, inotify watches, memory, and what the mount of a path can do.
+
+The parsers are pure, over the text the kernel shows; the doors beside them read it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+UNLIMITED = -1
+_OCTAL = re.compile(r"\\([0-7]{3})")
+_NETWORK = {
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "ceph", "glusterfs", "lustre", "gfs2", "ocfs2", "gpfs"),
+    *("beegfs", "davfs", "coda", "orangefs", "pvfs2"),
+}
+_HOST = {"9p", "drvfs", "virtiofs", "vboxsf", "vmhgfs", "prl_fs", "hgfs"}
+_LAYERED = {"overlay", "overlayfs", "aufs", "unionfs"}
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mounted file system: ``point`` is where, ``type`` such as ``ext4``, ``source`` what was mounted."""
+
+    point: str
+    type: str
+    source: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inotify:
+    """The kernel's bounds per user, and what this user's visible processes hold of them; None where it cannot be told."""
+
+    watches: int | None
+    instances: int | None
+    watches_used: int = 0
+    instances_used: int = 0
+
+
+def parse_mounts(text: str) -> list[Mount]:
+    """The lines of ``/proc/self/mountinfo``, in order; a line that cannot be read is left out."""
+    found = []
+    for line in text.splitlines():
+        left, separator, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if not separator or len(fields) < 6 or len(rest) < 3:
+            continue
+        options = dict.fromkeys([*fields[5].split(","), *rest[2].split(",")])
+        found.append(Mount(_unescape(fields[4]), rest[0], _unescape(rest[1]), tuple(options)))
+    return found
+
+
+def mount_below(path: str, mounts: Iterable[Mount]) -> Mount:
+    """The mount an absolute, resolved path lies on; of two mounts on one point, the later hides the earlier."""
+    best = Mount("/", "unknown")
+    for mount in mounts:
+        base = mount.point.rstrip("/")
+        if (path == mount.point or path.startswith(base + "/")) and len(mount.point) >= len(best.point):
+            best = mount
+    return best
+
+
+def mounts_inside(path: str, mounts: Iterable[Mount]) -> list[Mount]:
+    """Mounts strictly below a directory: parts of the tree that live elsewhere."""
+    return [mount for mount in mounts if mount.point.startswith(path.rstrip("/") + "/")]
+
+
+def mounts() -> list[Mount]:
+    """All mounts this process sees; none where the system does not tell."""
+    try:
+        text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return []
+    return parse_mounts(text)
+
+
+def mount_of(path: str | os.PathLike[str]) -> Mount:
+    """The mount a path lies on, links resolved; of type ``unknown`` where the system does not tell."""
+    return mount_below(os.path.realpath(path), mounts())
+
+
+def delivers_events(mount: Mount) -> bool:
+    """Whether file events tell of the changes on this mount: not on network shares, host folders and FUSE."""
+    return not (mount.type in _NETWORK | _HOST or mount.type.partition(".")[0] in {"fuse", "fuseblk"})
+
+
+def silence(mount: Mount) -> str | None:
+    """Which changes on this mount raise no event, in words; None where all of them do."""
+    if mount.type in _NETWORK:
+        return f"a network share ({mount.type}): changes made on other machines raise no events"
+    if mount.type in _HOST:
+        return f"a folder of the host ({mount.type}): changes made by the host raise no events"
+    if not delivers_events(mount):
+        return f"a FUSE file system ({mount.type}): changes made behind it raise no events"
+    if mount.type in _LAYERED:
+        return f"a layered file system ({mount.type}): changes made directly in its layers raise no events"
+    return None
+
+
+def inotify(*, usage: bool = False) -> Inotify:
+    """The bounds that hold here, of this user namespace and the system; ``usage`` also counts what is held."""
+    watches, instances = (
+        _least(f"/proc/sys/user/max_inotify_{name}", f"/proc/sys/fs/inotify/max_user_{name}")
+        for name in ("watches", "instances")
+    )
+    held = _inotify_held() if usage else (0, 0)
+    return Inotify(watches, instances, *held)
+
+
+def descriptors() -> tuple[int, int]:
+    """(soft, hard) limit of open file descriptors; -1 is unlimited."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return tuple(UNLIMITED if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))  # type: ignore[return-value]
+
+
+def parse_meminfo(text: str) -> dict[str, int]:
+    """``/proc/meminfo`` as bytes by name."""
+    found = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        number = value.split()
+        if number and number[0].isdigit():
+            found[name] = int(number[0]) * (1024 if number[1:] == ["kB"] else 1)
+    return found
+
+
+def memory_available() -> int | None:
+    """Bytes that may still be used, by the system and by the control group we are in; None where nobody tells."""
+    bounds = []
+    with suppress(OSError):
+        bounds.append(parse_meminfo(Path("/proc/meminfo").read_text(encoding="utf-8")).get("MemAvailable"))
+    for most, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit, now = _number(most), _number(used)
+        if limit is not None and now is not None:
+            bounds.append(max(0, limit - now))
+    known = [bound for bound in bounds if bound is not None]
+    return min(known) if known else None
+
+
+def _inotify_held() -> tuple[int, int]:
+    """(watches, instances) held by those processes of this user that we may look at."""
+    watches = instances = 0
+    for process in _listed("/proc"):
+        if not process.isdigit() or _owner(f"/proc/{process}") != os.getuid():
+            continue
+        for handle in _listed(f"/proc/{process}/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{process}/fd/{handle}") == "anon_inode:inotify":
+                    info = Path(f"/proc/{process}/fdinfo/{handle}").read_text(encoding="ascii", errors="replace")
+                    watches += info.count("inotify wd:")
+                    instances += 1
+    return watches, instances
+
+
+def _owner(path: str) -> int | None:
+    try:
+        return os.stat(path).st_uid
+    except OSError:
+        return None
+
+
+def _listed(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def _least(*paths: str) -> int | None:
+    found = [number for number in map(_number, paths) if number is not None]
+    return min(found) if found else None
+
+
+def _number(path: str) -> int | None:
+    """The whole number a file of the kernel holds; None for ``max`` and for no file."""
+    try:
+        text = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _unescape(text: str) -> str:
+    r"""``\040`` and its like, as the kernel writes spaces, tabs, newlines and backslashes."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
