@@ -33,12 +33,14 @@ class OutsideRoot(EngineError):
 class Transient(EngineError):
     """The world may be better in a moment: the work is done again after a backoff.
 
-    ``retry_after_seconds`` is what the other side asked for (HTTP ``Retry-After``), or None.
+    ``retry_after_seconds`` is what the other side asked for (HTTP ``Retry-After``), or None. ``counts_as_retry`` is
+    False for an outage of something all changes share: it is waited out, and never dead-letters a change.
     """
 
-    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None, counts_as_retry: bool = True) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+        self.counts_as_retry = counts_as_retry
 
 
 class BadFile(EngineError):

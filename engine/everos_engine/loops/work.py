@@ -272,7 +272,8 @@ class _Worker:
 
     def _try_later(self, tx: Transaction, job: Job, now: int) -> None:
         settings, error = self.desk.settings, job.error
-        if job.claim.retry_count >= settings.worker_max_retry:
+        counts = error.counts_as_retry if isinstance(error, Transient) else True
+        if counts and job.claim.retry_count >= settings.worker_max_retry:
             message = f"{error} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
             queue.mark_failed(tx, job.claim, message, retryable=True, now_milliseconds=now)
             logger.warning("change_failed path={!r} retryable=true error={!r}", job.claim.md_path, str(error))
@@ -284,7 +285,7 @@ class _Worker:
             asked=error.retry_after_seconds if isinstance(error, Transient) else None,
         )
         not_before = now + max(1, int(delay * 1000))
-        queue.postpone(tx, job.claim, str(error), not_before=not_before, now_milliseconds=now)
+        queue.postpone(tx, job.claim, str(error), not_before=not_before, now_milliseconds=now, counts_as_retry=counts)
 
 
 def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
