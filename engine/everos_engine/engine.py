@@ -30,6 +30,8 @@ from everos_engine.stores.index import Model, open_index
 from everos_engine.supervise import alone, keep
 from everos_engine.system import locks, wake
 from everos_engine.system.asyncio_thread import open_asyncio_thread
+from everos_engine.system.control import serve_control
+from everos_engine.system.instrument import watching_the_loop
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -135,15 +137,16 @@ async def open_engine(
             open_asyncio_thread() as bridge,
             _open_vectors(settings, embedder) as vectors,
         ):
-            with _databases(settings) as database:
+            with _databases(settings) as database, watching_the_loop() as blocks:
                 index = open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=settings.lancedb_directory)
-                desk = Desk(settings, database, index, vectors, owner)
+                desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
                 try:
                     await _recover(desk)
                     await _agree(desk)
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(keep, "work", lambda: work(desk))
                         nursery.start_soon(_wake_ups, desk)
+                        nursery.start_soon(keep, "control", lambda: _control(desk))
                         if watching:
                             nursery.start_soon(keep, "watch", lambda: watch(desk))
                             nursery.start_soon(keep, "scan", lambda: scan(desk))
@@ -317,6 +320,18 @@ async def _reconcile(desk: Desk, kind: str, life: tuple[str, int, str]) -> None:
     count = await desk.database.awrite(note)
     if differing:
         logger.info("index_reconciled kind={} keys={} requeued={}", kind, len(differing), count)
+
+
+async def _control(desk: Desk) -> None:
+    """Answers to other processes, from memory alone."""
+
+    def answer(question: str) -> dict[str, object]:
+        known = {"pulse": desk.pulse}
+        if question in known:
+            return known[question]()
+        return {"error": f"unknown question {question!r}: ask one of {', '.join(known)}"}
+
+    await serve_control(desk.settings.control_socket, answer)
 
 
 async def _wake_ups(desk: Desk) -> None:

@@ -131,6 +131,11 @@ class Settings:
         return self.root / ".index" / "engine"
 
     @property
+    def control_socket(self) -> Path:
+        """Where a running engine answers questions."""
+        return self.engine_directory / "control.sock"
+
+    @property
     def lancedb_directory(self) -> Path:
         """The LanceDB tables, `<kind>.lance` each."""
         return self.root / ".index" / "lancedb"

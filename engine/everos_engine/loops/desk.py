@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import trio
 from trio_util import AsyncValue
+
+from everos_engine.system.instrument import LoopBlocks
 
 if TYPE_CHECKING:
     from everos_engine.loops.vectors import Vectors
@@ -27,8 +30,28 @@ class Progress:
 
 
 @dataclass(slots=True)
+class Beat:
+    """The last sign of life of a loop (monotonic seconds), and how soon it promised the next."""
+
+    at: float
+    within_seconds: float
+
+
+@dataclass(slots=True)
+class Note:
+    """Something the user should know of, with what to do about it."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+@dataclass(slots=True)
 class Desk:
-    """The parts every loop may use. ``wake`` moves when there may be work, ``applied`` when changes were marked."""
+    """The parts every loop may use. ``wake`` moves when there may be work, ``applied`` when changes were marked.
+
+    ``pressure`` is the share of its usual breadth that the worker may use: 1 all, 0 new claims wait.
+    """
 
     settings: Settings
     database: Database
@@ -38,11 +61,49 @@ class Desk:
     wake: AsyncValue[int] = field(default_factory=lambda: AsyncValue(0))
     applied: AsyncValue[int] = field(default_factory=lambda: AsyncValue(0))
     scan_now: AsyncValue[int] = field(default_factory=lambda: AsyncValue(0))
+    pressure: AsyncValue[float] = field(default_factory=lambda: AsyncValue(1.0))
     progress: Progress = field(default_factory=Progress)
+    blocks: LoopBlocks = field(default_factory=LoopBlocks)
+    started_milliseconds: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    beats: dict[str, Beat] = field(default_factory=dict)
+    fds: dict[str, object] = field(default_factory=dict)
+    watch_notes: dict[str, Note] = field(default_factory=dict)
 
     def wake_up(self) -> None:
         """There may be work in the queue."""
         self.wake.value += 1
+
+    def beat(self, loop: str, *, within_seconds: float) -> None:
+        """The loop lives, and beats again within so many seconds; else it counts as stalled."""
+        self.beats[loop] = Beat(time.monotonic(), within_seconds)
+
+    def pulse(self) -> dict[str, object]:
+        """What the control socket answers to "pulse": plain data, made without touching any store."""
+        now = time.monotonic()
+        return {
+            "pid": os.getpid(),
+            "started_milliseconds": self.started_milliseconds,
+            "loops": {
+                name: {
+                    "beat_seconds_ago": round(now - beat.at, 3),
+                    "allowance_seconds": beat.within_seconds,
+                    "stalled": now - beat.at > beat.within_seconds,
+                }
+                for name, beat in self.beats.items()
+            },
+            "blocked": {
+                "count": self.blocks.count,
+                "worst_seconds": round(self.blocks.worst_seconds, 3),
+                "worst_task": self.blocks.worst_task,
+            },
+            "fds": self.fds,
+            "watch": {
+                "mode": "events" if self.settings.watch else "off",
+                "watching": self.progress.watching,
+                "notes": [asdict(note) for note in self.watch_notes.values()],
+            },
+            "pressure": self.pressure.value,
+        }
 
 
 def now_milliseconds() -> int:

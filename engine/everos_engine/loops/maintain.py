@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.database import Transaction
 
 LONG_SECONDS = 3600.0
+ALLOWANCE_SECONDS = 60.0
 MANY = 4
 """A table that is written without pause is optimized all the same once it is this many times over its threshold."""
 
@@ -24,10 +25,12 @@ async def maintain(desk: Desk) -> None:
     """After commits, once they pause, optimize each table that is due; then prune caches."""
     while True:
         seen = desk.applied.value
+        desk.beat("maintain", within_seconds=_patience(desk) + ALLOWANCE_SECONDS)
         quiet = not await wait_moved(desk.applied, seen, at_most_seconds=_patience(desk))
         due = [kind for kind in desk.index.open_kinds() if desk.index.wants_optimize(kind)]
         for kind in due:
             if quiet or desk.index.unoptimized(kind) >= MANY * desk.settings.lancedb.optimize_after_commits:
+                desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
                 await _optimize(desk, kind)
         if quiet:
             await _prune(desk)

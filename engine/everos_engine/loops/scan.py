@@ -8,11 +8,14 @@ from everos_engine.errors import Transient
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.observe import sweep
 
+SWEEP_ALLOWANCE_SECONDS = 120.0
+
 
 async def scan(desk: Desk) -> None:
     """Sweep at the start, every ``scan_interval_seconds``, and whenever ``scan_now`` moves."""
     while True:
         seen = desk.scan_now.value
+        desk.beat("scan", within_seconds=SWEEP_ALLOWANCE_SECONDS)
         try:
             found = await sweep(desk.settings, desk.database, source="scan")
         except Transient as error:
@@ -22,4 +25,5 @@ async def scan(desk: Desk) -> None:
             if found.queued:
                 logger.info("sweep files={} queued={}", found.files, found.queued)
                 desk.wake_up()
+        desk.beat("scan", within_seconds=desk.settings.scan_interval_seconds + SWEEP_ALLOWANCE_SECONDS)
         await wait_moved(desk.scan_now, seen, at_most_seconds=desk.settings.scan_interval_seconds)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from everos_engine.stores.queue import Observation
 
 STEP_MILLISECONDS = 20
+BEAT_MILLISECONDS = 5000
+ALLOWANCE_SECONDS = 60.0
 INDEX_DIRECTORY = ".index"
 
 
@@ -42,10 +44,14 @@ async def watch(desk: Desk) -> None:
             step=STEP_MILLISECONDS,
             stop_event=stop,
             ignore_permission_denied=False,
+            rust_timeout=BEAT_MILLISECONDS,
+            yield_on_timeout=True,
         )
         async with trio.open_nursery() as nursery, aclosing(batches):
             nursery.start_soon(_stop_when_cancelled, stop)
+            desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
             async for batch in batches:
+                desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
                 paths = {path for _, path in batch if not _ours(settings, path)}
                 if not os.path.isdir(settings.root):
                     message = f"the memory root {settings.root} is gone"

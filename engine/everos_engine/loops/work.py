@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 COMMIT_ENTRIES = 8192
 REAP_SECONDS = 30.0
 HELD_FACTOR = 4
+IDLE_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -80,13 +81,21 @@ class _Worker:
         async with trio.open_nursery() as nursery:
             while True:
                 seen = desk.wake.value
+                self._beat()
                 while claims := await self._claim():
+                    self._beat()
                     self.held.value += len(claims)
                     nursery.start_soon(self._prepare, claims)
                     await self.held.wait_value(lambda held: held < HELD_FACTOR * settings.worker_batch_size)
                 due = await desk.database.aread(queue.next_due)
-                pause = 3600.0 if due is None else max(0.0, (due - now_milliseconds()) / 1000)
+                pause = IDLE_SECONDS if due is None else min(IDLE_SECONDS, max(0.0, (due - now_milliseconds()) / 1000))
                 await wait_moved(desk.wake, seen, at_most_seconds=pause)
+
+    def _beat(self) -> None:
+        """While changes are held the next sign is a commit, which one embedding call and one write may hold up."""
+        settings = self.desk.settings
+        slowest = settings.embedder.deadline_seconds + settings.lancedb.write_deadline_seconds
+        self.desk.beat("work", within_seconds=IDLE_SECONDS + slowest)
 
     async def _claim(self) -> list[queue.Claim]:
         settings = self.desk.settings
@@ -184,6 +193,7 @@ class _Worker:
             with trio.CancelScope(shield=True):
                 await self._commit(jobs)
             self.held.value -= len(jobs)
+            self._beat()
             self.desk.applied.value += 1
 
     async def _commit(self, jobs: list[Job]) -> None:

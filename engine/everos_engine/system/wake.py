@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
 
+from everos_engine.system.control import short_address
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-MOST_PATH_BYTES = 100
-"""``sun_path`` holds 108 bytes on Linux and 104 on macOS."""
 
 
 class Wake:
@@ -40,7 +38,7 @@ async def open_wake(path: Path) -> AsyncIterator[Wake]:
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     bound = False
     with sock:
-        with suppress(OSError), _short(path) as address:
+        with suppress(OSError), short_address(path) as address:
             with suppress(FileNotFoundError):
                 path.unlink()
             await sock.bind(address)
@@ -58,24 +56,10 @@ def send(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
         try:
-            with _short(path) as address:
+            with short_address(path) as address:
                 sock.sendto(b"w", address)
         except BlockingIOError:
             return True  # its queue is full of wake-ups
         except OSError:
             return False
     return True
-
-
-@contextmanager
-def _short(path: Path) -> Iterator[str]:
-    """An address for ``path`` that fits; long ones go through a descriptor of their directory on Linux."""
-    full = os.fspath(path)
-    if len(os.fsencode(full)) <= MOST_PATH_BYTES:
-        yield full
-        return
-    handle = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{handle}/{path.name}"
-    finally:
-        os.close(handle)

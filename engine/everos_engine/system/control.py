@@ -1,0 +1,172 @@
+"""The control socket: one JSON line asked, one answered, closed. Asking needs the standard library alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    import trio
+
+MOST_PATH_BYTES = 100
+"""``sun_path`` holds 108 bytes on Linux and 104 on macOS."""
+MOST_QUESTION_BYTES = 4096
+MOST_TALKS = 4
+TALK_SECONDS = 1.0
+PAUSE_SECONDS = 0.1
+_FULL = {errno.EMFILE, errno.ENFILE}
+_FLEETING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}
+
+
+def ask(path: Path, question: str, *, deadline_seconds: float = 1.0) -> dict[str, object] | None:
+    """The answer of the engine that listens at ``path``; None where nobody does, or where it went away.
+
+    Raises TimeoutError where the engine is there but does not answer within the deadline: it is stopped or stuck.
+    """
+    end = time.monotonic() + deadline_seconds
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            _connect(sock, path, end=end)
+            sock.settimeout(_left(end))
+            sock.sendall(json.dumps({"ask": question}).encode() + b"\n")
+            answer = b""
+            while not answer.endswith(b"\n"):
+                sock.settimeout(_left(end))
+                part = sock.recv(65536)
+                if not part:
+                    return None
+                answer += part
+        except TimeoutError:
+            message = f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
+            raise TimeoutError(message) from None
+        except (FileNotFoundError, NotADirectoryError, ConnectionError, PermissionError):
+            return None
+    found: dict[str, object] = json.loads(answer)
+    return found
+
+
+async def serve_control(
+    path: Path,
+    answer: Callable[[str], Mapping[str, object]],
+    *,
+    spare: Callable[[], AbstractContextManager[object]] | None = None,
+) -> None:
+    """Answer questions at ``path`` until cancelled; a stale socket there is replaced.
+
+    ``spare`` frees one descriptor for the length of its block: with it a process at its limit still answers.
+    Sleeps where the file system takes no sockets. A silent or rude client is dropped, and harms nobody.
+    """
+    import trio  # noqa: PLC0415 - who only asks needs none
+
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with trio.socket.from_stdlib_socket(bound) as listener:
+        try:
+            with short_address(path) as address:
+                path.unlink(missing_ok=True)
+                bound.bind(address)
+            os.chmod(path, 0o600)
+            bound.listen(64)
+        except OSError:
+            await trio.sleep_forever()
+        talks = trio.Semaphore(MOST_TALKS)
+        try:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    await talks.acquire()
+                    stream = await _accept(listener, spare)
+                    nursery.start_soon(_talk, stream, answer, talks)
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+@contextmanager
+def short_address(path: Path) -> Iterator[str]:
+    """An address for ``path`` that fits; long ones go through a descriptor of their directory on Linux."""
+    full = os.fspath(path)
+    if len(os.fsencode(full)) <= MOST_PATH_BYTES:
+        yield full
+        return
+    handle = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{handle}/{path.name}"
+    finally:
+        os.close(handle)
+
+
+async def _accept(
+    listener: trio.socket.SocketType, spare: Callable[[], AbstractContextManager[object]] | None
+) -> trio.SocketStream:
+    """The next client. At the descriptor limit the spare one is used; without, the client waits and nothing spins."""
+    import trio  # noqa: PLC0415 - who only asks needs none
+
+    while True:
+        try:
+            await trio.lowlevel.wait_readable(listener)
+            return trio.SocketStream((await listener.accept())[0])
+        except OSError as error:
+            if error.errno not in _FLEETING:
+                raise
+            if spare is not None and error.errno in _FULL:
+                with spare(), suppress(OSError), trio.move_on_after(PAUSE_SECONDS):
+                    return trio.SocketStream((await listener.accept())[0])
+            await trio.sleep(PAUSE_SECONDS)
+
+
+async def _talk(
+    stream: trio.SocketStream, answer: Callable[[str], Mapping[str, object]], talks: trio.Semaphore
+) -> None:
+    import trio  # noqa: PLC0415 - who only asks needs none
+
+    try:
+        async with stream:
+            with trio.move_on_after(TALK_SECONDS), suppress(trio.BrokenResourceError):
+                question = await _question(stream)
+                if question is not None:
+                    await stream.send_all(json.dumps(answer(question)).encode() + b"\n")
+    finally:
+        talks.release()
+
+
+async def _question(stream: trio.SocketStream) -> str | None:
+    """What is asked, "" for what is no question; None where the line never ends."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = await stream.receive_some(MOST_QUESTION_BYTES)
+        line += part
+        if not part or len(line) > MOST_QUESTION_BYTES:
+            return None
+    try:
+        asked = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    question = asked.get("ask") if isinstance(asked, dict) else None
+    return question if isinstance(question, str) else ""
+
+
+def _connect(sock: socket.socket, path: Path, *, end: float) -> None:
+    with short_address(path) as address:
+        while True:
+            sock.settimeout(_left(end))
+            try:
+                sock.connect(address)
+            except BlockingIOError:  # its queue of clients is full; a Unix socket does not wait for a place
+                time.sleep(min(0.01, _left(end)))
+                continue
+            return
+
+
+def _left(end: float) -> float:
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

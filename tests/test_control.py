@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from loguru import logger
+
+from everos_engine.engine import open_engine
+from everos_engine.settings import Settings
+from everos_engine.system.control import ask, serve_control, short_address
+from everos_engine.system.instrument import watching_the_loop
+from everos_engine.testing import FakeEmbedder
+
+
+def echo(question: str) -> dict[str, object]:
+    return {"asked": question}
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+async def listening(path: Path) -> None:
+    with trio.fail_after(5):
+        while not path.exists():  # noqa: ASYNC110 - a socket file announces itself to nobody
+            await trio.sleep(0.001)
+
+
+async def asked(path: Path, question: str) -> dict[str, object] | None:
+    return await trio.to_thread.run_sync(lambda: ask(path, question))
+
+
+@pytest.mark.parametrize("name", ["c.sock", "d" * 120 + "/" + "e" * 120 + "/c.sock"])
+async def test_a_question_is_answered_however_long_the_path_is(
+    tmp_path: Path, nursery: trio.Nursery, name: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nursery.start_soon(serve_control, path, echo)
+    await listening(path)
+    assert await asked(path, "pulse") == {"asked": "pulse"}
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_where_nobody_listens_there_is_no_answer(tmp_path: Path) -> None:
+    assert ask(tmp_path / "none.sock", "pulse") is None
+    stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stale.bind(os.fspath(tmp_path / "stale.sock"))
+    stale.close()
+    assert ask(tmp_path / "stale.sock", "pulse") is None
+    assert ask(tmp_path / "stale.sock" / "below", "pulse") is None
+
+
+async def test_a_stale_socket_is_replaced_and_removed_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    path.write_text("stale")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_control, path, echo)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await asked(path, "a") == {"asked": "a"}
+        nursery.cancel_scope.cancel()
+    assert not path.exists()
+
+
+def test_an_engine_that_does_not_answer_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "c.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(os.fspath(path))
+        silent.listen(1)
+        with pytest.raises(TimeoutError, match=r"did not answer within 0\.1 s"):
+            ask(path, "pulse", deadline_seconds=0.1)
+        crowd = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(4)]
+        for client in crowd:
+            client.setblocking(False)
+            client.connect_ex(os.fspath(path))
+        with pytest.raises(TimeoutError):
+            ask(path, "pulse", deadline_seconds=0.1)
+        for client in crowd:
+            client.close()
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\n", b"{}\n", b"[1]\n", b'{"ask": 7}\n', b"\xff\xfe\n", b"x" * 9000, b"[" * 4000 + b"\n", b""]
+)
+async def test_garbage_harms_nobody(tmp_path: Path, nursery: trio.Nursery, garbage: bytes) -> None:
+    path = tmp_path / "c.sock"
+    nursery.start_soon(serve_control, path, echo)
+    await listening(path)
+    stream = await trio.open_unix_socket(os.fspath(path))
+    async with stream:
+        try:
+            await stream.send_all(garbage)
+            await stream.send_eof()
+            received = await stream.receive_some()
+        except trio.BrokenResourceError:
+            received = b""
+        assert received in {b'{"asked": ""}\n', b""}
+    assert await asked(path, "pulse") == {"asked": "pulse"}
+
+
+async def test_many_ask_at_once_and_the_silent_ones_only_for_a_second(tmp_path: Path, nursery: trio.Nursery) -> None:
+    path = tmp_path / "c.sock"
+    nursery.start_soon(serve_control, path, echo)
+    await listening(path)
+    silent = [await trio.open_unix_socket(os.fspath(path)) for _ in range(4)]
+    found: list[object] = []
+
+    async def one(number: int) -> None:
+        found.append(await trio.to_thread.run_sync(lambda: ask(path, str(number), deadline_seconds=10)))
+
+    async with trio.open_nursery() as many:
+        for number in range(100):
+            many.start_soon(one, number)
+    assert sorted(str(answer) for answer in found) == sorted(str({"asked": str(number)}) for number in range(100))
+    for stream in silent:
+        await stream.aclose()
+
+
+def test_a_process_at_its_descriptor_limit_still_answers(tmp_path: Path) -> None:
+    script = """
+import contextlib, os, resource, sys, trio
+from pathlib import Path
+from everos_engine.system.control import serve_control
+path, held, spare = Path(sys.argv[1]), [], [os.open("/dev/null", os.O_RDONLY)]
+@contextlib.contextmanager
+def lend():
+    if spare: os.close(spare.pop())
+    yield
+async def main():
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: serve_control(path, lambda asked: {"asked": asked}, spare=lend))
+        await trio.testing.wait_all_tasks_blocked()
+        while True:
+            try: held.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError: break
+        print("full", flush=True)
+        await trio.sleep_forever()
+import trio.testing
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+trio.run(main)
+"""
+    path = tmp_path / "c.sock"
+    process = subprocess.Popen([sys.executable, "-c", script, os.fspath(path)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"full\n"
+        assert ask(path, "pulse") == {"asked": "pulse"}
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+            silent.connect(os.fspath(path))  # takes the descriptor that was spare
+            before = cpu_ticks(process.pid)
+            with pytest.raises(TimeoutError):
+                ask(path, "again", deadline_seconds=0.5)
+            assert cpu_ticks(process.pid) - before <= 5  # it waits, and does not spin
+        assert ask(path, "again") == {"asked": "again"}
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def test_an_address_that_fits_is_the_path_itself(tmp_path: Path) -> None:
+    with short_address(Path("/tmp/c.sock")) as address:  # noqa: S108 - never opened
+        assert address == "/tmp/c.sock"  # noqa: S108 - never opened
+    with short_address(tmp_path / ("x" * 120)) as address:
+        assert address.startswith("/proc/self/fd/")
+
+
+async def test_the_pulse_of_an_engine_tells_of_every_loop(settings: Settings) -> None:
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        await listening(settings.control_socket)
+        pulse = await asked(settings.control_socket, "pulse")
+        assert pulse is not None
+        assert pulse["pid"] == os.getpid()
+        loops = pulse["loops"]
+        assert isinstance(loops, dict)
+        assert {"work", "scan", "watch", "maintain"} <= set(loops)
+        assert not any(loop["stalled"] for loop in loops.values())
+        engine.desk.beat("work", within_seconds=-1.0)
+        assert engine.desk.pulse()["loops"]["work"]["stalled"]  # type: ignore[index]
+        answer = await asked(settings.control_socket, "weather")
+        assert answer == {"error": "unknown question 'weather': ask one of pulse"}
+    assert ask(settings.control_socket, "pulse") is None
+
+
+async def test_a_step_that_holds_up_the_loop_is_named() -> None:
+    lines: list[str] = []
+    sink = logger.add(lambda line: lines.append(str(line)), level="WARNING")
+
+    async def rude_task() -> None:
+        time.sleep(0.15)  # noqa: ASYNC251 - the fault under test
+        await trio.lowlevel.checkpoint()
+
+    try:
+        with watching_the_loop() as blocks:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(rude_task)
+    finally:
+        logger.remove(sink)
+    assert blocks.count >= 1
+    assert "rude_task" in blocks.worst_task
+    assert blocks.worst_seconds >= 0.15
+    assert any("loop_blocked" in line and "rude_task" in line for line in lines)
