@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     sync.add_argument("paths", nargs="*", metavar="PATH")
     status = add("status", _status, "the queue, the watermark and the rows, in numbers")
     status.add_argument("--json", action="store_true")
+    explain = add("explain", _explain, "why one path is or is not searchable, and what to do")
+    explain.add_argument("path", metavar="PATH")
+    explain.add_argument("--json", action="store_true")
     fix = add("fix", _fix, "list what failed; --apply tries the retryable ones again")
     fix.add_argument("--apply", action="store_true")
     search = add("search", _search, "search the memory")
@@ -98,6 +102,19 @@ def _status(settings: Settings, arguments: argparse.Namespace) -> int:
     found = status.snapshot(settings)
     print(json.dumps(status.as_json(found), indent=2) if arguments.json else status.as_text(found))
     return OK
+
+
+def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface.explain import as_json, explain  # noqa: PLC0415 - not needed by --help
+    from everos_engine.surface.explain_text import as_text  # noqa: PLC0415
+    from everos_engine.surface.paint import paint_for  # noqa: PLC0415
+
+    found = explain(settings, arguments.path, program=program(settings, arguments))
+    if arguments.json:
+        print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
+    else:
+        print(as_text(found, paint_for(sys.stdout)))
+    return OK if found.judgement.verdict == "searchable" else TROUBLE
 
 
 def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -159,6 +176,12 @@ def _show(outcome: Outcome) -> None:
     print(f"{shown(outcome.md_path)}: {word}")
     for line in (outcome.error or "").splitlines() if outcome.status == "failed" else []:
         print(f"    {line}")
+
+
+def program(settings: Settings, arguments: argparse.Namespace) -> str:
+    """How to call this program again on the same root."""
+    named = getattr(arguments, "at", None) or arguments.root
+    return shlex.join(["everos-engine", "--root", str(settings.root)]) if named else "everos-engine"
 
 
 def shown(path: str) -> str:

@@ -97,6 +97,20 @@ def dead_owners(directory: Path, owners: Iterable[str]) -> set[str]:
     return dead
 
 
+def is_dead(directory: Path, owner: str) -> bool:
+    """Whether an owner's lock is gone or can be taken; unlike ``dead_owners`` it leaves everything as it is."""
+    try:
+        handle = os.open(directory / f"{owner}.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except PermissionError:
+        return False
+    try:
+        return _try(handle)
+    finally:
+        os.close(handle)
+
+
 def _try(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,148 @@
+"""Looks at the queue and the ledger for `status`, `explain` and `doctor`: reads only, and of older databases too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+from everos_engine.stores.database import Transaction
+from everos_engine.stores.queue import Fingerprint4, Status
+
+CHANGE = """
+SELECT kind, lsn, status, owner, not_before, mtime_ns, size, ino, ctime_ns, racy, retry_count, retryable, error, source,
+    first_seen, updated,
+    (SELECT count(*) FROM md_change_state AS o WHERE o.status = 'pending' AND o.not_before = 0 AND o.pos < c.pos)
+FROM md_change_state AS c WHERE md_path = ?
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """All the queue knows of one path; ``ahead`` is how many ready changes stand before it in the line."""
+
+    kind: str
+    lsn: int
+    status: Status
+    owner: str | None
+    not_before: int
+    fingerprint: Fingerprint4 | None
+    racy: bool
+    retry_count: int
+    retryable: bool | None
+    error: str | None
+    source: str
+    first_seen: int
+    updated: int
+    ahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One deletion that the brake holds; ``since`` in milliseconds."""
+
+    md_path: str
+    kind: str
+    reason: str
+    since: int
+
+
+def change(tx: Transaction, md_path: str) -> Change | None:
+    """The queue's row of one path, or None."""
+    for row in tx.execute(CHANGE, (md_path,)):
+        kind, lsn, status, owner, not_before, *four, racy, retries, retryable, error, source, first, updated, ahead = (
+            row
+        )
+        return Change(
+            kind=cast("str", kind),
+            lsn=cast("int", lsn),
+            status=cast("Status", status),
+            owner=cast("str | None", owner),
+            not_before=cast("int", not_before),
+            fingerprint=None if four[0] is None else cast("Fingerprint4", tuple(four)),
+            racy=bool(racy),
+            retry_count=cast("int", retries),
+            retryable=None if retryable is None else bool(retryable),
+            error=cast("str | None", error),
+            source=cast("str", source),
+            first_seen=cast("int", first),
+            updated=cast("int", updated),
+            ahead=cast("int", ahead),
+        )
+    return None
+
+
+HELD = "SELECT md_path, kind, reason, since FROM held WHERE ?1 IS NULL OR md_path = ?1 ORDER BY md_path"
+
+
+def held(tx: Transaction, md_path: str | None = None) -> list[Held]:
+    """Deletions the brake holds, all or of one path."""
+    if not _has_table(tx, "held"):
+        return []
+    return [Held(*row) for row in cast("Iterable[tuple[str, str, str, int]]", tx.execute(HELD, (md_path,)))]
+
+
+DELAYED = """
+SELECT count(*), min(not_before), max(retry_count), min(error) FROM md_change_state
+WHERE status = 'pending' AND not_before > 0
+"""
+
+
+def delayed(tx: Transaction) -> tuple[int, int | None, int, str | None]:
+    """Changes that wait for their next attempt: (count, when the first is due, most retries so far, one of their errors)."""
+    ((count, due, retries, error),) = tx.execute(DELAYED)
+    return cast("int", count), cast("int | None", due), cast("int", retries or 0), cast("str | None", error)
+
+
+def files_per_kind(tx: Transaction) -> dict[str, dict[str, int]]:
+    """Kind -> status -> number of changes."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, status, count in tx.execute("SELECT kind, status, count(*) FROM md_change_state GROUP BY kind, status"):
+        found.setdefault(cast("str", kind), {})[cast("str", status)] = cast("int", count)
+    return found
+
+
+def paths(tx: Transaction) -> list[str]:
+    """Every path the queue knows."""
+    return [cast("str", row[0]) for row in tx.execute("SELECT md_path FROM md_change_state ORDER BY md_path")]
+
+
+STATISTICS = """
+SELECT c.md_path, c.kind, c.status, c.retryable, c.retry_count, c.lsn, c.size, c.mtime_ns, c.not_before, c.racy, c.source,
+    c.first_seen, c.updated, (SELECT count(*) FROM ledger AS l WHERE l.md_path = c.md_path)
+FROM md_change_state AS c ORDER BY c.lsn
+"""
+STATISTIC_NAMES = (
+    *("path", "kind", "status", "retryable", "retries", "lsn", "size", "mtime_ns", "not_before", "racy", "source"),
+    *("first_seen", "updated", "rows"),
+)
+
+
+def statistics(tx: Transaction) -> list[dict[str, object]]:
+    """One mapping per change, numbers and states alone beside its path: no error text."""
+    return [dict(zip(STATISTIC_NAMES, row, strict=True)) for row in tx.execute(STATISTICS)]
+
+
+def quick_check(tx: Transaction) -> list[str]:
+    """What SQLite finds wrong with the file; nothing where it is sound."""
+    return [str(row[0]) for row in tx.execute("PRAGMA quick_check(10)") if row[0] != "ok"]
+
+
+def unknown_entries(tx: Transaction, md_path: str) -> int:
+    """Entries of a path whose commit to the index is under way or was cut off."""
+    sql = "SELECT count(*) FROM ledger WHERE md_path = ? AND content_hash = x''"
+    ((count,),) = tx.execute(sql, (md_path,))
+    return cast("int", count)
+
+
+def claimed_by(tx: Transaction, owners: Iterable[str]) -> int:
+    """How many changes these owners hold."""
+    sql = """SELECT count(*) FROM md_change_state
+        WHERE status = 'processing' AND owner IN (SELECT value FROM json_each(?))"""
+    ((count,),) = tx.execute(sql, (json.dumps(list(owners)),))
+    return cast("int", count)
+
+
+def _has_table(tx: Transaction, name: str) -> bool:
+    return bool(list(tx.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (name,))))

@@ -1,0 +1,251 @@
+"""Why one path is or is not searchable: the disk, the queue, the ledger and the engine, put side by side. Never writes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from everos_engine.errors import BadFile, EngineError
+from everos_engine.stores import inspection, ledger, queue
+from everos_engine.stores.database import Database
+from everos_engine.surface import rules
+from everos_engine.surface.judge import Judgement, judge
+from everos_engine.surface.paint import commands_in
+from everos_engine.surface.vitals import Vitals, vitals
+from everos_engine.system import files, locks
+from everos_engine.text import diff, kinds
+
+if TYPE_CHECKING:
+    from everos_engine.settings import Settings
+    from everos_engine.stores.database import Transaction
+    from everos_engine.text.entries import Document, Place
+
+MOST_NAMED = 20
+DiskState = Literal["there", "gone", "unreadable", "too_large", "damaged", "unsteady"]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """What a look at the file gave; ``error`` says why it could not be read or parsed."""
+
+    state: DiskState
+    fingerprint: files.Fingerprint | None = None
+    document: Document | None = None
+    error: EngineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the queue and the ledger know; ``orphaned`` where the claim's owner is dead."""
+
+    change: inspection.Change | None = None
+    held: inspection.Held | None = None
+    entries: dict[str, bytes] | None = None
+    last_scan_milliseconds: int | None = None
+    table_known: bool = False
+    orphaned: bool = False
+    trouble: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows the index holds of the path, by the ledger."""
+        return sum(1 for content_hash in (self.entries or {}).values() if content_hash)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that a judgement rests on, of one moment (milliseconds since the epoch)."""
+
+    settings: Settings
+    program: str
+    path: str
+    key: str | None
+    place: Place | None
+    excluded: rules.Exclusion | None
+    disk: Disk
+    known: Remembered
+    engine: Vitals
+    table_there: bool
+    now_milliseconds: int
+
+    @property
+    def plan(self) -> diff.Plan | None:
+        """What must be written for the index to hold what the file says; None where it cannot be parsed."""
+        return None if self.disk.document is None else diff.plan(self.disk.document, self.known.entries or {})
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The evidence, what it comes to, and how many rows the index itself holds (None: not asked)."""
+
+    evidence: Evidence
+    judgement: Judgement
+    index_rows: int | None = None
+
+
+def explain(settings: Settings, asked: str, *, program: str = "everos-engine") -> Explanation:
+    """Explain one path, absolute, relative to the root, or to the working directory. Never raises for the path's state."""
+    evidence = gather(settings, asked, program=program)
+    return Explanation(evidence, judge(evidence))
+
+
+def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
+    """Read the disk and the database once."""
+    path = _absolute(settings, asked)
+    key = files.key_of(settings.root, path)
+    place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
+    excluded = rules.exclusion(settings, path, program=program)
+    disk = Disk("gone") if place is None or excluded is not None else _look(settings, place)
+    known = _remember(settings, place.md_path if place is not None else key)
+    kind = place.kind if place is not None else known.change.kind if known.change is not None else ""
+    return Evidence(
+        settings=settings,
+        program=program,
+        path=path,
+        key=key,
+        place=place,
+        excluded=excluded,
+        disk=disk,
+        known=known,
+        engine=vitals(settings),
+        table_there=bool(kind) and (settings.lancedb_directory / f"{kind}.lance").is_dir(),
+        now_milliseconds=time.time_ns() // 1_000_000,
+    )
+
+
+def as_json(found: Explanation) -> dict[str, object]:
+    """The stable form of ``explain --json``, documented in docs/explain.md."""
+    evidence, judgement = found.evidence, found.judgement
+    return {
+        "version": 1,
+        "root": str(evidence.settings.root),
+        "path": evidence.path,
+        "key": evidence.place.md_path if evidence.place is not None else evidence.key,
+        "kind": evidence.place.kind if evidence.place is not None else None,
+        "verdict": judgement.verdict,
+        "code": judgement.code,
+        "cause": judgement.cause,
+        "remedy": judgement.remedy,
+        "commands": commands_in(judgement.remedy),
+        "next": judgement.next,
+        "disk": _disk_json(evidence),
+        "queue": _queue_json(evidence),
+        "entries": _entries_json(evidence),
+        "rows": {"ledger": evidence.known.rows, "index": found.index_rows},
+        "engine": {"state": evidence.engine.state, "pid": evidence.engine.pid},
+    }
+
+
+def _absolute(settings: Settings, asked: str) -> str:
+    """A relative path is taken from the root; from the working directory where only that has such a file."""
+    if os.path.isabs(asked):
+        return os.path.normpath(asked)
+    here, below = os.path.abspath(asked), os.path.normpath(os.path.join(settings.root, asked))
+    if os.path.lexists(below) or not os.path.lexists(here):
+        escaped = files.path_of(settings.root, os.path.relpath(below, settings.root))
+        return os.path.normpath(escaped) if os.path.lexists(escaped) else below
+    return here
+
+
+def _look(settings: Settings, place: Place) -> Disk:
+    seen = None
+    try:
+        seen = files.fingerprint(settings.root, place)
+        reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
+    except files.Vanished:
+        return Disk("gone")
+    except BadFile as error:
+        large = seen is not None and seen.size > settings.max_file_bytes
+        return Disk("too_large" if large else "unreadable", seen, error=error)
+    except EngineError as error:
+        denied = isinstance(error.__cause__, PermissionError)
+        return Disk("unreadable" if denied else "unsteady", seen, error=error)
+    try:
+        return Disk("there", reading.fingerprint, kinds.parse(place, reading.sources))
+    except BadFile as error:
+        return Disk("damaged", reading.fingerprint, error=error)
+
+
+def _remember(settings: Settings, key: str | None) -> Remembered:
+    path = settings.engine_directory / "engine.db"
+    if key is None or not path.exists():
+        return Remembered()
+
+    def read(tx: Transaction) -> Remembered:
+        change = inspection.change(tx, key)
+        held = inspection.held(tx, key)
+        scan = queue.get_meta(tx, "last_scan")
+        return Remembered(
+            change=change,
+            held=held[0] if held else None,
+            entries=ledger.known(tx, [key])[key],
+            last_scan_milliseconds=None if scan is None else int(scan),
+            table_known=change is not None and change.kind in ledger.incarnations(tx),
+            orphaned=change is not None and change.owner is not None and _dead(settings, change.owner),
+        )
+
+    try:
+        database = Database(path, readonly=True)
+        try:
+            return database.read(read)
+        finally:
+            database.close()
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the database is doctor's to say; the file is ours
+        return Remembered(trouble=str(error) or type(error).__name__)
+
+
+def _dead(settings: Settings, owner: str) -> bool:
+    return locks.is_dead(settings.engine_directory / "owners", owner)
+
+
+def _disk_json(evidence: Evidence) -> dict[str, object]:
+    disk = evidence.disk
+    fingerprint = None if disk.fingerprint is None else disk.fingerprint._asdict()
+    return {"state": disk.state, "fingerprint": fingerprint, "error": None if disk.error is None else str(disk.error)}
+
+
+def _queue_json(evidence: Evidence) -> dict[str, object] | None:
+    change = evidence.known.change
+    if change is None:
+        return None
+    names = ("mtime_ns", "size", "ino", "ctime_ns")
+    same = change.fingerprint == (None if evidence.disk.fingerprint is None else tuple(evidence.disk.fingerprint))
+    due = max(0, change.not_before - evidence.now_milliseconds) / 1000 if change.not_before else None
+    return {
+        "status": change.status,
+        "lsn": change.lsn,
+        "fingerprint": None if change.fingerprint is None else dict(zip(names, change.fingerprint, strict=True)),
+        "same_as_disk": same,
+        "found_by": change.source,
+        "retries": change.retry_count,
+        "most_retries": evidence.settings.worker_max_retry,
+        "retryable": change.retryable,
+        "error": change.error,
+        "due_in_seconds": due,
+        "ahead": change.ahead if change.status == "pending" else None,
+        "updated_seconds_ago": max(0, evidence.now_milliseconds - change.updated) / 1000,
+        "held_since_seconds": (
+            None
+            if evidence.known.held is None
+            else max(0, evidence.now_milliseconds - evidence.known.held.since) / 1000
+        ),
+    }
+
+
+def _entries_json(evidence: Evidence) -> dict[str, object] | None:
+    plan, document = evidence.plan, evidence.disk.document
+    if plan is None or document is None:
+        return None
+    known = evidence.known.entries or {}
+    return {
+        "total": len(document.entries) + len(document.problems),
+        "as_indexed": plan.unchanged,
+        "new": [{"id": e.entry_id, "line": e.line} for e in plan.upserts if e.entry_id not in known],
+        "changed": [{"id": e.entry_id, "line": e.line} for e in plan.upserts if e.entry_id in known],
+        "gone": list(plan.deletes),
+        "bad": [
+            {"id": p.entry_id, "line": p.line, "message": p.message, "remedy": p.remedy} for p in document.problems
+        ],
+    }

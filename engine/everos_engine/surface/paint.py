@@ -1,0 +1,93 @@
+"""Colour and measure for people: only on a terminal, and never where NO_COLOR is set."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import string
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CODES = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
+MOST_COLUMNS = 110
+_COMMAND = re.compile(r"`[^`]+`")
+_UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}
+_PLAIN = set(string.ascii_letters + string.digits + "_-./ ~%+=:,@")
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True, slots=True)
+class Paint:
+    """Paints where ``colour`` is True; ``columns`` is the width to wrap to."""
+
+    colour: bool = False
+    columns: int = MOST_COLUMNS
+
+    def __call__(self, text: str, code: str) -> str:
+        """``text`` in one of ``CODES``."""
+        return f"\x1b[{CODES[code]}m{text}\x1b[0m" if self.colour and text else text
+
+    def wrap(self, text: str, *, indent: int, first: str = "") -> str:
+        """``text`` after ``first``, every further line indented; a command between backticks is never broken."""
+        whole = _COMMAND.sub(lambda match: match[0].replace(" ", "\0"), text)
+        lines: list[str] = []
+        for part in whole.splitlines() or [""]:
+            lines += textwrap.wrap(part, max(40, self.columns - indent), **_UNBROKEN) or [""]
+        return "\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]).replace("\0", " ")
+
+
+def paint_for(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Paint:
+    """Colour and width that suit ``stream``."""
+    terminal = stream.isatty()
+    colour = terminal and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+    return Paint(colour, min(MOST_COLUMNS, shutil.get_terminal_size().columns) if terminal else MOST_COLUMNS)
+
+
+def ago(seconds: float) -> str:
+    """A duration in the largest unit that says enough."""
+    for bound, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < bound:
+            return f"{seconds / unit:.0f} {name}" if seconds >= 10 or unit > 1 else f"{seconds:.1f} {name}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in binary units."""
+    unit = 0
+    while count >= 1024 and unit < len(_UNITS) - 1:
+        count /= 1024
+        unit += 1
+    return f"{count:,.0f} {_UNITS[unit]}" if unit == 0 or count >= 10 else f"{count:.1f} {_UNITS[unit]}"
+
+
+def quoted(*words: str | os.PathLike[str]) -> str:
+    """A command line, on one line and without backticks, that bash reads back as these words."""
+    return " ".join(_quoted(os.fspath(word)) for word in words)
+
+
+def commands_in(remedy: str) -> list[str]:
+    """The commands of a remedy: what stands between backticks, and nothing else does."""
+    return [match[0][1:-1] for match in _COMMAND.finditer(remedy)]
+
+
+def shown(path: str) -> str:
+    """A path on one line whatever its name holds."""
+    return path if path.isprintable() else ascii(path)
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable() and "`" not in word:
+        return shlex.quote(word)
+    kept = "".join(chr(byte) if chr(byte) in _PLAIN else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    return f"$'{kept}'"
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """``3 files``, ``1 file``."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -1,0 +1,117 @@
+"""Whether an engine serves a root, and how it is: its lock, its process, its answer on the control socket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from everos_engine.system.control import ask
+from everos_engine.system.locks import running_pid
+
+if TYPE_CHECKING:
+    from everos_engine.settings import Settings
+
+State = Literal["absent", "answers", "mute", "silent", "stopped", "hidden"]
+PULSE_DEADLINE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """A loop that has not moved within its allowance."""
+
+    loop: str
+    seconds: float
+    allowance_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What the engine says of its watching, once, with the remedy."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """``pid`` None: nobody serves the root; 0: somebody whose pid cannot be read.
+
+    ``state``: absent; answers; mute (it holds the lock but listens nowhere); silent (it does not answer within a second);
+    stopped (the same, and its process is stopped); hidden (the lock may not be read).
+    """
+
+    pid: int | None
+    state: State
+    pulse: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def running(self) -> bool:
+        """Whether an engine holds the root, well or not."""
+        return self.pid is not None
+
+    @property
+    def stalls(self) -> list[Stall]:
+        """Loops that have not moved within their allowance."""
+        found = []
+        for name, told in _mapping(self.pulse.get("loops")).items():
+            loop = _mapping(told)
+            if loop.get("stalled"):
+                found.append(Stall(name, number(loop.get("beat_seconds_ago")), number(loop.get("allowance_seconds"))))
+        return found
+
+    @property
+    def notes(self) -> list[Note]:
+        """What the engine says of its watching."""
+        listed = self.watch.get("notes")
+        told = [_mapping(note) for note in listed] if isinstance(listed, list) else []
+        return [Note(*(str(note.get(name, "")) for name in ("code", "message", "remedy"))) for note in told]
+
+    @property
+    def watch(self) -> Mapping[str, object]:
+        """The pulse's part about watching."""
+        return _mapping(self.pulse.get("watch"))
+
+    @property
+    def descriptors(self) -> Mapping[str, object]:
+        """The pulse's part about file descriptors."""
+        return _mapping(self.pulse.get("fds"))
+
+
+def vitals(settings: Settings) -> Vitals:
+    """How the engine of this root is, now."""
+    try:
+        pid = running_pid(settings.engine_directory / "engine.lock")
+    except PermissionError:
+        return Vitals(0, "hidden")
+    if pid is None:
+        return Vitals(None, "absent")
+    try:
+        pulse = ask(settings.engine_directory / "control.sock", "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
+    except TimeoutError:
+        return Vitals(pid, "stopped" if process_state(pid) in {"T", "t"} else "silent")
+    except (OSError, ValueError):
+        pulse = None
+    if pulse is None:
+        return Vitals(pid, "stopped" if process_state(pid) in {"T", "t"} else "mute")
+    return Vitals(pid, "answers", pulse)
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for a process (R, S, D, T, Z, ...); "" where it is not told."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return told.rpartition(")")[2].split()[0]
+
+
+def number(value: object) -> float:
+    """A number out of JSON, 0 for anything else."""
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,104 @@
+"""The layout in words, and which part of it a path that is of no kind comes nearest to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import product
+
+_PLACES = (
+    "users/<owner>/user.md",
+    "users/<owner>/episodes/<name>.md",
+    "users/<owner>/.atomic_facts/<name>.md",
+    "users/<owner>/.foresights/<name>.md",
+    "agents/<owner>/.cases/<name>.md",
+    "agents/<owner>/skills/<skill>/SKILL.md",
+    "agents/<owner>/skills/<skill>/references/<name>.md",
+)
+LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project>/"), _PLACES))
+"""Every place a file of a built-in kind may stand at, relative to the root."""
+_DEFAULTS = {"<app>": "default_app", "<project>": "default_project"}
+_GAP, _OTHER, _FAR = 1.0, 1.6, 2.2
+_DEFAULT_GAP = {"<app>": 0.95, "<project>": 0.9}
+_ALIKE = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """The layout a path comes nearest to, and where the file would stand under it."""
+
+    layout: str
+    path: str
+
+
+def nearest(path: str) -> Nearest | None:
+    """What the writer of ``path`` most likely meant; None where nothing in the layout is near.
+
+    ``path`` is relative to the root, with ``/``. The path given back is always one the layout has room for.
+    """
+    best: tuple[float, Nearest] | None = None
+    parts = path.split("/")
+    for layout in LAYOUTS:
+        wanted = layout.split("/")
+        if not any(_likeness(part, literal) >= _ALIKE for part in parts for literal in wanted if literal[0] != "<"):
+            continue  # nothing of it was meant
+        cost, filled = _align(parts, wanted)
+        if filled is not None and filled[0] != ".index" and (best is None or cost < best[0]):
+            best = cost, Nearest(layout, "/".join(filled))
+    return best[1] if best is not None and best[0] <= _FAR else None
+
+
+def _align(parts: list[str], layout: list[str]) -> tuple[float, list[str] | None]:
+    """The cheapest way to turn path parts into a layout's, part by part; with what fills it, None where something is missing."""
+    width = len(layout) + 1
+    table: list[list[tuple[float, list[str] | None]]] = [[(0.0, [])] + [(0.0, None)] * (width - 1)]
+    for column, wanted in enumerate(layout, 1):
+        cost, filled = table[0][column - 1]
+        table[0][column] = cost + _gap(wanted), _with(filled, _made(wanted))
+    for row, part in enumerate(parts, 1):
+        table.append([(table[row - 1][0][0] + _GAP, [])])
+        for column, wanted in enumerate(layout, 1):
+            cost, fits = _fit(part, wanted)
+            choices = [
+                (table[row - 1][column - 1][0] + cost, _with(table[row - 1][column - 1][1], fits)),
+                (table[row - 1][column][0] + _GAP, table[row - 1][column][1]),
+                (table[row][column - 1][0] + _gap(wanted), _with(table[row][column - 1][1], _made(wanted))),
+            ]
+            table[row].append(min(choices, key=lambda choice: (choice[1] is None, choice[0])))
+    return table[-1][-1]
+
+
+def _fit(part: str, wanted: str) -> tuple[float, str | None]:
+    """What it costs to let ``part`` stand for ``wanted``, and what then stands there."""
+    if wanted == "<name>.md":
+        name = _markdown_name(part)
+        return (0.0 if name == part else 0.3), name
+    if wanted.startswith("<"):
+        return (_OTHER if part in {"users", "agents"} or part.endswith(".md") else 0.0), part
+    likeness = _likeness(part, wanted)
+    return (1 - likeness if likeness >= _ALIKE else _OTHER), wanted
+
+
+def _likeness(part: str, literal: str) -> float:
+    return SequenceMatcher(None, part.lower().lstrip("._"), literal.lower().lstrip("._")).ratio()
+
+
+def _gap(wanted: str) -> float:
+    return _DEFAULT_GAP.get(wanted, _GAP)
+
+
+def _made(wanted: str) -> str | None:
+    """What may stand at a place the path has nothing for."""
+    return _DEFAULTS.get(wanted) if wanted.startswith("<") else wanted
+
+
+def _markdown_name(part: str) -> str:
+    name = part.lstrip(".~#") or "file"
+    if name.endswith(".md"):
+        return name if name != ".md" else "file.md"
+    stem, dot, _ = name.rpartition(".")
+    return f"{stem if dot and stem else name}.md"
+
+
+def _with(filled: list[str] | None, part: str | None) -> list[str] | None:
+    return None if filled is None or part is None else [*filled, part]

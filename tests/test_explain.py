@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from everos_engine.engine import open_engine
+from everos_engine.settings import Settings, load
+from everos_engine.surface.explain import Explanation, as_json, explain
+from everos_engine.surface.explain_text import as_text
+from everos_engine.surface.paint import Paint, commands_in
+from everos_engine.testing import FakeEmbedder
+from everos_engine.text import kinds
+from writer import FACTS, fact, facts, put
+
+GOOD = facts(fact(1, "the heron eats fish"), fact(2, "the otter sleeps"))
+
+
+@pytest.fixture
+def plain(root: Path) -> Settings:
+    """Without notes, so that every rule of the layout shows."""
+    flags = {"memory.root": str(root), "embedder.kind": "none"}
+    return load(flags, environment={}, user_file=root / "none.toml")
+
+
+def told(settings: Settings, path: str | Path) -> tuple[str, str]:
+    found = explain(settings, str(path))
+    assert as_text(found, Paint()).startswith("\x1b") is False
+    assert json.loads(json.dumps(as_json(found)))["version"] == 1
+    return found.judgement.verdict, found.judgement.code
+
+
+def followed(found: Explanation) -> None:
+    """Do literally what the remedy says, in a shell, where it names commands of the system."""
+    commands = commands_in(found.judgement.remedy)
+    assert commands, found.judgement
+    for command in commands:
+        subprocess.run(["bash", "-c", command], check=True, timeout=30)
+
+
+async def test_a_file_is_followed_from_unseen_to_searchable(settings: Settings, root: Path) -> None:
+    path = put(root, FACTS, GOOD)
+    assert told(settings, FACTS) == ("waiting", "not_seen")
+    assert "no engine is running" in explain(settings, FACTS).judgement.cause
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        assert told(settings, path) == ("searchable", "ok")
+        assert as_json(explain(settings, path.as_posix()))["rows"] == {"ledger": 2, "index": None}
+    path.write_text(facts(fact(2, "the otter swims"), fact(3, "a third")))
+    found = as_json(explain(settings, FACTS))
+    entries = found["entries"]
+    assert isinstance(entries, dict)
+    assert [entry["id"] for entry in entries["new"]] == ["af_20250227_00000003"]
+    assert [entry["id"] for entry in entries["changed"]] == ["af_20250227_00000002"]
+    assert entries["gone"] == ["af_20250227_00000001"]
+    assert found["code"] == "not_seen"
+    path.unlink()
+    assert told(settings, FACTS) == ("waiting", "deletion_not_seen")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("users/u1/episode/x.md", "no_layout"),
+        ("users/u1/User.md", "wrong_case"),
+        ("users/u1/episodes/x.txt", "not_markdown"),
+        ("users/u1/episodes/X.MD", "wrong_case"),
+        ("users/u1/episodes/.x.md", "hidden_name"),
+        ("users/u1/episodes/~x.md", "hidden_name"),
+        ("users/u1/episodes/deep/x.md", "no_layout"),
+        ("users/it's `odd`/episode/\n x é.md", "no_layout"),
+    ],
+)
+def test_a_misplaced_file_gets_a_place_by_following_the_remedy(
+    plain: Settings, root: Path, name: str, code: str
+) -> None:
+    path = put(root, name, GOOD)
+    assert told(plain, path) == ("excluded", code)
+    followed(explain(plain, str(path)))
+    assert not path.exists()
+    (moved,) = (found for found in root.rglob("*") if found.is_file())
+    assert told(plain, moved)[1] in {"not_seen", "damaged"}
+    assert moved.read_text() == GOOD
+
+
+def test_plain_markdown_is_indexed_after_following_the_remedy(plain: Settings, root: Path) -> None:
+    path = put(root, "my notes/plan.md", "# Plan\n\ntext\n")
+    assert told(plain, path) == ("excluded", "no_glob")
+    followed(explain(plain, str(path)))
+    again = load({"memory.root": str(root)}, environment={}, user_file=root / "none.toml")
+    assert told(again, path) == ("waiting", "not_seen")
+    other = put(root, "other/plan.md", "# Plan\n")
+    assert told(again, other) == ("excluded", "no_glob")
+
+
+def test_links_and_odd_files_are_named_for_what_they_are(settings: Settings, root: Path, tmp_path: Path) -> None:
+    loop = root / "users" / "u1" / "episodes" / "loop.md"
+    loop.parent.mkdir(parents=True)
+    loop.symlink_to(loop)
+    assert told(settings, loop) == ("excluded", "link_loop")
+    followed(explain(settings, str(loop)))
+    assert not loop.is_symlink()
+    broken = loop.with_name("broken.md")
+    broken.symlink_to(tmp_path / "nowhere")
+    assert told(settings, broken) == ("excluded", "broken_link")
+    os.mkfifo(loop.with_name("pipe.md"))
+    assert told(settings, loop.with_name("pipe.md")) == ("excluded", "not_a_file")
+    loop.with_name("dir.md").mkdir()
+    assert told(settings, loop.with_name("dir.md")) == ("excluded", "directory")
+    put(tmp_path, "elsewhere/episodes/x.md", GOOD)
+    (root / "users" / "linked").symlink_to(tmp_path / "elsewhere")
+    behind = root / "users" / "linked" / "episodes" / "x.md"
+    assert told(settings, behind) == ("excluded", "behind_link")
+    followed(explain(settings, str(behind)))
+    assert told(settings, behind)[1] != "behind_link"
+    assert told(settings, root) == ("excluded", "directory")
+    assert told(settings, root / ".index" / "engine" / "x.md") == ("excluded", "index_directory")
+    assert told(settings, "users/u1/skills/nothing.md") == ("missing", "no_file")
+
+
+def test_a_file_outside_is_copied_in_by_following_the_remedy(settings: Settings, root: Path, tmp_path: Path) -> None:
+    outside = put(tmp_path, f"elsewhere/{FACTS}", GOOD)
+    assert told(settings, outside) == ("excluded", "outside_root")
+    followed(explain(settings, str(outside)))
+    assert told(settings, root / FACTS) == ("waiting", "not_seen")
+
+
+def test_a_reference_is_explained_as_a_part_of_its_skill(settings: Settings, root: Path) -> None:
+    reference = put(root, "agents/a/skills/bake/references/flour.md", "rye\n")
+    assert told(settings, reference) == ("excluded", "reference_without_skill")
+    put(root, "agents/a/skills/bake/SKILL.md", "---\nname: bake\n---\nBake.\n")
+    found = as_json(explain(settings, str(reference)))
+    assert (found["key"], found["code"]) == ("agents/a/skills/bake/SKILL.md", "not_seen")
+
+
+async def test_a_bad_entry_and_a_damaged_file_are_told_apart(settings: Settings, root: Path) -> None:
+    path = put(root, FACTS, GOOD.replace("**timestamp**: 2025-02-27T09:25:00+00:00", "**timestamp**: soon", 1))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        found = explain(settings, FACTS)
+        assert (found.judgement.verdict, found.judgement.code) == ("partly", "bad_entries")
+        assert "line 10" in found.judgement.cause
+        path.write_text("---\nbad: [\n---\n" + GOOD)
+        await engine.settle()
+        found = explain(settings, FACTS)
+        assert (found.judgement.verdict, found.judgement.code) == ("failed", "damaged")
+        assert "1 last good row" in found.judgement.cause
+        assert "line" in found.judgement.cause
+
+
+async def test_explain_never_writes_and_costs_little(settings: Settings, root: Path) -> None:
+    path = put(root, FACTS, facts(*(fact(number, f"fact {number}") for number in range(200))))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+
+    def state() -> dict[str, tuple[int, int]]:
+        every = (found for found in root.rglob("*") if not found.name.endswith(("-wal", "-shm")))
+        return {str(found): (found.stat().st_mtime_ns, found.stat().st_size) for found in every if found.is_file()}
+
+    before = state()
+    code = (
+        "import sys, time; from everos_engine.surface.cli import main; code = main(sys.argv[1:]);"
+        "heavy = sorted({'lancedb', 'pyarrow', 'numpy', 'httpx'} & set(sys.modules));"
+        "print(time.process_time(), heavy, file=sys.stderr); sys.exit(code)"
+    )
+    spent = []
+    for _ in range(3):
+        command = [sys.executable, "-c", code, "--root", str(root), "explain", str(path)]
+        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+        seconds, heavy = done.stderr.decode().strip().split(" ", 1)
+        assert heavy == "[]"
+        spent.append(float(seconds))
+    assert min(spent) < 0.3
+    assert "searchable" in done.stdout.decode()
+    assert state() == before
+
+
+def test_every_file_of_a_kind_has_an_explanation(settings: Settings, root: Path) -> None:
+    for number, key in enumerate(["users/u/user.md", "agents/a/.cases/c.md", FACTS, "free.md"]):
+        put(root, key, f"text {number}")
+        place = kinds.recognise(key, note_globs=settings.note.globs)
+        assert place is not None
+        assert as_json(explain(settings, key))["kind"] == place.kind
