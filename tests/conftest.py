@@ -16,5 +16,10 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(root: Path) -> Settings:
-    flags = {"memory.root": str(root), "note.globs": ["**/*.md"], "worker_retry_backoff_seconds": 0.01}
+    flags = {
+        "memory.root": str(root),
+        "note.globs": ["**/*.md"],
+        "worker_retry_backoff_seconds": 0.01,
+        "settle_milliseconds": 20,
+    }
     return load(flags, environment={}, user_file=root / "none.toml")

@@ -38,7 +38,7 @@ def described(settings: Settings) -> dict[tuple[str, str], str]:
     """What the tree says, derived without the engine's queue, ledger or index."""
     found = {}
     swept = files.walk(settings.root, lambda key: kinds.recognise(key, note_globs=settings.note.globs))
-    for key, (place, _) in swept.items():
+    for key, (place, _) in swept.found.items():
         reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
         for entry in kinds.parse(place, reading.sources).entries:
             found[key, entry.entry_id] = entry.content_hash.hex()

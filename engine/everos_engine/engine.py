@@ -15,16 +15,17 @@ from loguru import logger
 from everos_engine.embed import open_embedder
 from everos_engine.embed.batch import open_batcher
 from everos_engine.errors import OutsideRoot, Transient
+from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.maintain import maintain
-from everos_engine.loops.observe import key_in_root, observe_paths, sweep
-from everos_engine.loops.scan import scan
+from everos_engine.loops.observe import audit, key_in_root, observe_paths, sweep
+from everos_engine.loops.scan import AUDIT_FILES, scan
 from everos_engine.loops.vectors import Remembering, Vectors
 from everos_engine.loops.watch import watch
 from everos_engine.loops.work import work
 from everos_engine.search import Filter, Mode, Result
 from everos_engine.search import search as search_index
-from everos_engine.stores import embeddings, ledger, queue
+from everos_engine.stores import embeddings, held, ledger, queue
 from everos_engine.stores.database import Database
 from everos_engine.stores.index import Model, open_index
 from everos_engine.supervise import alone, keep
@@ -38,7 +39,11 @@ if TYPE_CHECKING:
     from everos_engine.embed.protocol import Embedder
     from everos_engine.settings import Settings
     from everos_engine.stores.database import Transaction
+    from everos_engine.stores.held import Held
     from everos_engine.stores.queue import Counts, Outcome
+
+
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Status:
     counts: Counts
     rows: dict[str, int]
     last_scan_milliseconds: int | None
+    held: list[Held]
 
 
 class Engine:
@@ -71,7 +77,8 @@ class Engine:
 
         Raises Transient if the tree cannot be swept.
         """
-        found = await sweep(self._desk.settings, self._desk.database, source="scan")
+        desk = self._desk
+        found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake)
         self._desk.progress.last_scan_milliseconds = now_milliseconds()
         await self.reach(found.lsn)
         return await self.status()
@@ -113,6 +120,28 @@ class Engine:
         """Everything in numbers, of one moment."""
         return await self._desk.database.aread(status_of)
 
+    async def release(self) -> list[Outcome]:
+        """Apply every held deletion, and say what became of each."""
+        lay_marker(self._desk.settings)
+        paths = await self._desk.database.awrite(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
+        await self.reach(await self._desk.database.aread(queue.newest))
+        return await self._desk.database.aread(lambda tx: queue.outcomes(tx, paths))
+
+    async def audit(self) -> list[str]:
+        """Read every file again and index what differs from what was indexed, whatever its fingerprint; its paths."""
+        desk, after, found = self._desk, "", list[str]()
+        while True:
+            _, queued, end = await trio.to_thread.run_sync(
+                lambda start=after: audit(desk.settings, desk.database, after=start, limit=AUDIT_FILES),  # type: ignore[misc]
+                limiter=desk.database.limiter,
+            )
+            found += queued
+            if end is None:
+                break
+            after = end
+        await self.reach(await desk.database.aread(queue.newest))
+        return found
+
     async def fix(self) -> list[Outcome]:
         """Re-queue every failed retryable=TRUE change with a fresh lsn, drain once, and say what became of each."""
         paths = await self._desk.database.awrite(
@@ -141,6 +170,7 @@ async def open_engine(
                 index = open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=settings.lancedb_directory)
                 desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
                 try:
+                    desk.brake.arm()
                     await _recover(desk)
                     await _agree(desk)
                     async with trio.open_nursery() as nursery:
@@ -179,16 +209,19 @@ def default_mode(settings: Settings) -> Mode:
     return "hybrid" if settings.embedder.kind == "http" else "fts"
 
 
-def open_queue(settings: Settings) -> Database:
-    """The queue and ledger of a root."""
+def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
+    """The queue and ledger of a root; ``may_replace`` empties one that another version of the engine laid."""
     settings.engine_directory.mkdir(parents=True, exist_ok=True)
-    return Database(settings.engine_directory / "engine.db", schema=queue.SCHEMA + ledger.SCHEMA)
+    schema = queue.SCHEMA + held.SCHEMA + ledger.SCHEMA
+    path = settings.engine_directory / "engine.db"
+    return Database(path, schema=schema, version=SCHEMA_VERSION, may_replace=may_replace)
 
 
 def status_of(tx: Transaction) -> Status:
     """The status, from the queue's database alone."""
     last_scan = queue.get_meta(tx, "last_scan")
-    return Status(queue.counts(tx), ledger.rows_per_kind(tx), None if last_scan is None else int(last_scan))
+    scanned = None if last_scan is None else int(last_scan)
+    return Status(queue.counts(tx), ledger.rows_per_kind(tx), scanned, held.counts(tx))
 
 
 def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tuple[list[str], int]:
@@ -245,7 +278,7 @@ async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncI
 
 @contextmanager
 def _databases(settings: Settings) -> Iterator[Database]:
-    database = open_queue(settings)
+    database = open_queue(settings, may_replace=True)
     try:
         yield database
     finally:

@@ -83,6 +83,19 @@ class NoteSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WatchSettings:
+    """How changes are noticed between the sweeps."""
+
+    mode: Literal["auto", "events", "poll", "off"] = knob(
+        "auto",
+        "`events` listens for file events; `poll` sweeps every `watch.poll_interval_seconds` instead; `auto` listens, "
+        "and polls too where events do not tell of every change; `off` leaves all to the sweeps.",
+    )
+    debounce_milliseconds: int = knob(200, "Longest time events are gathered before they are recorded.", least=1)
+    poll_interval_seconds: float = knob(5.0, "Time between sweeps where events cannot be relied on.", least=0.05)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySettings:
     """Where the memory is."""
 
@@ -97,6 +110,7 @@ class Settings:
     lancedb: LanceDBSettings = field(default_factory=LanceDBSettings)
     embedder: EmbedderSettings = field(default_factory=EmbedderSettings)
     note: NoteSettings = field(default_factory=NoteSettings)
+    watch: WatchSettings = field(default_factory=WatchSettings)
 
     scan_interval_seconds: float = knob(30.0, "Time between sweeps of the whole tree.", least=0.05)
     worker_batch_size: int = knob(50, "Changes claimed at once; grows with the backlog.", least=1)
@@ -111,8 +125,22 @@ class Settings:
         2.0, "First delay after a transient failure; doubles per attempt.", least=0
     )
     worker_retry_backoff_max_seconds: float = knob(300.0, "Longest delay between two attempts.", least=0)
-    watch_debounce_milliseconds: int = knob(200, "Longest time events are gathered before they are recorded.", least=1)
-    watch: bool = knob(True, "Listen for file events; without, the sweeps find every change.")
+    settle_milliseconds: int = knob(
+        250,
+        "Least time between two indexings of one file, and the age a file must have before it is believed to have "
+        "lost its structure or half of its entries: it may still be being written.",
+        least=0,
+    )
+    audit_interval_hours: float = knob(
+        24.0, "Time in which every file is read again and compared by content, spread evenly; 0 never does.", least=0
+    )
+    brake_ratio: float = knob(
+        0.3,
+        "Share of the known files that may vanish at once; more are held until `release`. 1 never holds.",
+        least=0,
+        most=1,
+    )
+    brake_least: int = knob(20, "That many may always vanish at once, whatever their share.", least=0)
     max_file_bytes: int = knob(16 << 20, "Largest markdown file that is indexed.", least=1)
     shutdown_grace_seconds: float = knob(10.0, "Time a graceful stop may take to finish what is held.", least=0)
     log_format: Literal["auto", "text", "json"] = knob(

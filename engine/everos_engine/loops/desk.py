@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import trio
 from trio_util import AsyncValue
 
+from everos_engine.loops.brake import Brake
+from everos_engine.loops.notes import Notes
 from everos_engine.system.instrument import LoopBlocks
 
 if TYPE_CHECKING:
@@ -21,12 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Progress:
-    """What happened since the start, for the status line."""
+    """What happened since the start, for the status line and the loops' judgement.
+
+    ``unseen`` are changes that a sweep found first, with the time (monotonic seconds): an event may still tell of them.
+    ``burst`` is the size of the largest batch of events, and ``stall_seconds`` the longest sleep, since the last sweep.
+    """
 
     applied: int = 0
     commits: dict[str, int] = field(default_factory=dict)
     last_scan_milliseconds: int = 0
     watching: bool = False
+    polling: bool = False
+    watched_since_seconds: float = 0.0
+    burst: int = 0
+    stall_seconds: float = 0.0
+    unseen: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -35,15 +46,6 @@ class Beat:
 
     at: float
     within_seconds: float
-
-
-@dataclass(slots=True)
-class Note:
-    """Something the user should know of, with what to do about it."""
-
-    code: str
-    message: str
-    remedy: str
 
 
 @dataclass(slots=True)
@@ -67,11 +69,20 @@ class Desk:
     started_milliseconds: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     beats: dict[str, Beat] = field(default_factory=dict)
     fds: dict[str, object] = field(default_factory=dict)
-    watch_notes: dict[str, Note] = field(default_factory=dict)
+    brake: Brake = field(init=False)
+    notes: Notes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.brake = Brake(self.settings)
+        self.notes = Notes(self.database)
 
     def wake_up(self) -> None:
         """There may be work in the queue."""
         self.wake.value += 1
+
+    def look_again(self) -> None:
+        """A sweep is wanted soon, without waiting for its beat."""
+        self.scan_now.value += 1
 
     def beat(self, loop: str, *, within_seconds: float) -> None:
         """The loop lives, and beats again within so many seconds; else it counts as stalled."""
@@ -98,9 +109,10 @@ class Desk:
             },
             "fds": self.fds,
             "watch": {
-                "mode": "events" if self.settings.watch else "off",
+                "mode": self.settings.watch.mode,
                 "watching": self.progress.watching,
-                "notes": [asdict(note) for note in self.watch_notes.values()],
+                "polling": self.progress.polling,
+                "notes": [asdict(note) for note in self.notes.now.values()],
             },
             "pressure": self.pressure.value,
         }

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import aclosing
+import threading
+import time
 from typing import TYPE_CHECKING
 
-import anyio
 import trio
-import watchfiles
 from loguru import logger
+from watchfiles._rust_notify import RustNotify
 
 from everos_engine.errors import Transient
+from everos_engine.loops.brake import FEW
 from everos_engine.loops.desk import Desk, now_milliseconds
-from everos_engine.loops.observe import key_in_root, observe_paths
+from everos_engine.loops.observe import key_in_root, observe_paths, verify_racy
 from everos_engine.stores import queue
-from everos_engine.system import files
+from everos_engine.system import files, limits
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -23,73 +25,232 @@ if TYPE_CHECKING:
     from everos_engine.stores.queue import Observation
 
 STEP_MILLISECONDS = 20
-BEAT_MILLISECONDS = 5000
-ALLOWANCE_SECONDS = 60.0
 INDEX_DIRECTORY = ".index"
+LOOK_SECONDS = 2.0
+"""How often the root's identity is checked, and the watching thread's life."""
+RETRY_SECONDS = 300.0
+CHECK_SECONDS = 60.0
+BURST = 500
+"""Events of one batch above which a sweep looks after what the kernel's queue may have dropped."""
+ALLOWANCE_SECONDS = 30.0
+POLL_REMEDY = "until then changes are found by polling"
+REMEDIES = {
+    "watch_limit": "`echo fs.inotify.max_user_watches=524288 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
+    "instance_limit": "`echo fs.inotify.max_user_instances=1024 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
+}
+
+
+class _Replaced(Exception):
+    """The root is not the directory the watches were laid on."""
 
 
 async def watch(desk: Desk) -> None:
-    """Record events until cancelled; raises Transient when the root itself goes, so that the watcher is laid anew."""
-    settings = desk.settings
-    if not settings.watch:
-        await trio.sleep_forever()
-    stop = anyio.Event()
+    """Record events until cancelled, and lay the watches anew whenever they may be stale.
+
+    Where events cannot be had, or do not tell of every change, it says so and has the scan poll instead.
+    """
+    mode = desk.settings.watch.mode
+    desk.progress.polling = mode == "poll"
+    if mode in {"poll", "off"}:
+        await _idle(desk)
+    if mode == "auto":
+        await _judge_mount(desk)
+    while True:
+        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        try:
+            await _listen(desk)
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+                await trio.sleep(LOOK_SECONDS)  # the root is gone: the scan says so
+                continue
+            await _degraded(desk, error)
+        except _Replaced:
+            logger.warning("watch_laid_anew root={}", desk.settings.root)
+
+
+async def _idle(desk: Desk) -> None:
+    while True:
+        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        await trio.sleep(ALLOWANCE_SECONDS / 2)
+
+
+async def _judge_mount(desk: Desk) -> None:
+    root = desk.settings.root
+    mount = await trio.to_thread.run_sync(limits.mount_of, root)
+    reason = limits.silence(mount)
+    if reason is not None and not limits.delivers_events(mount):
+        seconds = desk.settings.watch.poll_interval_seconds
+        desk.progress.polling = True
+        remedy = f"the engine sweeps every {seconds:g} s instead (watch.poll_interval_seconds); `everos-engine sync` finds everything now"
+        await desk.notes.say("mount_silent", f"the memory root is on {reason}", remedy)
+
+
+async def _degraded(desk: Desk, error: OSError) -> None:
+    """No events for now: name the limit and its remedy, poll, and try again later."""
+    code = "watch_limit" if error.errno == errno.ENOSPC or "limit" in str(error) else "watch_failed"
+    if error.errno in {errno.EMFILE, errno.ENFILE} or "open files" in str(error):
+        code = "instance_limit"
+    desk.progress.polling = True
+    remedy = REMEDIES.get(code, "") + POLL_REMEDY + f" every {desk.settings.watch.poll_interval_seconds:g} s"
+    await desk.notes.say(code, f"file events cannot be had: {error}", remedy)
+    desk.look_again()
+    with trio.move_on_after(RETRY_SECONDS):
+        await _idle(desk)
+
+
+async def _listen(desk: Desk) -> None:
+    """Lay the watches, and record what they tell. Raises OSError where they cannot be laid, _Replaced when stale."""
+    laid_on, stop = _identity(desk.settings.root), threading.Event()
+    send, receive = trio.open_memory_channel[set[str]](64)
     try:
-        desk.progress.watching = True
-        desk.scan_now.value += 1  # what changed before the watches were laid has no event
-        batches = watchfiles.awatch(
-            settings.root,
-            watch_filter=None,
-            debounce=settings.watch_debounce_milliseconds,
-            step=STEP_MILLISECONDS,
-            stop_event=stop,
-            ignore_permission_denied=False,
-            rust_timeout=BEAT_MILLISECONDS,
-            yield_on_timeout=True,
-        )
-        async with trio.open_nursery() as nursery, aclosing(batches):
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_cancelled, stop)
-            desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
-            async for batch in batches:
-                desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
-                paths = {path for _, path in batch if not _ours(settings, path)}
-                if not os.path.isdir(settings.root):
-                    message = f"the memory root {settings.root} is gone"
-                    raise Transient(message)
-                if paths:
-                    await _record(desk, paths)
+            nursery.start_soon(_check, desk, laid_on)
+            nursery.start_soon(_receive, desk, receive)
+            await trio.to_thread.run_sync(_run, desk, stop, send)
+            nursery.cancel_scope.cancel()
+    except* (OSError, _Replaced) as group:
+        raise group.exceptions[0] from None
     finally:
         desk.progress.watching = False
         stop.set()
 
 
-async def _stop_when_cancelled(stop: anyio.Event) -> None:
-    """The watching thread cannot be cancelled, only told; without this a stop waits for its time-out of 5 s."""
+def _run(desk: Desk, stop: threading.Event, send: trio.MemorySendChannel[set[str]]) -> None:
+    """In a thread of its own: laying thousands of watches takes its time, and waiting for events blocks."""
+    settings = desk.settings
+    with _lay(settings) as watches:
+        trio.from_thread.run_sync(_laid, desk)
+        while True:
+            found = watches.watch(settings.watch.debounce_milliseconds, STEP_MILLISECONDS, 0, stop)
+            if found == "stop":
+                return
+            if isinstance(found, set):
+                trio.from_thread.run(send.send, {path for _, path in found})
+
+
+def _lay(settings: Settings) -> RustNotify:
+    paths, debug, polling, delay, recursive = [os.fspath(settings.root)], False, False, 300, True
+    try:
+        return RustNotify(paths, debug, polling, delay, recursive, ignore_permission_denied=False)
+    except (
+        PermissionError
+    ):  # a blind directory, which the scan names; ignoring it hides a watch limit, which _check finds
+        return RustNotify(paths, debug, polling, delay, recursive, ignore_permission_denied=True)
+
+
+def _laid(desk: Desk) -> None:
+    desk.progress.watching = True
+    desk.progress.watched_since_seconds = time.monotonic()
+    desk.look_again()  # what changed before the watches were laid has no event
+
+
+async def _stop_when_cancelled(stop: threading.Event) -> None:
+    """The watching thread cannot be cancelled, only told."""
     try:
         await trio.sleep_forever()
     finally:
         stop.set()
 
 
+async def _check(desk: Desk, laid_on: tuple[int, int]) -> None:
+    """The watches are on the root there is, and there is one for each directory."""
+    due = time.monotonic() + LOOK_SECONDS
+    short_before = 0
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        if _identity(desk.settings.root) != laid_on:
+            raise _Replaced
+        if time.monotonic() < due:
+            continue
+        due = time.monotonic() + CHECK_SECONDS
+        short = await trio.to_thread.run_sync(_directories_unwatched, desk.settings)
+        if short and short_before:
+            desk.progress.polling = True
+            seconds = desk.settings.watch.poll_interval_seconds
+            message = (
+                f"file events cannot be had of about {short} directories: the kernel's limit of watches is reached"
+            )
+            await desk.notes.say("watch_limit", message, f"{REMEDIES['watch_limit']}{POLL_REMEDY} every {seconds:g} s")
+        elif not short:
+            await _well(desk)
+        else:
+            due = time.monotonic() + LOOK_SECONDS  # directories come and go: look twice before saying anything
+        short_before = short
+
+
+async def _well(desk: Desk) -> None:
+    """Every directory is watched: no limit holds, and polling ends unless the mount asks for it."""
+    await desk.notes.over("watch_limit", "instance_limit", "watch_failed")
+    desk.progress.polling = "mount_silent" in desk.notes.now
+
+
+def _directories_unwatched(settings: Settings) -> int:
+    watched = limits.own_watches()
+    if watched is None:
+        return 0
+    return max(0, files.directories_below(os.fspath(settings.root)) - watched)
+
+
+def _identity(root: str | os.PathLike[str]) -> tuple[int, int]:
+    found = os.stat(root)
+    return found.st_dev, found.st_ino
+
+
+async def _receive(desk: Desk, batches: trio.MemoryReceiveChannel[set[str]]) -> None:
+    async for batch in batches:
+        if len(batch) > BURST:
+            desk.progress.burst = max(desk.progress.burst, len(batch))
+            desk.look_again()
+        paths = {path for path in batch if not _ours(desk.settings, path)}
+        if paths:
+            await _record(desk, paths)
+
+
 async def _record(desk: Desk, paths: set[str]) -> None:
-    def look() -> list[str]:
-        observations = _observe(desk, paths)
-        now = now_milliseconds()
-        return desk.database.write(lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now))
+    settings = desk.settings
+
+    def look() -> tuple[list[Observation], list[str], bool]:
+        observations, again = _observe(desk, paths)
+        verified = verify_racy(settings, desk.database, [seen.md_path for seen in observations])
+        observations = [seen for seen in observations if seen not in verified]
+        gone = [seen for seen in observations if seen.fingerprint is None]
+        if gone and (len(gone) > FEW or _is_suspicious(desk, len(gone))):
+            observations, again = [seen for seen in observations if seen.fingerprint is not None], True
+        now, settle = now_milliseconds(), settings.settle_milliseconds
+        queued = desk.database.write(
+            lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now, settle_milliseconds=settle)
+        )
+        return observations, queued, again
 
     try:
-        queued = await trio.to_thread.run_sync(look, limiter=desk.database.limiter)
+        observations, queued, again = await trio.to_thread.run_sync(look, limiter=desk.database.limiter)
     except Transient as error:
         logger.warning("events_left_to_scan count={} error={!r}", len(paths), str(error))
-        desk.scan_now.value += 1
+        desk.look_again()
         return
+    for seen in observations:
+        desk.progress.unseen.pop(seen.md_path, None)
+    if again:
+        desk.look_again()
     if queued:
         desk.wake_up()
 
 
-def _observe(desk: Desk, paths: set[str]) -> list[Observation]:
-    """A look at every path named, at all below a directory that appeared, and at all known below one that went."""
-    settings = desk.settings
+def _is_suspicious(desk: Desk, gone: int) -> bool:
+    """Whether deletions are left to a sweep, which holds them if they look like an accident."""
+    known = desk.database.read(queue.files)
+    too_much = desk.brake.is_too_much(gone, known=known, now_seconds=time.monotonic())
+    return too_much or desk.brake.trouble() is not None
+
+
+def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
+    """A look at every path named, at all below a directory that appeared, and at all known below one that went.
+
+    True beside it where a sweep should look again: files made in a new directory before its watch have no event.
+    """
+    settings, directories = desk.settings, False
     keys: dict[str, None] = {}
     for path in paths:
         key = key_in_root(settings, path)
@@ -100,16 +261,17 @@ def _observe(desk: Desk, paths: set[str]) -> list[Observation]:
             keys[place.md_path] = None
         if os.path.isdir(path):  # noqa: PTH112 - str in, str out
             keys.update(dict.fromkeys(_below(settings, path)))
+            directories = True
         elif place is None:
             keys.update(dict.fromkeys(desk.database.read(lambda tx, k=key: queue.known_below(tx, k))))  # type: ignore[misc]
-    return observe_paths(settings, list(keys))
+    return observe_paths(settings, list(keys)), directories
 
 
 def _below(settings: Settings, directory: str) -> list[str]:
     def recognise(key: str) -> kinds.Place | None:
         return kinds.recognise(key, note_globs=settings.note.globs)
 
-    return list(files.walk(settings.root, recognise, below=directory))
+    return list(files.walk(settings.root, recognise, below=directory).found)
 
 
 def _ours(settings: Settings, path: str) -> bool:

@@ -17,6 +17,7 @@ from loguru import logger
 from trio_util import AsyncValue
 
 from everos_engine.errors import BadFile, BadText, EngineError, Transient
+from everos_engine.loops.brake import WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.stores import ledger, queue
 from everos_engine.stores.index import Model, Row
@@ -25,6 +26,8 @@ from everos_engine.text import diff, kinds
 from everos_engine.text.entries import Document, Entry, Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -43,6 +46,7 @@ class Job:
     claim: queue.Claim
     fingerprint: files.Fingerprint | None = None
     racy: bool = False
+    digest: bytes | None = None
     document: Document = field(default_factory=lambda: Document((), ()))
     plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -109,11 +113,14 @@ class _Worker:
 
     async def _prepare(self, claims: list[queue.Claim]) -> None:
         """Read and diff a batch off the loop, then send each job on as soon as it needs nothing more."""
+        settings = self.desk.settings
         jobs = await trio.to_thread.run_sync(self._read_all, claims)
         known = await self.desk.database.aread(lambda tx: ledger.known(tx, [job.claim.md_path for job in jobs]))
         for job in jobs:
             if job.error is None:
                 job.plan = diff.plan(job.document, known[job.claim.md_path])
+            if _looks_torn(job, known[job.claim.md_path]):
+                job.error = _unsettled(job, settings.settle_milliseconds) or job.error
         await self._look_up(jobs)
         async with trio.open_nursery() as nursery:
             for job in jobs:
@@ -132,11 +139,13 @@ class _Worker:
             return job  # of no kind any more: its rows go
         try:
             reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
-            job.fingerprint, job.racy = reading.fingerprint, reading.racy
+            job.fingerprint, job.racy, job.digest = reading.fingerprint, reading.racy, reading.digest
             job.document = kinds.parse(place, reading.sources)
             job.problems = list(job.document.problems)
         except files.Vanished:
-            pass
+            trouble = self.desk.brake.trouble()
+            if trouble not in {None, "root_empty"}:
+                job.error = Transient(f"not deleted: {WHY[trouble]}", counts_as_retry=False)
         except BadFile as error:
             job.error = error
             if job.fingerprint is None:
@@ -264,7 +273,15 @@ class _Worker:
                 _apply(tx, kind, job)
             message = _message(job)
             if message is None:
-                queue.mark_done(tx, job.claim, job.fingerprint, racy=job.racy, now_milliseconds=now)
+                queue.mark_done(
+                    tx,
+                    job.claim,
+                    job.fingerprint,
+                    racy=job.racy,
+                    digest=job.digest,
+                    settle_milliseconds=self.desk.settings.settle_milliseconds,
+                    now_milliseconds=now,
+                )
                 continue
             queue.mark_failed(
                 tx,
@@ -273,6 +290,7 @@ class _Worker:
                 retryable=False,
                 fingerprint=job.fingerprint,
                 racy=job.racy,
+                digest=job.digest,
                 now_milliseconds=now,
             )
             logger.warning("change_failed path={!r} error={!r}", job.claim.md_path, message)
@@ -294,8 +312,36 @@ class _Worker:
             most=settings.worker_retry_backoff_max_seconds,
             asked=error.retry_after_seconds if isinstance(error, Transient) else None,
         )
+        if isinstance(error, Unsettled):
+            delay = error.retry_after_seconds or 0.0
         not_before = now + max(1, int(delay * 1000))
         queue.postpone(tx, job.claim, str(error), not_before=not_before, now_milliseconds=now, counts_as_retry=counts)
+
+
+class Unsettled(Transient):
+    """The file is so young, and looks so torn, that somebody may still be writing it."""
+
+
+def _looks_torn(job: Job, known: Mapping[str, bytes]) -> bool:
+    """Whether the file lost its structure, or half of its entries, since it was last indexed."""
+    if job.fingerprint is None:
+        return False
+    if job.error is not None:
+        return isinstance(job.error, BadFile)
+    lost = len(job.plan.deletes)
+    return lost > len(job.plan.upserts) and 2 * lost >= len(known)
+
+
+def _unsettled(job: Job, settle_milliseconds: int) -> Unsettled | None:
+    """The error to wait with, where the file is younger than it takes to settle."""
+    if job.fingerprint is None:
+        return None
+    age = now_milliseconds() - max(job.fingerprint.mtime_ns, job.fingerprint.ctime_ns) // 1_000_000
+    if not 0 <= age < settle_milliseconds:
+        return None
+    wait_seconds = (settle_milliseconds - age) / 1000
+    message = "the file may still be being written"
+    return Unsettled(message, retry_after_seconds=wait_seconds, counts_as_retry=False)
 
 
 def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:

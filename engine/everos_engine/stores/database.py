@@ -36,7 +36,9 @@ class Database:
     holds the GIL through both, and a lock of another process would freeze the event loop.
     """
 
-    def __init__(self, path: Path, *, schema: str = "", readonly: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, schema: str = "", version: int = 0, may_replace: bool = False, readonly: bool = False
+    ) -> None:
         flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         self.path = path
         self.limiter = trio.CapacityLimiter(1)
@@ -49,10 +51,27 @@ class Database:
                 self._run("PRAGMA journal_size_limit=8388608")
             self._run("PRAGMA temp_store=MEMORY")
             if schema:
-                self.write(lambda tx: _drain(tx.execute(schema)))
+                self._lay(schema, version, may_replace=may_replace)
         except (apsw.NotADBError, apsw.CorruptError) as error:
             message = f"{path} is damaged ({error}): stop the engine, remove {path.parent} and start again; nothing but the queue and caches is lost, markdown is the truth"
             raise Fatal(message) from error
+
+    def _lay(self, schema: str, version: int, *, may_replace: bool) -> None:
+        """Lay the schema; a database of another version is emptied first, for all in it can be had again."""
+
+        def lay(tx: Transaction) -> None:
+            ((found,),) = tx.execute("PRAGMA user_version")
+            tables = [str(name) for (name,) in tx.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+            if tables and found != version:
+                if not may_replace:
+                    message = f"{self.path} was laid by another version of the engine: restart the engine, it is made again from markdown"
+                    raise Fatal(message)
+                for name in tables:
+                    _drain(tx.execute(f'DROP TABLE IF EXISTS "{name}"'))
+            _drain(tx.execute(schema))
+            _drain(tx.execute(f"PRAGMA user_version = {version}"))
+
+        self.write(lay)
 
     def write(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` between ``BEGIN IMMEDIATE`` and ``COMMIT``; rolled back if it raises.

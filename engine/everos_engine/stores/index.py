@@ -184,6 +184,16 @@ class Index:
         due = self.settings
         return life.commits >= due.optimize_after_commits or life.rows >= due.optimize_after_rows
 
+    def lost_kinds(self) -> list[str]:
+        """Kinds whose open table has no folder on disk any more."""
+        return [kind for kind in self._tables if not (self.directory / f"{kind}.lance").is_dir()]
+
+    def forget(self, kind: str) -> None:
+        """Let go of a table that is gone; the next commit makes another."""
+        life = self._tables.pop(kind, None)
+        if life is not None:
+            life.table.close()
+
     def open_kinds(self) -> list[str]:
         """Kinds that have a table."""
         return list(self._tables)

@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS md_change_state (
     ino         INTEGER,
     ctime_ns    INTEGER,
     racy        INTEGER NOT NULL DEFAULT 0,
+    digest      BLOB,
     retry_count INTEGER NOT NULL DEFAULT 0,
     retryable   INTEGER,
     error       TEXT,
@@ -50,7 +51,7 @@ INSERT INTO counter VALUES ('lsn', 0), ('claim', 0), ('found_by_scan', 0), ('fou
 
 Status = Literal["pending", "processing", "done", "failed"]
 Fingerprint4 = tuple[int, int, int, int]
-Source = Literal["watch", "scan", "sync", "rebuild"]
+Source = Literal["watch", "start", "scan", "sync", "rebuild", "audit", "release"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,11 @@ ON CONFLICT (md_path) DO UPDATE SET
     pos = CASE WHEN status IN ('pending', 'processing') THEN pos ELSE excluded.lsn END,
     first_seen = CASE WHEN status IN ('pending', 'processing') THEN first_seen ELSE excluded.first_seen END,
     status = CASE WHEN status = 'processing' THEN status ELSE 'pending' END,
-    not_before = 0, retry_count = 0, retryable = NULL, error = NULL, racy = 0,
+    not_before = CASE
+        WHEN ?10 = 0 OR status = 'processing' THEN 0
+        WHEN status = 'pending' THEN CASE WHEN retry_count = 0 THEN not_before ELSE 0 END
+        WHEN ?9 - updated BETWEEN 0 AND ?10 THEN updated + ?10 ELSE 0 END,
+    retry_count = 0, retryable = NULL, error = NULL, racy = 0,
     mtime_ns = excluded.mtime_ns, size = excluded.size, ino = excluded.ino, ctime_ns = excluded.ctime_ns,
     source = excluded.source, updated = excluded.updated
 """
@@ -142,11 +147,14 @@ def record(
     source: Source,
     now_milliseconds: int,
     force: bool = False,
+    settle_milliseconds: int = 0,
 ) -> list[str]:
     """Queue what differs from what is known; returns the paths queued, in order.
 
     A repeated fingerprint writes nothing, unless it is racy (a later write of the same size could have left it) and
-    the change is at rest. ``force`` queues whatever its fingerprint. A pending change keeps its place in the line.
+    the change is at rest. ``force`` queues whatever its fingerprint. A pending change keeps its place in the line; one
+    marked within the last ``settle_milliseconds`` becomes claimable when they are over, so that a file written without
+    pause is not indexed without pause.
     """
     paths = json.dumps([observation.md_path for observation in observations])
     known = {row[0]: row for row in tx.execute(KNOWN, (paths,))}
@@ -154,8 +162,8 @@ def record(
     if not queued:
         return []
     first = take(tx, "lsn", len(queued))
-    if source in {"scan", "watch"}:
-        take(tx, f"found_by_{source}", len(queued))
+    if source == "watch":
+        take(tx, "found_by_watch", len(queued))
     rows: list[tuple[Value, ...]] = [
         (
             seen.md_path,
@@ -164,6 +172,7 @@ def record(
             *(seen.fingerprint or (None, None, None, None)),
             source,
             now_milliseconds,
+            0 if force else settle_milliseconds,
         )
         for offset, seen in enumerate(queued)
     ]
@@ -188,13 +197,13 @@ CREATE TEMP TABLE IF NOT EXISTS sweep (md_path TEXT PRIMARY KEY, kind TEXT, mtim
 DELETE FROM temp.sweep;
 """
 SWEEP_CHANGED = """
-SELECT s.md_path, s.kind, s.mtime_ns, s.size, s.ino, s.ctime_ns FROM temp.sweep AS s
+SELECT s.md_path, s.kind, s.mtime_ns, s.size, s.ino, s.ctime_ns, c.md_path IS NULL OR c.mtime_ns IS NULL FROM temp.sweep AS s
 LEFT JOIN md_change_state AS c ON c.md_path = s.md_path
 WHERE c.md_path IS NULL OR (c.mtime_ns, c.size, c.ino, c.ctime_ns) IS NOT (s.mtime_ns, s.size, s.ino, s.ctime_ns)
    OR (c.racy = 1 AND c.status IN ('done', 'failed'))
 """
 SWEEP_VANISHED = """
-SELECT c.md_path, c.kind FROM md_change_state AS c
+SELECT c.md_path, c.kind, c.size, c.mtime_ns FROM md_change_state AS c
 WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
 """
 
@@ -208,18 +217,102 @@ def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
     _drain(tx.executemany("INSERT OR REPLACE INTO temp.sweep VALUES (?, ?, ?, ?, ?, ?)", rows))
 
 
-def record_sweep(tx: Transaction, *, source: Source, now_milliseconds: int) -> tuple[int, list[str]]:
-    """Queue all that a loaded sweep found changed; (count queued, the paths that vanished).
+@dataclass(frozen=True, slots=True)
+class Vanished:
+    """A known file that a sweep did not see, with the size and mtime it had."""
+
+    md_path: str
+    kind: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a loaded sweep found: paths queued, (size, mtime_ns) of files never seen before, what vanished, files known."""
+
+    queued: list[str]
+    appeared: list[tuple[int, int]]
+    vanished: list[Vanished]
+    known: int
+
+
+def record_sweep(
+    tx: Transaction,
+    *,
+    source: Source,
+    now_milliseconds: int,
+    settle_milliseconds: int = 0,
+    verified: frozenset[Observation] = frozenset(),
+) -> Compared:
+    """Queue all that a loaded sweep found changed, but for those ``verified`` by content.
 
     The vanished are not queued: the caller looks at each again and records it, so that a file created while the
     sweep ran, or one that a brake holds, is not taken for deleted.
     """
+    rows = list(tx.execute(SWEEP_CHANGED))
     changed = [
-        Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:])))
-        for row in tx.execute(SWEEP_CHANGED)
+        Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:6]))) for row in rows
     ]
-    queued = record(tx, changed, source=source, now_milliseconds=now_milliseconds) if changed else []
-    return len(queued), [cast("str", row[0]) for row in tx.execute(SWEEP_VANISHED)]
+    changed = [seen for seen in changed if seen not in verified]
+    appeared = [(cast("int", row[3]), cast("int", row[2])) for row in rows if row[6]]
+    queued = (
+        record(tx, changed, source=source, now_milliseconds=now_milliseconds, settle_milliseconds=settle_milliseconds)
+        if changed
+        else []
+    )
+    vanished = [Vanished(*row) for row in cast("Iterable[tuple[str, str, int, int]]", list(tx.execute(SWEEP_VANISHED)))]
+    ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
+    return Compared(queued, appeared, vanished, cast("int", known))
+
+
+def credit(tx: Transaction, found_by: Literal["scan", "watch"], count: int) -> None:
+    """Count changes by who noticed them."""
+    take(tx, f"found_by_{found_by}", count)
+
+
+RACY = """
+SELECT md_path, kind, mtime_ns, size, ino, ctime_ns, digest FROM md_change_state
+WHERE racy = 1 AND status IN ('done', 'failed') AND digest IS NOT NULL AND mtime_ns IS NOT NULL
+    AND (?1 IS NULL OR md_path IN (SELECT value FROM json_each(?1)))
+"""
+TRUST = """
+UPDATE md_change_state SET racy = 0 WHERE md_path = ? AND digest = ? AND status IN ('done', 'failed')
+    AND (mtime_ns, size, ino, ctime_ns) IS (?, ?, ?, ?)
+"""
+
+
+def racy(tx: Transaction, paths: Sequence[str] | None = None) -> list[tuple[Observation, bytes]]:
+    """Files at rest, of ``paths`` or of all, whose fingerprint is not to be trusted, with the digest of what was indexed."""
+    asked = None if paths is None else json.dumps(list(paths))
+    return [_with_digest(row) for row in tx.execute(RACY, (asked,))]
+
+
+def trust(tx: Transaction, seen: Iterable[tuple[Observation, bytes]]) -> None:
+    """These were read again and are what was indexed: from now on the fingerprint tells."""
+    _drain(tx.executemany(TRUST, [(one.md_path, digest, *(one.fingerprint or ())) for one, digest in seen]))
+
+
+def _with_digest(row: tuple[Value, ...]) -> tuple[Observation, bytes]:
+    fingerprint = cast("Fingerprint4", tuple(row[2:6]))
+    return Observation(cast("str", row[0]), cast("str", row[1]), fingerprint), cast("bytes", row[6])
+
+
+AUDIT = """
+SELECT md_path, kind, mtime_ns, size, ino, ctime_ns, digest FROM md_change_state
+WHERE md_path > ? AND status IN ('done', 'failed') AND digest IS NOT NULL ORDER BY md_path LIMIT ?
+"""
+
+
+def to_audit(tx: Transaction, after: str, *, limit: int) -> list[tuple[Observation, bytes]]:
+    """The next ``limit`` files at rest, in order of path, with the digest of what was indexed."""
+    return [_with_digest(row) for row in tx.execute(AUDIT, (after, limit))]
+
+
+def files(tx: Transaction) -> int:
+    """How many files the queue knows."""
+    ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
+    return cast("int", known)
 
 
 WAKE_DELAYED = """
@@ -255,22 +348,31 @@ UPDATE md_change_state SET
     ino = CASE WHEN lsn = claim_lsn THEN ?4 ELSE ino END,
     ctime_ns = CASE WHEN lsn = claim_lsn THEN ?5 ELSE ctime_ns END,
     racy = CASE WHEN lsn = claim_lsn THEN ?6 ELSE racy END,
-    claim_no = NULL, claim_lsn = NULL, owner = NULL, retry_count = 0, not_before = 0, updated = ?7
+    digest = CASE WHEN lsn = claim_lsn THEN ?8 ELSE digest END,
+    not_before = CASE WHEN lsn = claim_lsn OR ?9 = 0 THEN 0 ELSE ?7 + ?9 END,
+    claim_no = NULL, claim_lsn = NULL, owner = NULL, retry_count = 0, updated = ?7
 WHERE claim_no = ?1
 """
 
 
 def mark_done(
-    tx: Transaction, held: Claim, fingerprint: Fingerprint4 | None, *, racy: bool, now_milliseconds: int
+    tx: Transaction,
+    held: Claim,
+    fingerprint: Fingerprint4 | None,
+    *,
+    racy: bool,
+    now_milliseconds: int,
+    digest: bytes | None = None,
+    settle_milliseconds: int = 0,
 ) -> None:
-    """The change is applied as read with ``fingerprint`` (None: the file is gone, and its row goes too).
+    """The change is applied as read with ``fingerprint`` (None: the file is gone, and its row goes too) and ``digest``.
 
-    A change edited meanwhile goes back to pending behind the edits that were applied.
+    A change edited meanwhile goes back to pending behind the edits that were applied, and has time to settle.
     """
     if fingerprint is None:
         _drain(tx.execute(FORGET, (held.claim_no,)))
     values = fingerprint or (None, None, None, None)
-    _drain(tx.execute(DONE, (held.claim_no, *values, int(racy), now_milliseconds)))
+    _drain(tx.execute(DONE, (held.claim_no, *values, int(racy), now_milliseconds, digest, settle_milliseconds)))
 
 
 FAILED = """
@@ -284,6 +386,7 @@ UPDATE md_change_state SET
     ino = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?6 ELSE ino END,
     ctime_ns = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?7 ELSE ctime_ns END,
     racy = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?8 ELSE racy END,
+    digest = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?10 ELSE digest END,
     claim_no = NULL, claim_lsn = NULL, owner = NULL, updated = ?9
 WHERE claim_no = ?1
 """
@@ -297,11 +400,12 @@ def mark_failed(
     retryable: bool,
     fingerprint: Fingerprint4 | None = None,
     racy: bool = False,
+    digest: bytes | None = None,
     now_milliseconds: int,
 ) -> None:
     """Dead-letter the change, unless it was edited meanwhile: then the edit has its own try."""
     values = fingerprint or (None, None, None, None)
-    _drain(tx.execute(FAILED, (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds)))
+    _drain(tx.execute(FAILED, (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds, digest)))
 
 
 POSTPONE = """

@@ -23,7 +23,11 @@ OK, TROUBLE, USAGE = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 1 something is not in order, 2 it could not be tried."""
     arguments = parser().parse_args(argv)
-    flags = {"memory.root": arguments.at or arguments.root, "log_format": getattr(arguments, "log_format", None)}
+    flags = {
+        "memory.root": arguments.at or arguments.root,
+        "log_format": getattr(arguments, "log_format", None),
+        "watch.mode": "poll" if getattr(arguments, "poll", False) else None,
+    }
     try:
         settings = load(flags)
         return int(arguments.command(settings, arguments))
@@ -54,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     run = add("run", _run, "watch the memory root and keep its index in step")
     run.add_argument("at", nargs="?", metavar="ROOT", help="the memory root")
     run.add_argument("--log-format", choices=["auto", "text", "json"])
+    run.add_argument("--poll", action="store_true", help="sweep often instead of listening for file events")
     sync = add("sync", _sync, "bring the index in step once, or just these paths, and say what became of them")
     sync.add_argument("paths", nargs="*", metavar="PATH")
+    sync.add_argument("--audit", action="store_true", help="compare every file by content, whatever its times say")
     status = add("status", _status, "the queue, the watermark and the rows, in numbers")
     status.add_argument("--json", action="store_true")
     explain = add("explain", _explain, "why one path is or is not searchable, and what to do")
@@ -63,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true")
     fix = add("fix", _fix, "list what failed; --apply tries the retryable ones again")
     fix.add_argument("--apply", action="store_true")
+    add("release", _release, "apply the deletions that are held because they looked like an accident")
     search = add("search", _search, "search the memory")
     search.add_argument("query", nargs="+", metavar="QUERY")
     search.add_argument("--kind")
@@ -93,6 +100,14 @@ def _run(settings: Settings, _arguments: argparse.Namespace) -> int:
 def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface.oneshot import sync  # noqa: PLC0415 - imports LanceDB
 
+    if arguments.audit:
+        from everos_engine.surface.oneshot import audit  # noqa: PLC0415 - imports LanceDB
+
+        found = audit(settings)
+        for path in found:
+            print(f"{shown(path)}: its content had changed unseen, now in step")
+        print(f"audit done: {len(found)} differed")
+        return OK
     return _report(sync(settings, arguments.paths), everything=bool(arguments.paths), settings=settings)
 
 
@@ -129,6 +144,16 @@ def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
         _show(outcome)
     print(f"{len(failed)} failed")
     return TROUBLE if failed else OK
+
+
+def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
+    from everos_engine.surface.oneshot import release  # noqa: PLC0415 - imports LanceDB
+
+    outcomes = release(settings)
+    for outcome in outcomes:
+        _show(outcome)
+    print(f"{len(outcomes)} released")
+    return TROUBLE if any(outcome.status == "failed" for outcome in outcomes) else OK
 
 
 def _search(settings: Settings, arguments: argparse.Namespace) -> int:

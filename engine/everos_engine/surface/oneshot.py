@@ -10,10 +10,13 @@ import trio
 
 from everos_engine.engine import Engine, enqueue, open_engine, open_queue, open_reader
 from everos_engine.errors import AlreadyRunning, Transient
+from everos_engine.loops.brake import Brake, lay_marker
 from everos_engine.loops.desk import now_milliseconds
+from everos_engine.loops.observe import audit as audit_next
 from everos_engine.loops.observe import sweep
+from everos_engine.loops.scan import AUDIT_FILES
 from everos_engine.search import Filter
-from everos_engine.stores import queue
+from everos_engine.stores import held, queue
 from everos_engine.supervise import alone
 from everos_engine.surface.logs import set_up
 from everos_engine.system import wake
@@ -41,9 +44,45 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
             keys, lsn = enqueue(settings, database, paths)
             await _reach(settings, database, lsn)
             return database.read(lambda tx: queue.outcomes(tx, keys))
-        found = await sweep(settings, database, source="sync")
+        found = await sweep(settings, database, source="sync", brake=Brake(settings))
         await _reach(settings, database, found.lsn)
         return database.read(queue.failed)
+
+    return _do(settings, own, hand_over)
+
+
+def audit(settings: Settings) -> list[str]:
+    """Read every file again; the paths whose content was not what was indexed, now in step."""
+    found: list[str] = []
+
+    async def own(engine: Engine) -> list[Outcome]:
+        await engine.settle()
+        found.extend(await engine.audit())
+        return []
+
+    async def hand_over(database: Database) -> list[Outcome]:
+        end: str | None = ""
+        while end is not None:
+            _, queued, end = audit_next(settings, database, after=end, limit=AUDIT_FILES)
+            found.extend(queued)
+        await _reach(settings, database, database.read(queue.newest))
+        return []
+
+    _do(settings, own, hand_over)
+    return found
+
+
+def release(settings: Settings) -> list[Outcome]:
+    """Apply every held deletion; what became of each."""
+
+    async def own(engine: Engine) -> list[Outcome]:
+        return await engine.release()
+
+    async def hand_over(database: Database) -> list[Outcome]:
+        lay_marker(settings)
+        paths = database.write(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
+        await _reach(settings, database, database.read(queue.newest))
+        return database.read(lambda tx: queue.outcomes(tx, paths))
 
     return _do(settings, own, hand_over)
 

@@ -10,7 +10,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from everos_engine.errors import BadFile, Transient
 
@@ -25,6 +25,8 @@ COARSE_RACY_NS = 2_000_000_000
 """File systems that keep whole seconds (FAT: two) need a wider margin; most others tick every 1 to 10 ms."""
 _ESCAPED = re.compile(r"\\x([89a-f][0-9a-f])")
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What says nothing of the directory, but of this process or machine."""
 
 
 class Fingerprint(NamedTuple):
@@ -60,12 +62,31 @@ class SweepAborted(Transient):
 
 
 @dataclass(frozen=True, slots=True)
+class Walk(Generic[P]):
+    """What a sweep saw: key -> (place, fingerprint), the blind directories by key with the reason, and how many there are."""
+
+    found: Mapping[str, tuple[P, Fingerprint]]
+    blind: Mapping[str, str]
+    directories: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """The bytes of a change by key. ``racy``: a later write of the same size could leave the same fingerprint."""
 
     sources: Mapping[str, bytes]
     fingerprint: Fingerprint
     racy: bool
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that stand for the content of all its files."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key, content in sorted(self.sources.items()):
+            digest.update(f"{len(key.encode('utf-8', 'surrogatepass'))}:{len(content)}:".encode())
+            digest.update(key.encode("utf-8", "surrogatepass"))
+            digest.update(content)
+        return digest.digest()
 
 
 def key_of(root: Path, path: str) -> str | None:
@@ -91,25 +112,29 @@ def path_of(root: Path, key: str) -> str:
     return os.path.join(root, raw)
 
 
-def walk(
-    root: Path, recognise: Callable[[str], P | None], *, below: str | None = None
-) -> dict[str, tuple[P, Fingerprint]]:
-    """One sweep of the tree, or of one directory ``below`` it: key -> (place, fingerprint) of each change.
+def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> Walk[P]:
+    """One sweep of the tree, or of one directory ``below`` it.
 
-    Links to directories are not followed, links to files are. Raises SweepAborted if any part cannot be read.
+    Links to directories are not followed, links to files are. A directory below the root that cannot be read is
+    *blind*: nothing is known of what it holds. Raises SweepAborted where the root cannot be read, or nothing can.
     """
     members: dict[str, dict[str, Fingerprint]] = {}
     places: dict[str, P] = {}
-    base = len(os.fspath(root).rstrip(os.sep)) + 1
+    blind: dict[str, str] = {}
+    top = os.fspath(root).rstrip(os.sep)
+    base, directories = len(top) + 1, 0
     stack = [below or os.fspath(root)]
     while stack:
         directory = stack.pop()
+        directories += 1
         try:
             with os.scandir(directory) as found:
                 for item in found:
                     if item.is_dir(follow_symlinks=False):
                         if item.name != INDEX_DIRECTORY or len(directory) >= base:
                             stack.append(item.path)
+                        continue
+                    if not item.name.endswith(".md"):
                         continue
                     key = _escape(item.path[base:])
                     place = recognise(key)
@@ -120,13 +145,20 @@ def walk(
                         members.setdefault(place.md_path, {})[key] = print_
                         places.setdefault(place.md_path, place)
         except OSError as error:
-            if error.errno in _GONE and directory != os.fspath(root):
-                continue
-            message = f"the sweep stopped at {directory!r}: {error.strerror}; nothing was recorded, the next sweep tries again"
-            raise SweepAborted(message) from error
-    if below is not None:
-        return {key: (place, _fold(members[key])) for key, place in places.items()}
-    return {key: (place, _fold(members[key])) for key, place in places.items() if key in members[key]}
+            if directory in (top, os.fspath(root)) or error.errno in _OURS:
+                message = f"the sweep stopped at {directory!r}: {error.strerror}; nothing was recorded, the next sweep tries again"
+                raise SweepAborted(message) from error
+            if error.errno not in _GONE:
+                blind[_escape(directory[base:])] = error.strerror or str(error)
+    found_places = {
+        key: (place, _fold(members[key])) for key, place in places.items() if below is not None or key in members[key]
+    }
+    return Walk(found_places, blind, directories)
+
+
+def directories_below(directory: str) -> int:
+    """How many directories there are at and below one; those that cannot be read count without what they hold."""
+    return sum(1 for _ in os.walk(directory))
 
 
 def fingerprint(root: Path, place: PlaceLike) -> Fingerprint | None:

@@ -113,6 +113,12 @@ def inotify(*, usage: bool = False) -> Inotify:
     return Inotify(watches, instances, *held)
 
 
+def own_watches() -> int | None:
+    """How many inotify watches this process holds; None where the system does not tell."""
+    handles = _listed("/proc/self/fd")
+    return _held_of("self", handles)[0] if handles else None
+
+
 def descriptors() -> tuple[int, int]:
     """(soft, hard) limit of open file descriptors; -1 is unlimited."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -152,12 +158,20 @@ def _inotify_held() -> tuple[int, int]:
     for process in _listed("/proc"):
         if not process.isdigit() or _owner(f"/proc/{process}") != os.getuid():
             continue
-        for handle in _listed(f"/proc/{process}/fd"):
-            with suppress(OSError):
-                if os.readlink(f"/proc/{process}/fd/{handle}") == "anon_inode:inotify":
-                    info = Path(f"/proc/{process}/fdinfo/{handle}").read_text(encoding="ascii", errors="replace")
-                    watches += info.count("inotify wd:")
-                    instances += 1
+        more_watches, more_instances = _held_of(process, _listed(f"/proc/{process}/fd"))
+        watches, instances = watches + more_watches, instances + more_instances
+    return watches, instances
+
+
+def _held_of(process: str, handles: Iterable[str]) -> tuple[int, int]:
+    """(watches, instances) among the open descriptors of one process."""
+    watches = instances = 0
+    for handle in handles:
+        with suppress(OSError):
+            if os.readlink(f"/proc/{process}/fd/{handle}") in {"anon_inode:inotify", "inotify"}:
+                info = Path(f"/proc/{process}/fdinfo/{handle}").read_text(encoding="ascii", errors="replace")
+                watches += info.count("inotify wd:")
+                instances += 1
     return watches, instances
 
 

@@ -1,0 +1,60 @@
+"""What a human should know while it lasts: said once in the log, shown in ``status`` until it is over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from loguru import logger
+
+from everos_engine.stores import queue
+
+if TYPE_CHECKING:
+    from everos_engine.stores.database import Database, Transaction
+
+META = "notes"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A condition by its code, what it means here, and what to do about it."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+@dataclass(slots=True)
+class Notes:
+    """The conditions that last now; kept in the queue's database so that ``status`` needs no engine to ask."""
+
+    database: Database
+    now: dict[str, Note] = field(default_factory=dict)
+
+    async def say(self, code: str, message: str, remedy: str) -> None:
+        """Begin or renew a condition; logged when it is new, kept when its words changed."""
+        note = Note(code, message, remedy)
+        if self.now.get(code) == note:
+            return
+        if code not in self.now:
+            logger.warning("{} message={!r} remedy={!r}", code, message, remedy)
+        self.now[code] = note
+        await self._keep()
+
+    async def over(self, *codes: str) -> None:
+        """End conditions, if they last."""
+        ended = [code for code in codes if self.now.pop(code, None)]
+        for code in ended:
+            logger.info("{}_over", code)
+        if ended:
+            await self._keep()
+
+    async def _keep(self) -> None:
+        text = json.dumps([asdict(note) for note in self.now.values()])
+        await self.database.awrite(lambda tx: queue.set_meta(tx, META, text))
+
+
+def kept(tx: Transaction) -> list[Note]:
+    """The conditions that lasted when the engine last spoke."""
+    return [Note(**note) for note in json.loads(queue.get_meta(tx, META) or "[]")]

@@ -1,0 +1,133 @@
+"""Held deletions: files that vanished in a way that looks like an accident, whose rows stay until somebody decides.
+
+A held path keeps its row in the queue, with the fingerprint it had; it is let go of by itself when the file comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from everos_engine.stores import queue
+from everos_engine.stores.database import Transaction, Value
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS held (
+    md_path TEXT PRIMARY KEY, kind TEXT NOT NULL, reason TEXT NOT NULL, since INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+Reason = Literal[
+    "mass_delete",
+    "unreadable",
+    "unmounted",
+    "root_missing",
+    "root_unreadable",
+    "root_replaced",
+    "root_empty",
+    "marker_missing",
+]
+STICKY: Reason = "mass_delete"
+"""The one reason that a later sweep does not judge anew: only the files' return or ``release`` ends it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How many deletions are held for one reason, and since when (milliseconds since the epoch)."""
+
+    reason: Reason
+    count: int
+    since: int
+
+
+HOLD = """
+INSERT INTO held VALUES (?, ?, ?, ?) ON CONFLICT (md_path) DO UPDATE SET reason = excluded.reason
+"""
+HOLD_ALL = """
+INSERT INTO held SELECT md_path, kind, ?1, ?2 FROM md_change_state WHERE mtime_ns IS NOT NULL
+ON CONFLICT (md_path) DO UPDATE SET reason = CASE reason WHEN 'mass_delete' THEN reason ELSE excluded.reason END
+"""
+HEAL = """
+DELETE FROM held WHERE md_path IN (SELECT md_path FROM temp.sweep)
+    OR md_path NOT IN (SELECT md_path FROM md_change_state WHERE mtime_ns IS NOT NULL) RETURNING 1
+"""
+
+
+def hold(tx: Transaction, paths: Iterable[tuple[str, str]], reason: Reason, *, now_milliseconds: int) -> None:
+    """Hold the deletion of (md_path, kind) pairs; one held already keeps its time."""
+    _drain(tx.executemany(HOLD, [(path, kind, reason, now_milliseconds) for path, kind in paths]))
+
+
+def hold_all(tx: Transaction, reason: Reason, *, now_milliseconds: int) -> None:
+    """Hold every file the queue knows: the root itself is not what it was."""
+    _drain(tx.execute(HOLD_ALL, (reason, now_milliseconds)))
+
+
+def heal(tx: Transaction) -> int:
+    """Let go of what the loaded sweep saw again, or what is deleted by now; how many that were."""
+    return len(list(tx.execute(HEAL)))
+
+
+def sticking(tx: Transaction) -> set[str]:
+    """Paths that wait for ``release``."""
+    return {cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held WHERE reason = ?", (STICKY,))}
+
+
+def judge_anew(tx: Transaction) -> None:
+    """Let go of all but the sticky, before the same transaction holds what still must be."""
+    _drain(tx.execute("DELETE FROM held WHERE reason <> ?", (STICKY,)))
+
+
+def counts(tx: Transaction) -> list[Held]:
+    """What is held, by reason, most first."""
+    sql = "SELECT reason, count(*), min(since) FROM held GROUP BY reason ORDER BY count(*) DESC, reason"
+    return [
+        Held(cast("Reason", reason), cast("int", count), cast("int", since)) for reason, count, since in tx.execute(sql)
+    ]
+
+
+def reason_of(tx: Transaction, md_path: str) -> Held | None:
+    """Why and since when one path is held; None where it is not."""
+    for reason, since in tx.execute("SELECT reason, since FROM held WHERE md_path = ?", (md_path,)):
+        return Held(cast("Reason", reason), 1, cast("int", since))
+    return None
+
+
+def paths(tx: Transaction, *, limit: int) -> list[str]:
+    """The first ``limit`` held paths in order."""
+    return [cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held ORDER BY md_path LIMIT ?", (limit,))]
+
+
+def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
+    """Queue every held deletion after all; the paths."""
+    rows = list(tx.execute("DELETE FROM held RETURNING md_path, kind"))
+    gone: Sequence[queue.Observation] = [
+        queue.Observation(cast("str", path), cast("str", kind), None) for path, kind in sorted(rows, key=_path)
+    ]
+    return queue.record(tx, gone, source="release", now_milliseconds=now_milliseconds, force=True) if gone else []
+
+
+def _path(row: tuple[Value, ...]) -> str:
+    return cast("str", row[0])
+
+
+def _drain(rows: Iterable[object]) -> None:
+    for _ in rows:
+        pass
+
+
+__all__ = [
+    "SCHEMA",
+    "STICKY",
+    "Held",
+    "Reason",
+    "counts",
+    "heal",
+    "hold",
+    "hold_all",
+    "judge_anew",
+    "paths",
+    "reason_of",
+    "release",
+    "sticking",
+]
