@@ -1,10 +1,10 @@
-"""The workflow: `nox` runs lint, types and tests."""
+"""The workflow: `nox` runs lint, types, tests and a bounded fuzz run."""
 
 from __future__ import annotations
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "fuzz"]
 nox.options.reuse_existing_virtualenvs = True
 
 
@@ -27,6 +27,12 @@ def tests(session: nox.Session) -> None:
     session.install("-q", "-e", ".[test]")
     session.run("coverage", "run", "-m", "pytest", *session.posargs)
     session.run("coverage", "report", "--skip-covered")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    session.install("-q", "-e", ".[test]")
+    session.run("python", "fuzz/run.py", *session.posargs)
 
 
 @nox.session

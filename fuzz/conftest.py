@@ -1,0 +1,30 @@
+"""Hypothesis profiles: `ci` is bounded and repeatable, `fuzz` is long and never the same twice."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile(
+    "ci",
+    max_examples=250,
+    stateful_step_count=30,
+    derandomize=True,
+    database=None,
+    deadline=timedelta(seconds=20),
+    suppress_health_check=SLOW,
+)
+settings.register_profile(
+    "fuzz",
+    max_examples=1500,
+    stateful_step_count=60,
+    deadline=timedelta(seconds=60),
+    suppress_health_check=SLOW,
+    print_blob=True,
+)
+settings.load_profile("ci")
