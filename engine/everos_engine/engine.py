@@ -27,10 +27,10 @@ from everos_engine.search import Filter, Mode, Result
 from everos_engine.search import search as search_index
 from everos_engine.stores import embeddings, held, ledger, queue
 from everos_engine.stores.database import Database
-from everos_engine.stores.index import Model, open_index
+from everos_engine.stores.index import Index, Model, open_index
 from everos_engine.supervise import alone, keep
-from everos_engine.system import locks, wake
-from everos_engine.system.asyncio_thread import open_asyncio_thread
+from everos_engine.system import ceiling, fds, locks, wake
+from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
 from everos_engine.text import kinds
@@ -167,7 +167,7 @@ async def open_engine(
             _open_vectors(settings, embedder) as vectors,
         ):
             with _databases(settings) as database, watching_the_loop() as blocks:
-                index = open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=settings.lancedb_directory)
+                index = _index(settings, bridge)
                 desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
                 try:
                     desk.brake.arm()
@@ -197,7 +197,7 @@ async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
     """The stores without the loops, for searching beside a running engine."""
     async with open_asyncio_thread() as bridge, _open_vectors(settings, None) as vectors:
         with _databases(settings) as database:
-            index = open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=settings.lancedb_directory)
+            index = _index(settings, bridge)
             try:
                 yield Engine(Desk(settings, database, index, vectors, "reader"))
             finally:
@@ -283,6 +283,14 @@ def _databases(settings: Settings) -> Iterator[Database]:
         yield database
     finally:
         database.close()
+
+
+def _index(settings: Settings, bridge: AsyncioThread) -> Index:
+    """The index, its cap checked against the descriptor limit."""
+    fds.raise_soft_limit()
+    cap_bytes = ceiling.cap_of(settings.lancedb, limit=fds.limits()[1])
+    directory = settings.lancedb_directory
+    return open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=directory, cap_bytes=cap_bytes)
 
 
 async def _recover(desk: Desk) -> None:

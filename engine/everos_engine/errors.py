@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+FULL = frozenset({errno.EMFILE, errno.ENFILE})
+_FULL_WORDS = (*(f"os error {number}" for number in sorted(FULL)), "Too many open files")
+
 
 class EngineError(Exception):
     """Base of every error this package raises on purpose; its text says what to do next."""
@@ -43,6 +48,10 @@ class Transient(EngineError):
         self.counts_as_retry = counts_as_retry
 
 
+class Exhausted(Transient):
+    """The process or the system has no file descriptor left: the work waits until it has, and no attempt is counted."""
+
+
 class BadFile(EngineError):
     """A file that only an edit can heal.
 
@@ -65,3 +74,21 @@ class BadFile(EngineError):
 
 class BadText(EngineError):
     """The embedder refuses this one text (HTTP 400, 413, 422): an edit of its entry heals it."""
+
+
+def exhausted(error: BaseException | None) -> bool:
+    """Whether an error says, itself or by what it came from, that no file descriptor is left (EMFILE, ENFILE).
+
+    LanceDB tells it in the words of a RuntimeError only.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, BaseExceptionGroup):
+            return any(exhausted(member) for member in error.exceptions)
+        if isinstance(error, Exhausted) or (isinstance(error, OSError) and error.errno in FULL):
+            return True
+        if isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import tomllib
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,14 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
+DescriptorMode = Literal["reopen", "pinned"]
+REFUSED = {
+    "lancedb.metadata_cache_size_bytes": (
+        "must not be set: the metadata cache holds parsed manifests and fragment statistics and has no effect on the "
+        "number of file descriptors; capping it only repeats parsing. Remove it, and set lancedb.index_cache_size_bytes"
+    ),
+}
+
 
 def knob(default: Any, doc: str, *, least: float | None = None, most: float | None = None) -> Any:
     """A settings field: its default, its line in the settings table, and its bounds (inclusive)."""
@@ -31,8 +40,19 @@ def knob(default: Any, doc: str, *, least: float | None = None, most: float | No
 class LanceDBSettings:
     """The index store."""
 
-    index_cache_size_bytes: int = knob(
-        16 << 20, "Cap of the LanceDB index cache; sizes such as `8MB` are accepted.", least=0
+    descriptor_mode: DescriptorMode = knob(
+        "reopen",
+        "`reopen` opens index files for each read and pins no descriptor; `pinned` keeps them open, bounded by the cap.",
+    )
+    index_cache_size_bytes: int | Literal["auto"] = knob(
+        16 << 20,
+        "Cap of the LanceDB index cache; sizes such as `8MB` are accepted, `auto` takes what fits under `ulimit -n`.",
+        least=0,
+    )
+    descriptors_per_mebibyte: float = knob(
+        110.0,
+        "Descriptors that one MiB of index cache pins in mode `pinned`; `everos-engine fds calibrate` measures it.",
+        least=1,
     )
     read_deadline_seconds: float = knob(30.0, "Longest one read of the index may take.", least=0.1)
     write_deadline_seconds: float = knob(
@@ -191,6 +211,9 @@ def load(
     values.update(_from_toml(root / ROOT_SETTINGS_FILE))
     values.update(from_environment)
     values.update(from_flags)
+    for name, reason in REFUSED.items():
+        if name in values:
+            raise SettingsError(f"{values[name][1]}: {name} {reason}")
     settings = _build(Settings, values, "")
     unknown = sorted(values)
     if unknown:
@@ -265,6 +288,8 @@ def _coerce(name: str, value: object, hint: Any, fld: dataclasses.Field[Any], so
         message = f"{source}: {name}={value!r}: {error}"
         raise SettingsError(message) from None
     least, most = fld.metadata["least"], fld.metadata["most"]
+    if isinstance(result, str):
+        return result
     if least is not None and typing.cast("float", result) < least:
         message = f"{source}: {name}={value!r} is below its least value {least:g}"
         raise SettingsError(message)
@@ -281,6 +306,9 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
             message = f"must be one of {', '.join(choices)}"
             raise ValueError(message)
         return value
+    if get_origin(hint) is types.UnionType:  # a number, or a word that stands for one
+        kind, words = get_args(hint)
+        return value if value in get_args(words) else _convert(name, value, kind)
     if get_origin(hint) is tuple:
         parts = value.split(os.pathsep) if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
@@ -364,6 +392,7 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[object, str]]:
     """Only names we know: other programs of the same family use the prefix too."""
     found: dict[str, tuple[object, str]] = {}
     known = {variable: name for name, variable, _, _ in table()}
+    known.update({ENVIRONMENT_PREFIX + name.replace(".", "__").upper(): name for name in REFUSED})
     for variable, name in known.items():
         if env.get(variable):
             found[name] = (env[variable], variable)

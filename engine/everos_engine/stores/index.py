@@ -7,7 +7,8 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,21 +18,24 @@ from urllib.parse import quote
 import lancedb
 import numpy as np
 import pyarrow as pa
+import trio
 from lancedb.index import FTS
 from lancedb.query import MatchQuery, MultiMatchQuery
 
-from everos_engine.errors import Fatal, Transient
+from everos_engine.errors import Exhausted, Fatal, Transient, exhausted
+from everos_engine.stores.generation import Generation, Generations
 
 if TYPE_CHECKING:
     from lancedb import AsyncConnection, AsyncTable
     from numpy.typing import NDArray
 
-    from everos_engine.settings import LanceDBSettings
+    from everos_engine.settings import DescriptorMode, LanceDBSettings
 
 T = TypeVar("T")
 FORMAT = "1"
 MERGE_ROWS = 2048
 DELETE_KEYS = 1000
+EXHAUSTED_PAUSE_SECONDS = 0.1
 VECTOR_INDEX_ROWS = 200_000
 """Below this many rows an exact scan of 512-wide vectors answers in tens of milliseconds, so none is built."""
 KEY_COLUMNS = ("md_path", "entry_id", "content_hash")
@@ -102,27 +106,32 @@ class Hit:
 
 @dataclass(slots=True)
 class _Life:
-    """An open table."""
+    """What is known of a table, whichever generation has it open; ``current`` is False for one of an older schema."""
 
-    table: AsyncTable
     incarnation: str
     model: str
     dimension: int
     commits: int = 0
     rows: int = 0
+    current: bool = True
 
 
 @dataclass(slots=True)
 class Index:
-    """All tables of one memory root; open it with ``open_index``."""
+    """All tables of one memory root; open it with ``open_index``.
+
+    ``on_exhausted`` is called when LanceDB found no file descriptor; without one the Session is rotated.
+    """
 
     bridge: Bridge
     settings: LanceDBSettings
     kinds: Mapping[str, TableKind]
     directory: Path
-    _connection: AsyncConnection | None = None
-    _session: Any = None
-    _tables: dict[str, _Life] = field(default_factory=dict)
+    cap_bytes: int
+    on_exhausted: Callable[[], object] | None = None
+    _generations: Generations = field(default_factory=Generations)
+    _lives: dict[str, _Life] = field(default_factory=dict)
+    _moved: dict[str, int] = field(default_factory=dict)
 
     async def read(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Run a coroutine function on LanceDB's loop, its troubles sorted."""
@@ -137,48 +146,65 @@ class Index:
     async def lives(self) -> dict[str, tuple[str, int, str]]:
         """Kind -> (incarnation, version, model) of each table on disk that is ours and of today's schema.
 
-        Raises Fatal for a table of somebody else's under one of our names.
+        One of ours of an older schema is dropped: it is made again from markdown. Raises Fatal for a table of
+        somebody else's under one of our names.
         """
         found: dict[str, tuple[str, int, str]] = {}
         for kind in self.kinds:
-            life = await self.write(self._open, kind)
-            if life is not None:
-                found[kind] = (life.incarnation, await self.read(life.table.version), life.model)
+            with self._generations.using() as generation:
+                table = await self._table(generation, kind)
+                life = self._lives.get(kind)
+                if table is not None and life is not None:
+                    found[kind] = (life.incarnation, await self.read(table.version), life.model)
+                elif life is not None:
+                    await self.write(_drop, await self.read(self._connect, generation), kind)
+                    del self._lives[kind]
         return found
 
     def model_of(self, kind: str) -> str | None:
         """The model whose vectors the kind's table holds; None where there is no table yet."""
-        life = self._tables.get(kind)
+        life = self._lives.get(kind)
         return None if life is None else life.model
 
     def dimension_of(self, kind: str) -> int:
         """Width of the vectors in the kind's table; 0 where it has none."""
-        return self._tables[kind].dimension
+        return self._lives[kind].dimension
 
     async def create(self, kind: str, model: Model) -> str:
         """Begin a new life of a kind's table, dropping what was there; its incarnation."""
-        life = await self.write(self._create, kind, model)
-        return life.incarnation
+        with self._generations.using() as generation:
+            async with generation.opening:
+                old = generation.tables.pop(kind, None)
+                if old is not None:
+                    old.close()
+                self._lives.pop(kind, None)
+                try:
+                    table, incarnation = await self.write(self._create, generation, kind, model)
+                finally:
+                    self._written(generation, kind)
+                generation.tables[kind] = table
+                self._lives[kind] = _Life(incarnation, model.name, dimension=model.dimension)
+        return incarnation
 
     async def commit(self, kind: str, rows: Sequence[Row], deletes: Sequence[tuple[str, str]]) -> int:
         """Upsert ``rows`` and delete (md_path, entry_id) keys; idempotent; the table's new version.
 
         Raises Transient when the outcome is unknown or the world is in the way: do the same commit again.
         """
-        life = self._tables[kind]
-        version = 0
-        for start in range(0, len(rows), MERGE_ROWS):
-            batch = self._batch(self.kinds[kind], life, rows[start : start + MERGE_ROWS])
-            version = await self.write(_merge, life.table, batch)
-        for start in range(0, len(deletes), DELETE_KEYS):
-            version = await self.write(_delete, life.table, deletes[start : start + DELETE_KEYS])
+        life, version = self._lives[kind], 0
+        async with self._writing(kind) as table:
+            for start in range(0, len(rows), MERGE_ROWS):
+                batch = self._batch(self.kinds[kind], life, rows[start : start + MERGE_ROWS])
+                version = await self.write(_merge, table, batch)
+            for start in range(0, len(deletes), DELETE_KEYS):
+                version = await self.write(_delete, table, deletes[start : start + DELETE_KEYS])
         life.commits += 1
         life.rows += len(rows) + len(deletes)
         return version
 
     def wants_optimize(self, kind: str) -> bool:
         """Whether enough was written since the last optimize."""
-        life = self._tables.get(kind)
+        life = self._lives.get(kind)
         if life is None:
             return False
         due = self.settings
@@ -196,65 +222,128 @@ class Index:
 
     def open_kinds(self) -> list[str]:
         """Kinds that have a table."""
-        return list(self._tables)
+        return list(self._lives)
 
     def unoptimized(self, kind: str) -> int:
         """Commits since the last optimize."""
-        return self._tables[kind].commits
+        return self._lives[kind].commits
 
     async def optimize(self, kind: str) -> int:
         """Compact, fold new rows into the indexes, prune old versions; the table's new version."""
-        life = self._tables[kind]
+        life = self._lives[kind]
         commits, rows = life.commits, life.rows
-        version = await self.write(_optimize, life.table, self.settings.keep_versions_seconds)
+        async with self._writing(kind) as table:
+            version = await self.write(_optimize, table, self.settings.keep_versions_seconds)
         life.commits -= commits
         life.rows -= rows
         return version
 
     async def keys(self, kind: str) -> dict[tuple[str, str], bytes]:
         """(md_path, entry_id) -> content hash of every row."""
-        return await self.read(_keys, self._tables[kind].table)
+        return await self._ask(kind, _keys) or {}
 
     async def rows(self, kind: str, *, where: str = "") -> list[dict[str, object]]:
         """Every row of a kind, vectors as lists; for checks and small tables."""
-        life = self._tables.get(kind) or await self.write(self._open, kind)
-        return [] if life is None else await self.read(_rows, life.table, where)
+        return await self._ask(kind, _rows, where) or []
 
     async def search_text(self, kind: str, query: str, *, where: str, limit: int) -> list[Hit]:
         """The best rows by BM25 over the kind's text columns; words only, no operators."""
-        life = self._tables.get(kind) or await self.write(self._open, kind)
-        if life is None:
-            return []
-        return await self.read(_search_text, life.table, self.kinds[kind], query, where, limit)
+        return await self._ask(kind, _search_text, self.kinds[kind], query, where, limit) or []
 
     async def search_vector(
         self, kind: str, vector: NDArray[np.float32], *, model: str, where: str, limit: int
     ) -> list[Hit]:
         """The nearest rows by cosine; none where the table holds another model's vectors."""
-        life = self._tables.get(kind) or await self.write(self._open, kind)
+        if kind not in self._lives:
+            with self._generations.using() as generation:
+                await self._table(generation, kind)
+        life = self._lives.get(kind)
         if life is None or not life.dimension or life.model != model:
             return []
-        return await self.read(_search_vector, life.table, self.kinds[kind], vector, where, limit)
+        return await self._ask(kind, _search_vector, self.kinds[kind], vector, where, limit) or []
+
+    def rotate(self) -> int:
+        """Begin a new Session, connection and tables, each opened when first used; the number of the generation.
+
+        The old ones, and every descriptor they pin, go when their last reader is done. No call fails for it.
+        """
+        return self._generations.rotate()
+
+    @property
+    def generations_open(self) -> int:
+        """1, and one for each old generation that waits for its last reader."""
+        return self._generations.open
+
+    @property
+    def rotations(self) -> int:
+        """How often the Session was rotated."""
+        return self._generations.current.number
 
     def session_bytes(self) -> int:
-        """Bytes in the Session's caches now."""
-        return int(self._session.size_bytes)
+        """Bytes in the current Session's caches, 0 before the first call."""
+        session = self._generations.current.session
+        return 0 if session is None else int(session.size_bytes)
 
     def close(self) -> None:
         """Let go of every table, the connection and the Session."""
-        for life in self._tables.values():
-            life.table.close()
-        self._tables.clear()
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = self._session = None
+        self._lives.clear()
+        self._generations.close()
 
-    async def _open(self, kind: str) -> _Life | None:
-        if kind in self._tables:
-            return self._tables[kind]
+    async def _ask(self, kind: str, function: Callable[..., Awaitable[T]], *args: object) -> T | None:
+        """One read of a kind's table; None where there is none. Waits for descriptors as long as a read may take."""
+        end = trio.current_time() + self.settings.read_deadline_seconds
+        while True:
+            try:
+                with self._generations.using() as generation:
+                    table = await self._table(generation, kind)
+                    return None if table is None else await self.read(function, table, *args)
+            except Exhausted:
+                (self.on_exhausted or self.rotate)()
+                if trio.current_time() + EXHAUSTED_PAUSE_SECONDS > end:
+                    raise
+                await trio.sleep(EXHAUSTED_PAUSE_SECONDS)
+
+    @asynccontextmanager
+    async def _writing(self, kind: str) -> AsyncIterator[AsyncTable]:
+        """The kind's table, to write to."""
+        with self._generations.using() as generation:
+            table = await self._table(generation, kind)
+            if table is None:
+                message = f"the table {kind!r} is not there (any more): restart the engine to build it again"
+                raise Transient(message)
+            try:
+                yield table
+            finally:
+                self._written(generation, kind)
+
+    def _written(self, generation: Generation, kind: str) -> None:
+        """A handle does not see what another one commits: after a write on an old generation, open anew."""
+        if generation.retired:
+            self._moved[kind] = self._moved.get(kind, 0) + 1
+            self._generations.current.tables.pop(kind, None)
+
+    async def _table(self, generation: Generation, kind: str) -> AsyncTable | None:
+        """The table of a kind, opened once a generation; None where there is none, or one of an older schema."""
+        async with generation.opening:
+            while kind not in generation.tables:
+                moved = self._moved.get(kind, 0)
+                opened = await self.read(self._open, generation, kind)
+                if opened is None:
+                    return None
+                table, life = opened
+                known = self._lives.get(kind)
+                if known is None or known.incarnation != life.incarnation:
+                    self._lives[kind] = life
+                if not life.current:
+                    return None
+                if moved == self._moved.get(kind, 0):
+                    generation.tables[kind] = table
+            return generation.tables[kind]
+
+    async def _open(self, generation: Generation, kind: str) -> tuple[AsyncTable, _Life] | None:
         if not (self.directory / f"{kind}.lance").is_dir():
             return None
-        connection = await self._connect()
+        connection = await self._connect(generation)
         table = await connection.open_table(kind)
         schema = await table.schema()
         facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
@@ -263,17 +352,11 @@ class Index:
         if not incarnation:
             raise Fatal(_drift(kind, schema, self._schema(self.kinds[kind], Model(model, dimension), "")))
         expected = self._schema(self.kinds[kind], Model(model, dimension), incarnation)
-        if not schema.equals(expected) or facts.get("everos_engine.format") != FORMAT:
-            await connection.drop_table(kind)  # ours, of an older or altered schema: it is made again from markdown
-            return None
-        self._tables[kind] = _Life(table, incarnation, model, dimension=dimension)
-        return self._tables[kind]
+        current = schema.equals(expected) and facts.get("everos_engine.format") == FORMAT
+        return table, _Life(incarnation, model, dimension=dimension, current=current)
 
-    async def _create(self, kind: str, model: Model) -> _Life:
-        connection = await self._connect()
-        old = self._tables.pop(kind, None)
-        if old is not None:
-            old.table.close()
+    async def _create(self, generation: Generation, kind: str, model: Model) -> tuple[AsyncTable, str]:
+        connection = await self._connect(generation)
         if (self.directory / f"{kind}.lance").exists():
             try:
                 await connection.drop_table(kind)
@@ -284,15 +367,16 @@ class Index:
         table = await connection.create_table(kind, schema=schema)
         for column in self.kinds[kind].fts_columns:
             await table.create_index(column, config=FTS(base_tokenizer="icu", with_position=False))
-        self._tables[kind] = _Life(table, incarnation, model.name, dimension=model.dimension)
-        return self._tables[kind]
+        return table, incarnation
 
-    async def _connect(self) -> AsyncConnection:
-        if self._connection is None:
+    async def _connect(self, generation: Generation) -> AsyncConnection:
+        if generation.connection is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._session = lancedb.Session(index_cache_size_bytes=self.settings.index_cache_size_bytes)
-            self._connection = await lancedb.connect_async(uri_of(self.directory), session=self._session)
-        return self._connection
+            session = lancedb.Session(index_cache_size_bytes=self.cap_bytes)
+            uri = uri_of(self.directory, self.settings.descriptor_mode)
+            generation.connection = await lancedb.connect_async(uri, session=session)
+            generation.session = session
+        return generation.connection
 
     def _schema(self, kind: TableKind, model: Model, incarnation: str) -> pa.Schema:
         fields = [
@@ -323,16 +407,21 @@ class Index:
         return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
-def open_index(bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path) -> Index:
-    """The index of one memory root; connects when first used."""
+def open_index(
+    bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path, cap_bytes: int
+) -> Index:
+    """The index of one memory root, its cache capped; connects when first used."""
     os.environ.setdefault("LANCEDB_LOG", "error")
     warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
-    return Index(bridge, settings, kinds, directory)
+    return Index(bridge, settings, kinds, directory, cap_bytes)
 
 
-def uri_of(directory: Path) -> str:
-    """The URI under which no index descriptor is ever pinned; unquoted, ``%``, ``#`` and ``?`` would open another folder."""
-    return "file-object-store://" + quote(os.fspath(directory))
+def uri_of(directory: Path, mode: DescriptorMode) -> str:
+    """Where to connect. Mode ``reopen`` is a URI under which no index descriptor is ever pinned, ``pinned`` the plain path.
+
+    Unquoted, ``%``, ``#`` and ``?`` in a URI would open another folder.
+    """
+    return "file-object-store://" + quote(os.fspath(directory)) if mode == "reopen" else os.fspath(directory)
 
 
 def text_literal(text: str) -> str:
@@ -348,6 +437,10 @@ def _vectors(vectors: Sequence[NDArray[np.float32] | None]) -> pa.Array:
             flat[at] = vector
     mask = pa.array([vector is None for vector in vectors])
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), width, mask=mask)
+
+
+async def _drop(connection: AsyncConnection, kind: str) -> None:
+    await connection.drop_table(kind)
 
 
 async def _merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
@@ -421,7 +514,7 @@ class _sorted:  # noqa: N801 - a context manager used as a verb
         if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, (RecursionError, NotImplementedError)):
             first_line = str(error).strip().split("\n", 1)[0][:400]
             message = f"LanceDB: {first_line}"
-            raise Transient(message) from error
+            raise (Exhausted if exhausted(error) else Transient)(message) from error
 
 
 def _drift(kind: str, found: pa.Schema, expected: pa.Schema) -> str:

@@ -1,0 +1,52 @@
+"""The arithmetic of file descriptors: what a cap of the index cache may cost, and whether that fits under the limit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from everos_engine.errors import SettingsError
+
+if TYPE_CHECKING:
+    from everos_engine.settings import LanceDBSettings
+
+BASE_DESCRIPTORS = 48
+"""Most that the engine holds besides pinned indexes; a test runs it under `ulimit -n 64` and asserts this bound."""
+HEADROOM = 2
+"""The limit must hold this many ceilings, as in the runbook."""
+MIB = 1 << 20
+MOST_AUTO_BYTES = 64 * MIB
+"""Beyond this the measured latency no longer falls."""
+
+
+def cap_of(settings: LanceDBSettings, *, limit: int) -> int:
+    """The cap in bytes; `auto` is the largest whose ceiling fits ``HEADROOM`` times under ``limit``, at most 64 MiB.
+
+    Raises SettingsError, with the arithmetic, for a cap that pins more descriptors than the limit has room for.
+    """
+    chosen = settings.index_cache_size_bytes
+    if isinstance(chosen, str):
+        room = max(0, limit // HEADROOM - BASE_DESCRIPTORS)
+        return min(MOST_AUTO_BYTES, int(room / settings.descriptors_per_mebibyte * MIB))
+    if settings.descriptor_mode == "pinned":
+        _check(settings, chosen, limit)
+    return chosen
+
+
+def ceiling_of(settings: LanceDBSettings, *, cap_bytes: int, pinned: bool) -> int:
+    """The most descriptors the engine may hold: what it needs itself, and what the cap pins where indexes are pinned."""
+    return BASE_DESCRIPTORS + (round(cap_bytes / MIB * settings.descriptors_per_mebibyte) if pinned else 0)
+
+
+def _check(settings: LanceDBSettings, cap_bytes: int, limit: int) -> None:
+    ceiling = ceiling_of(settings, cap_bytes=cap_bytes, pinned=True)
+    if HEADROOM * ceiling <= limit:
+        return
+    fitting = max(0, int((limit / HEADROOM - BASE_DESCRIPTORS) / settings.descriptors_per_mebibyte * MIB))
+    message = (
+        f"lancedb.index_cache_size_bytes={cap_bytes} with lancedb.descriptor_mode=pinned needs up to {ceiling} file "
+        f"descriptors ({BASE_DESCRIPTORS} of the engine + {cap_bytes / MIB:.1f} MiB x "
+        f"{settings.descriptors_per_mebibyte:g} per MiB), and {HEADROOM} times that, {HEADROOM * ceiling}, to be safe; "
+        f"RLIMIT_NOFILE is {limit}: lower the cap to {fitting}, set it to `auto`, raise `ulimit -n` to "
+        f"{HEADROOM * ceiling}, or use descriptor_mode=reopen, which pins none"
+    )
+    raise SettingsError(message)

@@ -1,0 +1,206 @@
+"""Descriptors of this process: counted without opening one, told apart by class, limited, and one kept to spare."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from everos_engine.errors import FULL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OWN = "/proc/self/fd"
+CLASSES = ("lance_index", "lance_data", "deleted", "sqlite", "sockets", "pipes", "watch", "other")
+_SQLITE_ENDS = (".db", ".db-wal", ".db-shm", ".db-journal")
+MOST_LIMIT = 1 << 20
+"""An unlimited hard limit is taken as this much; macOS refuses more than it has anyway."""
+VERIFY_TRIES = 5
+MOST_GAP = 1024
+"""So many numbers without a descriptor end the search: some may have been closed since they were counted."""
+
+
+def limits() -> tuple[int, int]:
+    """RLIMIT_NOFILE, (soft, hard); unlimited counts as ``MOST_LIMIT``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _finite(soft), _finite(hard)
+
+
+def raise_soft_limit() -> tuple[int, int]:
+    """Raise the soft limit to the hard one; (before, after). Where the system refuses, it stays."""
+    before, hard = limits()
+    if hard > before:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return before, limits()[0]
+
+
+def counter() -> tuple[Callable[[], int], str]:
+    """How descriptors are counted here, and the name of that way: by ``stat``, a ``listing``, or ``psutil``.
+
+    ``stat`` costs no descriptor and 4 us, but older kernels answer 0: it is taken where it agrees with a listing.
+    """
+    for _ in range(VERIFY_TRIES):  # another thread may open one in between
+        try:
+            if _by_stat() == _by_listing():
+                return _by_stat, "stat"
+        except OSError:
+            break
+    try:
+        _by_listing()
+    except OSError:
+        import psutil  # noqa: PLC0415 - only where the system has no folder of descriptors
+
+        process = psutil.Process()
+        count = process.num_fds if hasattr(process, "num_fds") else process.num_handles
+        return lambda: int(count()), "psutil"
+    return _at_limit_too(_by_listing), "listing"
+
+
+def classify(count: int, *, lancedb: Path, engine: Path) -> dict[str, int]:
+    """How many of ``count`` descriptors are of each class of ``CLASSES``; opens none where the system has /proc.
+
+    ``lance_index`` and ``lance_data`` lie below ``lancedb``, ``sqlite`` below ``engine``; ``deleted`` are LanceDB's too, unlinked.
+    """
+    found = dict.fromkeys(CLASSES, 0)
+    below, ours = os.fspath(lancedb) + os.sep, os.fspath(engine) + os.sep
+    for target in _targets(count):
+        found[_class_of(target, below, ours)] += 1
+    return found
+
+
+@dataclass(slots=True)
+class Reserve:
+    """One descriptor kept to spare, so that a process at its limit can still answer and act."""
+
+    _handle: int = field(default=-1)
+
+    @property
+    def held(self) -> bool:
+        """Whether it is there to lend."""
+        return self._handle >= 0
+
+    def take(self) -> bool:
+        """Open it unless it is open; whether it is open now."""
+        if self._handle < 0:
+            try:
+                self._handle = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+        return self.held
+
+    def release(self) -> None:
+        """Close it."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+    @contextmanager
+    def lend(self) -> Iterator[bool]:
+        """One descriptor is free in this block, if nobody else is faster; taken back after it, then or later."""
+        had = self.held
+        self.release()
+        try:
+            yield had
+        finally:
+            self.take()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of this process: resident bytes and threads."""
+
+    rss_bytes: int
+    threads: int
+
+
+def memory() -> Memory | None:
+    """Resident bytes and threads; None where the system does not tell, or has no descriptor left to tell with."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rsplit(b")", 1)[1].split()
+    except OSError:
+        return None
+    return Memory(int(fields[21]) * resource.getpagesize(), int(fields[17]))
+
+
+def tree_size(directory: Path) -> tuple[int, int, int] | None:
+    """(files, directories, bytes) below a directory; None where it cannot be walked now."""
+    files = directories = size = 0
+    stack = [os.fspath(directory)]
+    while stack:
+        try:
+            with os.scandir(stack.pop()) as found:
+                for item in found:
+                    if item.is_dir(follow_symlinks=False):
+                        directories += 1
+                        stack.append(item.path)
+                    else:
+                        files += 1
+                        size += item.stat(follow_symlinks=False).st_size
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return files, directories, size
+
+
+def _by_stat() -> int:
+    return os.stat(OWN).st_size
+
+
+def _by_listing() -> int:
+    return len(os.listdir(OWN if sys.platform == "linux" else "/dev/fd")) - 1  # without the one that lists
+
+
+def _at_limit_too(count: Callable[[], int]) -> Callable[[], int]:
+    """A listing needs a descriptor: where there is none left, all are in use."""
+
+    def counted() -> int:
+        try:
+            return count()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return limits()[0]
+
+    return counted
+
+
+def _targets(count: int) -> Iterator[str]:
+    """What each open descriptor is, in order of its number; the lowest free number is always given out first."""
+    if sys.platform != "linux":
+        return
+    left, gap = count, 0
+    for number in range(limits()[0]):
+        if left <= 0 or gap > MOST_GAP:
+            return
+        try:
+            target = os.readlink(f"{OWN}/{number}")
+        except OSError:
+            gap += 1
+            continue
+        left, gap = left - 1, 0
+        yield target
+
+
+def _class_of(target: str, lancedb: str, engine: str) -> str:
+    if target.startswith("/"):
+        if target.startswith(lancedb):
+            if target.endswith(" (deleted)"):
+                return "deleted"
+            return "lance_index" if "/_indices/" in target else "lance_data"
+        return "sqlite" if target.startswith(engine) and target.endswith(_SQLITE_ENDS) else "other"
+    return {"socket": "sockets", "pipe": "pipes"}.get(
+        target.split(":", 1)[0], "watch" if target == "anon_inode:inotify" else "other"
+    )
+
+
+def _finite(limit: int) -> int:
+    return MOST_LIMIT if limit == resource.RLIM_INFINITY else min(limit, 1 << 30)

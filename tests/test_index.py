@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+import trio.lowlevel
+
+from everos_engine.errors import SettingsError
+from everos_engine.settings import DescriptorMode, LanceDBSettings, load
+from everos_engine.stores.index import Index, Model, Row, open_index
+from everos_engine.system import fds
+from everos_engine.system.asyncio_thread import open_asyncio_thread
+from everos_engine.system.ceiling import BASE_DESCRIPTORS, cap_of, ceiling_of
+
+MIB = 1 << 20
+WORDS = [f"word{number}" for number in range(20_000)]
+"""Many, so that the index files are too large to be held whole: only then is a descriptor kept."""
+NO_VECTORS = Model("none", 0)
+
+
+@dataclass(frozen=True)
+class Letter:
+    name: str = "letter"
+    columns = {"text": "string"}  # noqa: RUF012 - read only
+    fts_columns = ("text",)
+
+
+@asynccontextmanager
+async def opened(directory: Path, mode: DescriptorMode = "reopen") -> AsyncIterator[Index]:
+    settings = LanceDBSettings(descriptor_mode=mode)
+    async with open_asyncio_thread() as bridge:
+        index = open_index(bridge, settings, kinds={"letter": Letter()}, directory=directory, cap_bytes=16 * MIB)
+        try:
+            yield index
+        finally:
+            index.close()
+
+
+def row(number: int, text: str) -> Row:
+    return Row("a.md", f"e{number}", bytes([number % 256]), {"text": text}, None)
+
+
+async def pinned(directory: Path) -> int:
+    """Index descriptors that stay: a reader that is just being closed on a thread of Lance does not count."""
+    counts = []
+    for _ in range(20):
+        found = fds.classify(fds.limits()[0], lancedb=directory, engine=directory / "none")
+        counts.append(found["lance_index"] + found["deleted"])
+        if not counts[-1]:
+            break
+        await trio.sleep(0.01)
+    return min(counts)
+
+
+async def found(index: Index, word: str) -> set[str]:
+    return {hit.entry_id for hit in await index.search_text("letter", word, where="", limit=1000)}
+
+
+async def test_no_query_fails_and_none_is_blind_while_the_session_is_rotated(tmp_path: Path) -> None:
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+        await index.commit("letter", [row(n, "heron") for n in range(20)], [])
+        stop = trio.Event()
+
+        async def ask() -> None:
+            while not stop.is_set():
+                assert len(await found(index, "heron")) >= 20
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(ask)
+            for number in range(40):
+                assert index.rotate() == number + 1
+                await index.commit("letter", [row(100 + number, "heron")], [])
+                assert f"e{100 + number}" in await found(index, "heron")
+            stop.set()
+        assert index.rotations == 40
+        assert index.generations_open == 1
+
+
+async def test_what_is_written_across_a_rotation_is_seen_by_the_new_session(tmp_path: Path) -> None:
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+        for number in range(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(index.commit, "letter", [row(number, f"word{number}")], [])
+                for _ in range(number % 5):
+                    await trio.sleep(0.001)
+                index.rotate()
+                nursery.start_soon(found, index, "anything")  # opens the table on the new Session, perhaps too early
+                nursery.start_soon(index.optimize, "letter") if number % 7 == 3 else None
+            assert await found(index, f"word{number}") == {f"e{number}"}
+        assert len(await index.rows("letter")) == 30
+
+
+@pytest.mark.parametrize("mode", ["reopen", "pinned"])
+async def test_only_the_plain_path_pins_indexes_and_a_rotation_lets_go_of_all_of_them(
+    tmp_path: Path, mode: DescriptorMode
+) -> None:
+    directory = tmp_path / "lance"
+    async with opened(directory, mode) as index:
+        await index.create("letter", NO_VECTORS)
+        counts = []
+        for number in range(1, 5):
+            rows = [row(number * 100 + n, " ".join(["heron", *random.choices(WORDS, k=100)])) for n in range(20)]
+            await index.commit("letter", rows, [])
+            await index.optimize("letter")
+            await found(index, "heron")
+            counts.append(await pinned(directory))
+        assert counts == ([1, 3, 7, 11] if mode == "pinned" else [0, 0, 0, 0])
+        index.rotate()
+        assert await pinned(directory) == 0
+        assert len(await found(index, "heron")) == 80
+        assert index.session_bytes() > 0
+
+
+async def test_a_reader_keeps_its_session_until_it_is_done(tmp_path: Path) -> None:
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(index.optimize, "letter")
+            await trio.lowlevel.checkpoint()
+            index.rotate()
+            assert index.generations_open == 2
+        assert index.generations_open == 1
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_a_cap_of_the_metadata_cache_is_refused_with_the_reason(tmp_path: Path, source: str) -> None:
+    environment = {"EVEROS_LANCEDB__METADATA_CACHE_SIZE_BYTES": "8MB"} if source == "environment" else {}
+    file = tmp_path / "settings.toml"
+    file.write_text("[lancedb]\nmetadata_cache_size_bytes = 8388608\n" if source == "file" else "")
+    with pytest.raises(SettingsError, match="has no effect on the number of file descriptors"):
+        load({"memory.root": str(tmp_path)}, environment=environment, user_file=file)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("8MB", 8 * MIB), ("0", 0), ("auto", "auto"), ("1048576", MIB)])
+def test_the_cap_takes_sizes_and_auto(tmp_path: Path, given: str, expected: object) -> None:
+    environment = {"EVEROS_LANCEDB__INDEX_CACHE_SIZE_BYTES": given}
+    settings = load({"memory.root": str(tmp_path)}, environment=environment, user_file=tmp_path / "none")
+    assert settings.lancedb.index_cache_size_bytes == expected
+
+
+@pytest.mark.parametrize("given", ["much", "-1"])
+def test_a_cap_that_is_no_size_is_refused(tmp_path: Path, given: str) -> None:
+    with pytest.raises(SettingsError, match="index_cache_size_bytes"):
+        load({"lancedb.index_cache_size_bytes": given}, environment={}, user_file=tmp_path / "none")
+
+
+def test_a_cap_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    settings = LanceDBSettings(descriptor_mode="pinned", index_cache_size_bytes=16 * MIB, descriptors_per_mebibyte=18)
+    assert ceiling_of(settings, cap_bytes=16 * MIB, pinned=True) == BASE_DESCRIPTORS + 288
+    assert cap_of(settings, limit=1024) == 16 * MIB
+    with pytest.raises(SettingsError, match=r"needs up to 336 .* 672, to be safe; RLIMIT_NOFILE is 256: lower the cap"):
+        cap_of(settings, limit=256)
+    assert cap_of(LanceDBSettings(index_cache_size_bytes=16 * MIB), limit=64) == 16 * MIB  # reopen pins none
+
+
+@pytest.mark.parametrize("limit", [64, 96, 128, 256, 1024, 20_000, 1 << 20])
+def test_auto_takes_the_largest_cap_whose_ceiling_fits(limit: int) -> None:
+    auto = LanceDBSettings(descriptor_mode="pinned", index_cache_size_bytes="auto")
+    cap = cap_of(auto, limit=limit)
+    assert 0 <= cap <= 64 * MIB
+    if cap:
+        assert 2 * ceiling_of(auto, cap_bytes=cap, pinned=True) <= limit + 2
