@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
 import trio.lowlevel
+import trio.testing
 
 from everos_engine.errors import SettingsError
 from everos_engine.settings import DescriptorMode, LanceDBSettings, load

@@ -306,7 +306,7 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
             message = f"must be one of {', '.join(choices)}"
             raise ValueError(message)
         return value
-    if get_origin(hint) is types.UnionType:  # a number, or a word that stands for one
+    if get_origin(hint) in {typing.Union, types.UnionType}:  # a number, or a word that stands for one
         kind, words = get_args(hint)
         return value if value in get_args(words) else _convert(name, value, kind)
     if get_origin(hint) is tuple:

@@ -212,13 +212,12 @@ class Index:
 
     def lost_kinds(self) -> list[str]:
         """Kinds whose open table has no folder on disk any more."""
-        return [kind for kind in self._tables if not (self.directory / f"{kind}.lance").is_dir()]
+        return [kind for kind in self._lives if not (self.directory / f"{kind}.lance").is_dir()]
 
     def forget(self, kind: str) -> None:
         """Let go of a table that is gone; the next commit makes another."""
-        life = self._tables.pop(kind, None)
-        if life is not None:
-            life.table.close()
+        self._lives.pop(kind, None)
+        self._generations.current.tables.pop(kind, None)
 
     def open_kinds(self) -> list[str]:
         """Kinds that have a table."""
