@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from numpy.typing import NDArray
 
-from everos_engine.engine import Engine, open_engine
+from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import AlreadyRunning, OutsideRoot
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
@@ -230,6 +230,16 @@ async def test_a_removed_index_heals_without_new_embeddings(settings: Settings, 
         await engine.settle()
         assert await indexed(engine) == described(settings)
     assert len(fake.calls) == calls + 1  # the probe of the new start
+
+
+async def test_a_table_whose_maker_died_before_its_first_manifest_is_made_again(settings: Settings, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "one")))
+    (settings.lancedb_directory / "atomic_fact.lance" / "_transactions").mkdir(parents=True)
+    async with open_reader(settings) as reader:
+        assert await reader.search("one") == []
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
 
 
 async def test_one_engine_per_root_and_paths_outside_are_refused(settings: Settings, root: Path) -> None:

@@ -343,7 +343,12 @@ class Index:
         if not (self.directory / f"{kind}.lance").is_dir():
             return None
         connection = await self._connect(generation)
-        table = await connection.open_table(kind)
+        try:
+            table = await connection.open_table(kind)
+        except ValueError as error:
+            if "was not found" not in str(error):
+                raise
+            return None  # its directory is being made, or its maker died before the first manifest
         schema = await table.schema()
         facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         incarnation, model = facts.get("everos_engine.incarnation", ""), facts.get("everos_engine.model", "")
