@@ -17,6 +17,7 @@ from everos_engine.embed.batch import open_batcher
 from everos_engine.errors import OutsideRoot, Transient
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
+from everos_engine.loops.guard import guard
 from everos_engine.loops.maintain import maintain
 from everos_engine.loops.observe import audit, key_in_root, observe_paths, sweep
 from everos_engine.loops.scan import AUDIT_FILES, scan
@@ -169,6 +170,7 @@ async def open_engine(
             with _databases(settings) as database, watching_the_loop() as blocks:
                 index = _index(settings, bridge)
                 desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
+                index.on_exhausted = desk.exhaust
                 try:
                     desk.brake.arm()
                     await _recover(desk)
@@ -176,6 +178,7 @@ async def open_engine(
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(keep, "work", lambda: work(desk))
                         nursery.start_soon(_wake_ups, desk)
+                        nursery.start_soon(keep, "guard", lambda: guard(desk, proving=watching))
                         nursery.start_soon(keep, "control", lambda: _control(desk))
                         if watching:
                             nursery.start_soon(keep, "watch", lambda: watch(desk))
@@ -367,12 +370,12 @@ async def _control(desk: Desk) -> None:
     """Answers to other processes, from memory alone."""
 
     def answer(question: str) -> dict[str, object]:
-        known = {"pulse": desk.pulse}
+        known = {"pulse": desk.pulse, "history": desk.history}
         if question in known:
             return known[question]()
         return {"error": f"unknown question {question!r}: ask one of {', '.join(known)}"}
 
-    await serve_control(desk.settings.control_socket, answer)
+    await serve_control(desk.settings.control_socket, answer, spare=desk.reserve.lend)
 
 
 async def _wake_ups(desk: Desk) -> None:

@@ -51,6 +51,9 @@ class Transient(EngineError):
 class Exhausted(Transient):
     """The process or the system has no file descriptor left: the work waits until it has, and no attempt is counted."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, counts_as_retry=False)
+
 
 class BadFile(EngineError):
     """A file that only an edit can heal.
@@ -88,7 +91,9 @@ def exhausted(error: BaseException | None) -> bool:
             return any(exhausted(member) for member in error.exceptions)
         if isinstance(error, Exhausted) or (isinstance(error, OSError) and error.errno in FULL):
             return True
-        if isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _FULL_WORDS):
+        if isinstance(error, (RuntimeError, OSError, ImportError)) and any(
+            words in str(error) for words in _FULL_WORDS
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -54,6 +54,14 @@ class LanceDBSettings:
         "Descriptors that one MiB of index cache pins in mode `pinned`; `everos-engine fds calibrate` measures it.",
         least=1,
     )
+    soft_budget_share: float = knob(
+        0.5,
+        "Share of the descriptor limit above which the Session is rotated and the worker slows down.",
+        least=0.1,
+        most=0.95,
+    )
+    hard_budget_share: float = knob(0.8, "Share of the descriptor limit above which new work waits.", least=0.1, most=1)
+    history_file: str = knob("", "File to which the descriptor guard appends one JSON line a second; empty: none.")
     read_deadline_seconds: float = knob(30.0, "Longest one read of the index may take.", least=0.1)
     write_deadline_seconds: float = knob(
         120.0, "Longest one commit may take before its outcome counts as unknown and it is done again.", least=1
@@ -354,6 +362,13 @@ def _check_together(settings: Settings) -> None:
         message = (
             f"worker_batch_max={settings.worker_batch_max} is below worker_batch_size={settings.worker_batch_size}: "
             "raise the first or lower the second"
+        )
+        raise SettingsError(message)
+    budgets = settings.lancedb
+    if budgets.hard_budget_share < budgets.soft_budget_share:
+        message = (
+            f"lancedb.hard_budget_share={budgets.hard_budget_share:g} is below "
+            f"lancedb.soft_budget_share={budgets.soft_budget_share:g}: raise the first or lower the second"
         )
         raise SettingsError(message)
     embedder = settings.embedder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 from loguru import logger
 
-from everos_engine.errors import Fatal, SettingsError, Transient
+from everos_engine.errors import Fatal, SettingsError, Transient, exhausted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,7 +24,7 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
     """Run ``loop`` for ever: a death restarts it after 0.5 s, doubling to 30 s, with jitter.
 
     Raises Fatal after more than 5 deaths by a bug within 300 s, and at once for a Fatal or SettingsError of the loop.
-    The world's troubles (Transient) are waited out however often they come.
+    The world's troubles (Transient, no descriptor left) are waited out however often they come.
     """
     deaths: deque[float] = deque()
     delay = FIRST_DELAY_SECONDS
@@ -38,7 +38,10 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
             raise error
         if now - started > WITHIN_SECONDS:
             delay = FIRST_DELAY_SECONDS
-        if isinstance(error, Transient):
+        starved = exhausted(error)
+        if starved:
+            delay = FIRST_DELAY_SECONDS
+        if starved or isinstance(error, Transient):
             logger.warning("loop_restart loop={} in_seconds={:.1f} error={!r}", name, delay, str(error))
         else:
             logger.opt(exception=error).error("loop_died loop={} in_seconds={:.1f}", name, delay)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from everos_engine.errors import BadText, EngineError, Transient
+from everos_engine.errors import BadText, EngineError, Exhausted, Transient, exhausted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +120,12 @@ class Batcher:
         except EngineError as error:
             for one in batch:
                 self._end(one, error)
+            return []
+        except (OSError, ImportError) as error:  # a model that loads when first used
+            if not exhausted(error):
+                raise
+            for one in batch:
+                self._end(one, Exhausted(f"the embedder found no file descriptor: {error}"))
             return []
         return halves
 

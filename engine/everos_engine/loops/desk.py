@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 from trio_util import AsyncValue
 
+from everos_engine.errors import exhausted
 from everos_engine.loops.brake import Brake
 from everos_engine.loops.notes import Notes
+from everos_engine.system.fds import Reserve
 from everos_engine.system.instrument import LoopBlocks
 
 if TYPE_CHECKING:
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
     from everos_engine.settings import Settings
     from everos_engine.stores.database import Database
     from everos_engine.stores.index import Index
+
+STARVED_SECONDS = 5.0
+"""Errors that do not name their cause (a name server, a TLS file) are put down to a lack of descriptors for so long."""
+
+HISTORY = 3600
 
 
 @dataclass(slots=True)
@@ -48,11 +56,21 @@ class Beat:
     within_seconds: float
 
 
+class Point(NamedTuple):
+    """One second of the descriptor guard: when, descriptors, resident bytes, the worker's share, the Session's bytes."""
+
+    at_milliseconds: int
+    descriptors: int
+    rss_bytes: int
+    pressure: float
+    session_bytes: int
+
+
 @dataclass(slots=True)
 class Desk:
     """The parts every loop may use. ``wake`` moves when there may be work, ``applied`` when changes were marked.
 
-    ``pressure`` is the share of its usual breadth that the worker may use: 1 all, 0 new claims wait.
+    ``exhaustion`` moves when somebody found no descriptor. ``pressure`` is the share of its usual breadth that the worker may use: 1 all, 0 new claims wait.
     """
 
     settings: Settings
@@ -68,7 +86,11 @@ class Desk:
     blocks: LoopBlocks = field(default_factory=LoopBlocks)
     started_milliseconds: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     beats: dict[str, Beat] = field(default_factory=dict)
+    exhaustion: AsyncValue[int] = field(default_factory=lambda: AsyncValue(0))
+    exhausted_at_seconds: float = float("-inf")
+    reserve: Reserve = field(default_factory=Reserve)
     fds: dict[str, object] = field(default_factory=dict)
+    fds_history: deque[Point] = field(default_factory=lambda: deque(maxlen=HISTORY))
     brake: Brake = field(init=False)
     notes: Notes = field(init=False)
 
@@ -84,9 +106,25 @@ class Desk:
         """A sweep is wanted soon, without waiting for its beat."""
         self.scan_now.value += 1
 
+    def exhaust(self) -> None:
+        """Somebody found no file descriptor: the guard acts at once."""
+        self.exhausted_at_seconds = time.monotonic()
+        self.exhaustion.value += 1
+
+    def starved(self, error: BaseException) -> bool:
+        """Whether an error came of a lack of descriptors: by its own words, or by the moment it happened in."""
+        if exhausted(error):
+            self.exhaust()
+            return True
+        return time.monotonic() - self.exhausted_at_seconds < STARVED_SECONDS
+
     def beat(self, loop: str, *, within_seconds: float) -> None:
         """The loop lives, and beats again within so many seconds; else it counts as stalled."""
         self.beats[loop] = Beat(time.monotonic(), within_seconds)
+
+    def history(self) -> dict[str, object]:
+        """What the control socket answers to "history": the last hour, a point a second."""
+        return {"columns": list(Point._fields), "points": [list(point) for point in self.fds_history]}
 
     def pulse(self) -> dict[str, object]:
         """What the control socket answers to "pulse": plain data, made without touching any store."""

@@ -45,6 +45,7 @@ async def _optimize(desk: Desk, kind: str) -> None:
     try:
         version = await desk.index.optimize(kind)
     except Transient as error:
+        desk.starved(error)
         logger.warning("cascade_lancedb_optimize_failed kind={} error={!r}", kind, str(error))
         return
     logger.debug("optimized kind={} version={}", kind, version)

@@ -56,6 +56,7 @@ async def _sweeps(desk: Desk) -> None:
             await _sweep_once(desk, first=first)
             first = False
         except Transient as error:
+            desk.starved(error)
             await desk.notes.say("sweep_void", str(error), "nothing is deleted meanwhile; the next sweep tries again")
         else:
             await desk.notes.over("sweep_void")

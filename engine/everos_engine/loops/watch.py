@@ -227,6 +227,7 @@ async def _record(desk: Desk, paths: set[str]) -> None:
     try:
         observations, queued, again = await trio.to_thread.run_sync(look, limiter=desk.database.limiter)
     except Transient as error:
+        desk.starved(error)
         logger.warning("events_left_to_scan count={} error={!r}", len(paths), str(error))
         desk.look_again()
         return

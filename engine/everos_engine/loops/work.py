@@ -16,7 +16,7 @@ import trio
 from loguru import logger
 from trio_util import AsyncValue
 
-from everos_engine.errors import BadFile, BadText, EngineError, Transient
+from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Transient, exhausted
 from everos_engine.loops.brake import WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.stores import ledger, queue
@@ -86,14 +86,24 @@ class _Worker:
             while True:
                 seen = desk.wake.value
                 self._beat()
+                await self._breathe()
                 while claims := await self._claim():
                     self._beat()
                     self.held.value += len(claims)
                     nursery.start_soon(self._prepare, claims)
-                    await self.held.wait_value(lambda held: held < HELD_FACTOR * settings.worker_batch_size)
+                    most = max(1.0, HELD_FACTOR * settings.worker_batch_size * desk.pressure.value)
+                    await self.held.wait_value(lambda held, most=most: held < most)
+                    await self._breathe()
                 due = await desk.database.aread(queue.next_due)
                 pause = IDLE_SECONDS if due is None else min(IDLE_SECONDS, max(0.0, (due - now_milliseconds()) / 1000))
                 await wait_moved(desk.wake, seen, at_most_seconds=pause)
+
+    async def _breathe(self) -> None:
+        """New claims wait while the guard lets none through."""
+        while self.desk.pressure.value <= 0:
+            self._beat()
+            with trio.move_on_after(IDLE_SECONDS):
+                await self.desk.pressure.wait_value(lambda share: share > 0)
 
     def _beat(self) -> None:
         """While changes are held the next sign is a commit, which one embedding call and one write may hold up."""
@@ -104,8 +114,11 @@ class _Worker:
     async def _claim(self) -> list[queue.Claim]:
         settings = self.desk.settings
 
+        share = self.desk.pressure.value
+
         def take(tx: Transaction) -> list[queue.Claim]:
             limit = min(settings.worker_batch_max, max(settings.worker_batch_size, queue.ready(tx)))
+            limit = max(1, int(limit * share))
             return queue.claim(tx, self.desk.owner, limit=limit, now_milliseconds=now_milliseconds())
 
         due = await self.desk.database.aread(_has_ready)
@@ -149,10 +162,16 @@ class _Worker:
         except BadFile as error:
             job.error = error
             if job.fingerprint is None:
-                job.fingerprint = files.fingerprint(settings.root, place)
+                try:
+                    job.fingerprint = files.fingerprint(settings.root, place)
+                except Transient as unseen:
+                    job.error = unseen
         except (Transient, OSError) as error:
             job.error = error if isinstance(error, Transient) else Transient(f"reading failed: {error}")
         except Exception as error:  # noqa: BLE001 - a bug one file reveals must not stop the memory of everyone else
+            if exhausted(error):
+                job.error = Exhausted(f"reading failed: {error}")
+                return job
             logger.opt(exception=error).error("parser_bug path={}", claim.md_path)
             job.error = BadFile(
                 f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again"
@@ -219,6 +238,9 @@ class _Worker:
                 except Transient as error:
                     for job in writing:
                         job.error = error
+            for job in of_kind:
+                if isinstance(job.error, Transient) and self.desk.starved(job.error):
+                    job.error = Exhausted(str(job.error))
             await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, v=version: self._mark(tx, k, o, v))  # type: ignore[misc]
             self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
             self.desk.progress.applied += len(of_kind)
@@ -255,9 +277,10 @@ class _Worker:
         incarnation = await self.desk.index.create(kind, model)
 
         def note(tx: Transaction) -> int:
+            filled = had is not None or kind in ledger.incarnations(tx)  # an earlier try may have dropped it already
             ledger.void(tx, kind)
             ledger.remember(tx, kind, incarnation, version=0, model=model.name)
-            return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds()) if had else 0
+            return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds()) if filled else 0
 
         count = await self.desk.database.awrite(note)
         logger.info("table_created kind={} model={} requeued={}", kind, model.name, count)
@@ -402,7 +425,12 @@ async def _poll(desk: Desk) -> None:
 
 
 def _dead(desk: Desk, owners: list[str]) -> set[str]:
-    return locks.dead_owners(desk.settings.engine_directory / "owners", owners)
+    try:
+        return locks.dead_owners(desk.settings.engine_directory / "owners", owners)
+    except OSError as error:
+        if not desk.starved(error):
+            raise
+        return set()  # nobody can be looked at now; the next round does
 
 
 async def _reap(desk: Desk) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import apsw
 import trio
 
-from everos_engine.errors import Fatal, Transient
+from everos_engine.errors import FULL, Exhausted, Fatal, Transient
 
 T = TypeVar("T")
 Value = str | int | float | bytes | None
@@ -143,6 +143,9 @@ class Database:
                     raise Transient(message) from error
                 time.sleep(0.005)
             except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.NoMemError) as error:
+                if self._connection.system_errno in FULL:
+                    message = f"{self.path}: {error}: no file descriptor is left"
+                    raise Exhausted(message) from error
                 message = f"{self.path}: {error}: free disk space, or check the disk"
                 raise Transient(message) from error
         raise AssertionError

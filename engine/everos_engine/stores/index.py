@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from everos_engine.settings import DescriptorMode, LanceDBSettings
 
 T = TypeVar("T")
+LIBRARY = f"lancedb {lancedb.__version__}"
 FORMAT = "1"
 MERGE_ROWS = 2048
 DELETE_KEYS = 1000
@@ -132,6 +133,7 @@ class Index:
     _generations: Generations = field(default_factory=Generations)
     _lives: dict[str, _Life] = field(default_factory=dict)
     _moved: dict[str, int] = field(default_factory=dict)
+    _unmade: set[str] = field(default_factory=set)
 
     async def read(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Run a coroutine function on LanceDB's loop, its troubles sorted."""
@@ -178,10 +180,12 @@ class Index:
                 if old is not None:
                     old.close()
                 self._lives.pop(kind, None)
+                self._unmade.add(kind)  # until it has its indexes nobody may take it for a table
                 try:
                     table, incarnation = await self.write(self._create, generation, kind, model)
                 finally:
                     self._written(generation, kind)
+                self._unmade.discard(kind)
                 generation.tables[kind] = table
                 self._lives[kind] = _Life(incarnation, model.name, dimension=model.dimension)
         return incarnation
@@ -324,6 +328,8 @@ class Index:
     async def _table(self, generation: Generation, kind: str) -> AsyncTable | None:
         """The table of a kind, opened once a generation; None where there is none, or one of an older schema."""
         async with generation.opening:
+            if kind in self._unmade:
+                return None
             while kind not in generation.tables:
                 moved = self._moved.get(kind, 0)
                 opened = await self.read(self._open, generation, kind)

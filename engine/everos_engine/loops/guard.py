@@ -1,0 +1,255 @@
+"""The descriptor guard: counts every second, and acts before the limit is reached. It never kills, loses or spins."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+from loguru import logger
+
+from everos_engine.errors import Transient
+from everos_engine.loops.desk import Desk, Point, now_milliseconds, wait_moved
+from everos_engine.loops.law import Law, prove
+from everos_engine.stores import queue
+from everos_engine.stores.index import LIBRARY
+from everos_engine.system import ceiling, fds
+
+if TYPE_CHECKING:
+    from io import TextIOWrapper
+
+    from everos_engine.stores.database import Transaction
+
+BEAT_SECONDS = 1.0
+ALLOWANCE_SECONDS = 30.0
+LEAST_PAUSE_SECONDS = 0.1
+CLASSIFY_SECONDS = 10.0
+JUMP = 8
+WALK_SHARE = 1 / 2000
+"""Walking the index's folder may take this share of the time."""
+FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
+"""A rotation that freed nothing is tried again after a rest that doubles."""
+CALM_SECONDS = 2.0
+"""After an exhaustion new work waits until none was seen for so long."""
+LAW = "descriptor_law"
+LAW_REMEDY = (
+    "the engine counts and rotates the Session instead, and stays under its budget; pin the lancedb version it was "
+    "tested with, and report the new one"
+)
+EXHAUSTED_REMEDY = "see `everos-engine fds` for who holds them; raise `ulimit -n`, or lower lancedb.index_cache_size_bytes in mode pinned"
+
+
+async def guard(desk: Desk, *, proving: bool = True) -> None:
+    """Look every second, and at once when somebody found no descriptor; first prove the law of the mode in force."""
+    watcher = Guard(desk)
+    async with trio.open_nursery() as nursery:
+        if proving:
+            nursery.start_soon(watcher.learn_law)
+        nursery.start_soon(watcher.measure_disk)
+        with watcher.opened():
+            while True:
+                desk.beat("guard", within_seconds=ALLOWANCE_SECONDS)
+                seen = desk.exhaustion.value
+                await watcher.look()
+                await trio.sleep(LEAST_PAUSE_SECONDS)
+                await wait_moved(desk.exhaustion, seen, at_most_seconds=BEAT_SECONDS - LEAST_PAUSE_SECONDS)
+
+
+@dataclass(slots=True, eq=False)
+class Guard:
+    """What the guard knows from one look to the next."""
+
+    desk: Desk
+    count: Callable[[], int] = field(init=False)
+    counted_by: str = field(init=False)
+    peak: int = 0
+    law: Law | None = None
+    classes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(fds.CLASSES, 0))
+    memory: fds.Memory = field(default_factory=lambda: fds.Memory(0, 0))
+    disk: tuple[int, int, int] = (0, 0, 0)
+    _classified: tuple[float, int] = (float("-inf"), 0)
+    _heard: int = 0
+    _rotate_after: float = float("-inf")
+    _rest_seconds: float = FIRST_REST_SECONDS
+    _was_exhausted: bool = False
+    _history: TextIOWrapper | None = None
+
+    def __post_init__(self) -> None:
+        self.count, self.counted_by = fds.counter()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the spare descriptor, and the history file if one is wanted."""
+        named = self.desk.settings.lancedb.history_file
+        with ExitStack() as stack:
+            self.desk.reserve.take()
+            stack.callback(self.desk.reserve.release)
+            if named:
+                self._history = stack.enter_context(open(named, "a", encoding="ascii", buffering=1))
+            yield
+
+    async def look(self) -> None:
+        """Count; act if the count is over a budget or somebody found no descriptor; publish the sample."""
+        desk, now, count = self.desk, time.monotonic(), self.count()
+        limit, soft, hard = self._bounds()
+        heard, self._heard = desk.exhaustion.value != self._heard, desk.exhaustion.value
+        if count >= limit:
+            desk.exhausted_at_seconds = now
+        self._classify(now, count)
+        if heard or count >= limit:
+            self._rotate(now, count, reason="exhausted")
+        elif count > soft:
+            self._rotate(now, count, reason="over_budget")
+        else:
+            self._rest_seconds = FIRST_REST_SECONDS
+        count = self.count()
+        self.peak = max(self.peak, count)
+        calm = now - desk.exhausted_at_seconds >= CALM_SECONDS
+        self._press(count, share_of_breadth(count, soft=soft, hard=hard) if calm else 0.0)
+        with suppress(Transient):
+            await self._tell(calm=calm, limit=limit)
+        if not desk.reserve.held and count < limit - 1:
+            desk.reserve.take()
+        self._publish(count)
+
+    async def learn_law(self) -> None:
+        """The law of the mode in force: proven once for each version of the library, and loudly missed."""
+        desk, mode = self.desk, self.desk.settings.lancedb.descriptor_mode
+        law = _kept(await desk.database.aread(lambda tx: queue.get_meta(tx, LAW)))
+        if law is None or (law.library, law.mode, law.holds) != (LIBRARY, mode, True):
+            directory = desk.settings.engine_directory
+            law = await prove(desk.index.bridge, desk.settings.lancedb, directory=directory, claimed=mode)
+            text = json.dumps(asdict(law))
+
+            def keep(tx: Transaction) -> None:
+                queue.set_meta(tx, LAW, text)
+
+            await desk.database.awrite(keep)
+        self.law = law
+        if law.holds:
+            await desk.notes.over("descriptor_law_broken")
+            return
+        message = (
+            f"{law.library} pins {law.pinned} index descriptors where lancedb.descriptor_mode={mode} allows {law.bound}"
+        )
+        await desk.notes.say("descriptor_law_broken", message, LAW_REMEDY)
+
+    async def measure_disk(self) -> None:
+        """Files, directories and bytes of the index on disk, as often as that is cheap."""
+        while True:
+            began = time.monotonic()
+            found = await trio.to_thread.run_sync(fds.tree_size, self.desk.settings.lancedb_directory)
+            self.disk = found or self.disk
+            await trio.sleep(max(CLASSIFY_SECONDS, (time.monotonic() - began) / WALK_SHARE))
+
+    def _bounds(self) -> tuple[int, int, int]:
+        """The limit, the soft and the hard budget."""
+        limit, settings = fds.limits()[0], self.desk.settings.lancedb
+        return limit, int(limit * settings.soft_budget_share), int(limit * settings.hard_budget_share)
+
+    def _classify(self, now: float, count: int) -> None:
+        at, counted = self._classified
+        if now - at < CLASSIFY_SECONDS and abs(count - counted) < JUMP:
+            return
+        settings = self.desk.settings
+        self._classified = now, count
+        self.classes = fds.classify(count, lancedb=settings.lancedb_directory, engine=settings.engine_directory)
+
+    def _rotate(self, now: float, before: int, *, reason: str) -> None:
+        if now < self._rotate_after:
+            return
+        index = self.desk.index
+        index.rotate()
+        after = self.count()
+        freed_some = before - after > 1
+        self._rest_seconds = FIRST_REST_SECONDS if freed_some else min(2 * self._rest_seconds, MOST_REST_SECONDS)
+        self._rotate_after = now + self._rest_seconds
+        logger.warning(
+            "session_rotated reason={} before={} after={} rotations={} waiting={} classes={}",
+            reason,
+            before,
+            after,
+            index.rotations,
+            index.generations_open - 1,
+            {name: number for name, number in self.classes.items() if number},
+        )
+
+    def _press(self, count: int, share: float) -> None:
+        value = self.desk.pressure.value
+        if share == value:
+            return
+        self.desk.pressure.value = share
+        if (share <= 0) != (value <= 0) or (share >= 1) != (value >= 1):
+            logger.warning("pressure share={:.2f} before={:.2f} descriptors={}", share, value, count)
+        if value <= 0:
+            self.desk.wake_up()
+
+    async def _tell(self, *, calm: bool, limit: int) -> None:
+        desk = self.desk
+        if not calm:
+            self._was_exhausted = True
+            message = f"the process has no file descriptor left of its {limit}: new work waits, nothing is lost"
+            await desk.notes.say("descriptors_exhausted", message, EXHAUSTED_REMEDY)
+            return
+        await desk.notes.over("descriptors_exhausted")
+        if self._was_exhausted:
+            self._was_exhausted = False
+            desk.look_again()  # events and sweeps of that time are void
+        if desk.pressure.value <= 0:
+            hard = desk.settings.lancedb.hard_budget_share
+            message = f"more than {hard:.0%} of the {limit} file descriptors are open: new work waits"
+            await desk.notes.say("descriptors_over_budget", message, EXHAUSTED_REMEDY)
+        else:
+            await desk.notes.over("descriptors_over_budget")
+
+    def _publish(self, count: int) -> None:
+        desk, index, settings = self.desk, self.desk.index, self.desk.settings.lancedb
+        limit, soft, hard = self._bounds()
+        self.memory = fds.memory() or self.memory
+        point = Point(now_milliseconds(), count, self.memory.rss_bytes, desk.pressure.value, index.session_bytes())
+        desk.fds_history.append(point)
+        pinned = settings.descriptor_mode == "pinned" or (self.law is not None and not self.law.holds)
+        desk.fds = {
+            "count": count,
+            "peak": self.peak,
+            "limit": limit,
+            "soft_budget": soft,
+            "hard_budget": hard,
+            "ceiling": ceiling.ceiling_of(settings, cap_bytes=index.cap_bytes, pinned=pinned),
+            "counted_by": self.counted_by,
+            "classes": self.classes,
+            "mode": settings.descriptor_mode,
+            "law": None if self.law is None else asdict(self.law),
+            "cap_bytes": index.cap_bytes,
+            "session_bytes": point.session_bytes,
+            "rotations": index.rotations,
+            "generations_open": index.generations_open,
+            "exhaustions": desk.exhaustion.value,
+            "rss_bytes": point.rss_bytes,
+            "threads": self.memory.threads,
+            "index_files": self.disk[0],
+            "index_directories": self.disk[1],
+            "index_bytes": self.disk[2],
+            "sampled_milliseconds": point.at_milliseconds,
+        }
+        if self._history is not None:
+            line = point._asdict() | {"limit": limit, "soft_budget": soft, "rotations": index.rotations}
+            self._history.write(json.dumps(line) + "\n")
+
+
+def share_of_breadth(count: int, *, soft: int, hard: int) -> float:
+    """1 up to the soft budget, falling evenly to 0 at the hard one."""
+    if count <= soft:
+        return 1.0
+    return max(0.0, (hard - count) / max(1, hard - soft))
+
+
+def _kept(text: str | None) -> Law | None:
+    try:
+        return Law(**json.loads(text)) if text else None
+    except (ValueError, TypeError):
+        return None
