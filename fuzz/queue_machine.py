@@ -37,13 +37,26 @@ INDEXES = {
 """Which partial index serves which statement, whatever the table holds."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """What reading a path gives: fingerprint (None: no file), content, and whether the next write may leave no trace."""
+
+    fingerprint: Fingerprint4 | None = None
+    content: int = 0
+    racy: bool = False
+
+    @property
+    def digest(self) -> bytes:
+        return str(self.content).encode()
+
+
 @dataclass
 class Hold:
-    """A claim in a worker's hands, and what it read (False: nothing yet; None: the file is gone)."""
+    """A claim in a worker's hands, and what it read."""
 
     claim: Claim
     owner: str
-    read: Fingerprint4 | bool | None = False
+    read: Look | None = None
 
 
 @dataclass
@@ -51,7 +64,10 @@ class Known:
     """What the model knows of one path."""
 
     disk: Fingerprint4 | None = None
-    applied: Fingerprint4 | None = None
+    content: int = 0
+    fresh: bool = False
+    """Written within the clock's grain: another write may leave the same fingerprint."""
+    applied: Look = Look()
     open_lsns: list[int] = field(default_factory=list)
     """Handed out for this path, and neither applied nor dead-lettered."""
     failed: bool | None = None
@@ -60,6 +76,9 @@ class Known:
     lower_bound: int = 0
     """What the oldest open change is at least; the queue may say less than the truth, never more."""
     held: bool = False
+
+    def look(self) -> Look:
+        return Look(self.disk, self.content if self.disk else 0, bool(self.disk) and self.fresh)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -89,7 +108,20 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(path=st.sampled_from(PATHS))
     def edit(self, path: str) -> None:
         self.version += 1
-        self.paths[path].disk = (self.version, self.version % 3, self.version % 2, self.version)
+        known = self.paths[path]
+        known.disk = (self.version, self.version % 3, self.version % 2, self.version)
+        known.content, known.fresh = self.version, True
+
+    @rule(path=st.sampled_from(PATHS))
+    def edit_without_a_trace(self, path: str) -> None:
+        if self.paths[path].disk and self.paths[path].fresh:
+            self.version += 1
+            self.paths[path].content = self.version
+
+    @rule()
+    def the_clock_ticks(self) -> None:
+        for known in self.paths.values():
+            known.fresh = False
 
     @rule(path=st.sampled_from(PATHS), gone=st.booleans())
     def edit_and_tell(self, path: str, gone: bool) -> None:
@@ -102,11 +134,11 @@ class QueueMachine(RuleBasedStateMachine):
     def delete(self, path: str) -> None:
         self.paths[path].disk = None
 
-    @rule(path=st.sampled_from(PATHS), applied=st.booleans())
-    def come_back_as_before(self, path: str, applied: bool) -> None:
+    @rule(path=st.sampled_from(PATHS))
+    def come_back_as_before(self, path: str) -> None:
         known = self.paths[path]
-        if applied and known.applied is not None:
-            known.disk = known.applied
+        if known.disk is None and known.applied.fingerprint is not None:
+            known.disk, known.content, known.fresh = known.applied.fingerprint, known.applied.content, True
 
     @rule(milliseconds=st.integers(1, 3000))
     def time_passes(self, milliseconds: int) -> None:
@@ -128,12 +160,16 @@ class QueueMachine(RuleBasedStateMachine):
         paths=st.lists(st.sampled_from(PATHS), min_size=1, unique=True),
         force=st.booleans(),
         source=st.sampled_from(["watch", "scan", "sync", "rebuild"]),
+        settle=st.sampled_from([0, 0, 700]),
     )
-    def record(self, paths: list[str], force: bool, source: queue.Source) -> None:
+    def record(self, paths: list[str], force: bool, source: queue.Source, settle: int = 0) -> None:
         seen = [Observation(path, "note", self.paths[path].disk) for path in paths]
         self.recorded(
-            lambda tx: queue.record(tx, seen, source=source, now_milliseconds=self.now, force=force),
+            lambda tx: queue.record(
+                tx, seen, source=source, now_milliseconds=self.now, force=force, settle_milliseconds=settle
+            ),
             must=set(paths) if force else set(),
+            settle=0 if force else settle,
         )
         again = self.write(lambda tx: queue.record(tx, seen, source=source, now_milliseconds=self.now))
         assert again == []
@@ -144,17 +180,22 @@ class QueueMachine(RuleBasedStateMachine):
         self.write(lambda tx: queue.load_sweep(tx, seen))
 
         def both(tx: queue.Transaction) -> list[str]:
-            before = queue.newest(tx)
-            _, vanished = queue.record_sweep(tx, source="scan", now_milliseconds=self.now)
-            gone = [Observation(path, "note", self.paths[path].disk) for path in vanished]
-            queue.record(tx, gone, source="scan", now_milliseconds=self.now)
-            rows = tx.execute("SELECT md_path FROM md_change_state WHERE lsn > ? ORDER BY lsn", (before,))
-            return [str(row[0]) for row in rows]
+            same = [(one, digest) for one, digest in queue.racy(tx) if self.is_same(one, digest)]
+            queue.trust(tx, [(one, digest) for one, digest in same if not self.paths[one.md_path].fresh])
+            compared = queue.record_sweep(
+                tx, source="scan", now_milliseconds=self.now, verified=frozenset(one for one, _ in same)
+            )
+            gone = [Observation(one.md_path, "note", self.paths[one.md_path].disk) for one in compared.vanished]
+            return compared.queued + queue.record(tx, gone, source="scan", now_milliseconds=self.now)
 
         self.recorded(both, must=set())
 
-    def recorded(self, work: object, must: set[str]) -> None:
-        before = self.read(queue.newest)
+    def is_same(self, seen: Observation, digest: bytes) -> bool:
+        look = self.paths[seen.md_path].look()
+        return look.fingerprint == seen.fingerprint and look.digest == digest
+
+    def recorded(self, work: object, must: set[str], settle: int = 0) -> None:
+        before, delays = self.read(queue.newest), self.delays()
         queued = self.write(work)  # type: ignore[arg-type]
         newest = self.read(queue.newest)
         assert newest - before == len(queued) == len(set(queued))
@@ -166,7 +207,14 @@ class QueueMachine(RuleBasedStateMachine):
             if not known.open_lsns:
                 known.lower_bound = lsn
             known.open_lsns.append(lsn)
-            known.failed, known.not_before = None, 0
+            known.failed = None
+            known.not_before = self.delays()[path]
+            if known.not_before:
+                assert settle, "a change that need not settle is ready at once"
+                assert known.not_before <= max(delays.get(path, 0), self.now + settle)
+
+    def delays(self) -> dict[str, int]:
+        return self.read(lambda tx: dict(tx.execute("SELECT md_path, not_before FROM md_change_state")))
 
     # what works on them
 
@@ -192,32 +240,48 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def worker_reads(self, which: int) -> None:
         hold = self.holds[which % len(self.holds)]
-        hold.read = self.paths[hold.claim.md_path].disk
+        hold.read = self.paths[hold.claim.md_path].look()
 
     @precondition(lambda self: self.holds)
-    @rule(which=st.integers(0, 99), racy=st.booleans())
-    def mark_done(self, which: int, racy: bool) -> None:
+    @rule(which=st.integers(0, 99), settle=st.sampled_from([0, 0, 700]))
+    def mark_done(self, which: int, settle: int) -> None:
         hold = self.holds.pop(which % len(self.holds))
         known = self.paths[hold.claim.md_path]
-        read = known.disk if isinstance(hold.read, bool) else hold.read
-        self.write(lambda tx: queue.mark_done(tx, hold.claim, read, racy=racy, now_milliseconds=self.now))
+        read = hold.read or known.look()
+        self.write(lambda tx: self.done(tx, hold.claim, read, settle))
         known.applied = read
-        self.settle(hold, known)
+        self.settle(hold, known, settle)
+
+    def done(self, tx: queue.Transaction, held: Claim, read: Look, settle: int) -> None:
+        queue.mark_done(
+            tx,
+            held,
+            read.fingerprint,
+            racy=read.racy,
+            digest=read.digest,
+            now_milliseconds=self.now,
+            settle_milliseconds=settle,
+        )
 
     @precondition(lambda self: self.holds)
-    @rule(which=st.integers(0, 99), retryable=st.booleans(), tell=st.booleans())
-    def mark_failed(self, which: int, retryable: bool, tell: bool) -> None:
+    @rule(which=st.integers(0, 99), retryable=st.booleans())
+    def mark_failed(self, which: int, retryable: bool) -> None:
         hold = self.holds.pop(which % len(self.holds))
         known = self.paths[hold.claim.md_path]
-        read = hold.read if tell and not isinstance(hold.read, bool) else None
+        read = hold.read or Look()
         self.write(
             lambda tx: queue.mark_failed(
-                tx, hold.claim, "no", retryable=retryable, fingerprint=read, now_milliseconds=self.now
+                tx,
+                hold.claim,
+                "no",
+                retryable=retryable,
+                fingerprint=read.fingerprint,
+                racy=read.racy,
+                digest=read.digest if read.fingerprint else None,
+                now_milliseconds=self.now,
             )
         )
         known.failed = retryable if known.open_lsns[-1] == hold.claim.claim_lsn else None
-        if known.failed is not None:
-            known.applied = read or known.applied
         self.settle(hold, known)
 
     @precondition(lambda self: self.holds)
@@ -234,11 +298,11 @@ class QueueMachine(RuleBasedStateMachine):
         known.held = False
         known.not_before = later if known.open_lsns[-1] == hold.claim.claim_lsn else 0
 
-    def settle(self, hold: Hold, known: Known) -> None:
+    def settle(self, hold: Hold, known: Known, settle: int = 0) -> None:
         known.held = False
         known.open_lsns = [lsn for lsn in known.open_lsns if lsn > hold.claim.claim_lsn]
         known.lower_bound = hold.claim.claim_lsn + 1
-        known.not_before = 0
+        known.not_before = self.now + settle if known.open_lsns and settle else 0
 
     @rule(owner=st.sampled_from(OWNERS))
     def owner_dies(self, owner: str) -> None:
@@ -328,15 +392,13 @@ class QueueMachine(RuleBasedStateMachine):
         while claims := self.write(lambda tx: queue.claim(tx, "last", limit=3, now_milliseconds=self.now)):
             for held in claims:
                 known = self.paths[held.md_path]
-                known.applied = known.disk
-                self.write(
-                    lambda tx, h=held, d=known.disk: queue.mark_done(tx, h, d, racy=False, now_milliseconds=self.now)
-                )
+                known.applied = known.look()
+                self.write(lambda tx, h=held, r=known.applied: self.done(tx, h, r, 0))
         counts = self.read(queue.counts)
         assert counts.watermark == counts.lsn_max
         for path, known in self.paths.items():
             if known.failed is None:
-                assert known.applied == known.disk, path
+                assert (known.applied.fingerprint, known.applied.content) == (known.disk, known.look().content), path
 
     def rows(self) -> list[object]:
         return self.read(lambda tx: list(tx.execute("SELECT * FROM md_change_state ORDER BY md_path")))
