@@ -1,0 +1,70 @@
+"""Where a run leaves what it saw: one JSON line in ``results/stress.jsonl`` and a plot beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The series of one run, sampled together, and the lines they are held against."""
+
+    seconds: Sequence[float]
+    counts: Sequence[int]
+    rss_bytes: Sequence[int]
+    limit: int
+    budget: int | None = None
+
+
+def write_result(name: str, facts: Mapping[str, object], run: Run, *, folder: Path = RESULTS) -> Path:
+    """Append the JSON line, draw the plot where matplotlib is installed; the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    line = {
+        "name": name,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "lancedb": importlib.metadata.version("lancedb"),
+        "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **facts,
+    }
+    with (folder / "stress.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install 'everos-engine[plots]')")
+    else:
+        draw(name, run, folder / f"{name}.png")
+    return folder
+
+
+def draw(title: str, run: Run, path: Path) -> None:
+    """Count, budget and limit above, RSS below, over time."""
+    import matplotlib as mpl  # noqa: PLC0415 - an extra
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415 - an extra
+
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(2, 1))
+    above.plot(run.seconds, run.counts, linewidth=0.8, color="#1f5fa8", label="descriptors")
+    above.axhline(run.limit, color="#b02a2a", linewidth=1, label=f"limit {run.limit}")
+    if run.budget is not None:
+        above.axhline(run.budget, color="#c98a1b", linewidth=1, linestyle="--", label=f"soft budget {run.budget}")
+    above.set_ylim(bottom=0)
+    above.set_ylabel("open descriptors")
+    above.set_title(title)
+    above.legend(loc="upper left", fontsize="small")
+    below.plot(run.seconds, [value / (1 << 20) for value in run.rss_bytes], linewidth=0.8, color="#2c7a4b")
+    below.set_ylabel("RSS, MiB")
+    below.set_ylim(bottom=0)
+    below.set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

@@ -1,0 +1,54 @@
+"""The judge of the soak is itself judged: how often it cries wolf, and what it can see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from slope import slope
+
+SECONDS = np.arange(0.0, 600.0, 0.2)
+
+
+def correlated(rng: np.random.Generator, *, time_seconds: float) -> np.ndarray:
+    """An AR(1) series with the given correlation time and unit variance."""
+    keep = np.exp(-0.2 / time_seconds)
+    noise = rng.standard_normal(SECONDS.size) * np.sqrt(1 - keep**2)
+    series = np.empty_like(noise)
+    series[0] = rng.standard_normal()
+    for at in range(1, noise.size):
+        series[at] = keep * series[at - 1] + noise[at]
+    return series
+
+
+@pytest.mark.parametrize("time_seconds", [0.1, 2.0, 5.0])
+def test_a_flat_series_rarely_raises_an_alarm_however_autocorrelated(time_seconds: float) -> None:
+    rng = np.random.default_rng(7)
+    alarms = sum(slope(SECONDS, correlated(rng, time_seconds=time_seconds)).rises for _ in range(200))
+    assert alarms <= 3
+
+
+def test_a_sawtooth_is_flat() -> None:
+    for period in (3.0, 7.0, 19.0):
+        assert not slope(SECONDS, 20 * ((SECONDS / period) % 1.0)).rises
+
+
+def test_a_slow_leak_under_loud_noise_is_seen() -> None:
+    rng = np.random.default_rng(8)
+    seen = sum(slope(SECONDS, 2 * correlated(rng, time_seconds=2.0) + SECONDS / 60.0).rises for _ in range(50))
+    assert seen >= 48
+
+
+def test_growth_that_ends_within_the_first_half_is_warm_up() -> None:
+    rng = np.random.default_rng(9)
+    series = np.minimum(SECONDS, 290.0) + correlated(rng, time_seconds=1.0)
+    assert not slope(SECONDS, series).rises
+
+
+def test_a_constant_series_has_a_slope_of_exactly_zero() -> None:
+    found = slope(SECONDS, np.full(SECONDS.size, 31.0))
+    assert (found.low, found.per_minute, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_too_short_a_series_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        slope([0.0, 1.0, 2.0], [1.0, 1.0, 1.0])
