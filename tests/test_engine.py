@@ -12,37 +12,15 @@ import trio
 import trio.testing
 from numpy.typing import NDArray
 
+from derived import described, indexed
 from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import AlreadyRunning, OutsideRoot
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
-from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
-from everos_engine.text import kinds
 from writer import FACTS, fact, facts, put
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
-
-
-async def indexed(engine: Engine) -> dict[tuple[str, str], str]:
-    found = {}
-    for kind in engine.desk.index.open_kinds():
-        rows = await engine.desk.index.rows(kind)
-        keys = [(str(row["md_path"]), str(row["entry_id"])) for row in rows]
-        assert len(set(keys)) == len(keys)
-        found.update(dict(zip(keys, (str(row["content_hash"]) for row in rows), strict=True)))
-    return found
-
-
-def described(settings: Settings) -> dict[tuple[str, str], str]:
-    """What the tree says, derived without the engine's queue, ledger or index."""
-    found = {}
-    swept = files.walk(settings.root, lambda key: kinds.recognise(key, note_globs=settings.note.globs))
-    for key, (place, _) in swept.found.items():
-        reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
-        for entry in kinds.parse(place, reading.sources).entries:
-            found[key, entry.entry_id] = entry.content_hash.hex()
-    return found
 
 
 async def failures(engine: Engine) -> dict[str, str]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def fact(number: int, text: str, *, timestamp: str = "2025-02-27T09:25:00+00:00") -> str:
+def fact(number: int, text: str, *, timestamp: str = "2025-02-27T09:25:00+00:00", owner: str = "u1") -> str:
     entry_id = f"af_20250227_{number:08d}"
     return (
-        f"<!-- entry:{entry_id} -->\n## {entry_id}\n\n**owner_id**: u1\n**session_id**: s1\n**timestamp**: {timestamp}\n"
+        f"<!-- entry:{entry_id} -->\n## {entry_id}\n\n**owner_id**: {owner}\n**session_id**: s1\n**timestamp**: {timestamp}\n"
         f"**parent_type**: memcell\n**parent_id**: mc_{number}\n**sender_ids**: [u1, u2]\n\n### Fact\n{text}\n"
         f"<!-- /entry:{entry_id} -->\n"
     )
 
 
-def facts(*entries: str) -> str:
-    return "---\ntype: atomic_fact_daily\nuser_id: u1\n---\n" + "".join(entries)
+def facts(*entries: str, owner: str = "u1") -> str:
+    return f"---\ntype: atomic_fact_daily\nuser_id: {owner}\n---\n" + "".join(entries)
 
 
 def put(root: Path, key: str, text: str) -> Path:

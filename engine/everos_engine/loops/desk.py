@@ -35,6 +35,7 @@ class Progress:
 
     ``unseen`` are changes that a sweep found first, with the time (monotonic seconds): an event may still tell of them.
     ``burst`` is the size of the largest batch of events, and ``stall_seconds`` the longest sleep, since the last sweep.
+    ``told`` changes came by events; ``silent`` ones did not, with no burst to blame.
     """
 
     applied: int = 0
@@ -46,6 +47,10 @@ class Progress:
     burst: int = 0
     stall_seconds: float = 0.0
     unseen: dict[str, float] = field(default_factory=dict)
+    silent: int = 0
+    told: int = 0
+    lost_at_seconds: float = 0.0
+    directories_added: int = 0
 
 
 @dataclass(slots=True)

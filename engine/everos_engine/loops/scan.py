@@ -27,6 +27,7 @@ EVENT_GRACE_SECONDS = 5.0
 """An event may follow the sweep that found its change by this much, and still counts as having told of it."""
 STALL_BEAT_SECONDS = 2.0
 STALL_SECONDS = 5.0
+FORGET_SECONDS = 3600.0
 AUDIT_FILES = 64
 SHARE_FOUND_MANY = 20
 LOST_REMEDY = (
@@ -91,7 +92,7 @@ async def _sweep_once(desk: Desk, *, first: bool) -> None:
         progress.unseen.update(dict.fromkeys(found.queued, now))
         if burst or stall:
             await _name_overflow(desk, set(found.queued), burst, stall)
-    await _count_unseen(desk)
+    await _count_unseen(desk, blameless=not (burst or stall))
 
 
 async def _name_overflow(desk: Desk, paths: set[str], burst: int, stall_seconds: float) -> None:
@@ -101,6 +102,7 @@ async def _name_overflow(desk: Desk, paths: set[str], burst: int, stall_seconds:
     await trio.sleep(EVENT_GRACE_SECONDS)
     lost = len(paths & desk.progress.unseen.keys())
     if lost:
+        desk.progress.lost_at_seconds = time.monotonic()
         cause = f"a burst of {burst} events" if burst else f"a stall of {stall_seconds:.0f} s"
         message = (
             f"{lost} changes reached the engine by the sweep only: after {cause} the kernel's event queue overflowed"
@@ -108,23 +110,26 @@ async def _name_overflow(desk: Desk, paths: set[str], burst: int, stall_seconds:
         await desk.notes.say("events_lost", message, LOST_REMEDY)
 
 
-async def _count_unseen(desk: Desk) -> None:
+async def _count_unseen(desk: Desk, *, blameless: bool) -> None:
     """Changes of which no event told within the grace were found by the scan only."""
-    unseen, now = desk.progress.unseen, time.monotonic()
+    progress, unseen, now = desk.progress, desk.progress.unseen, time.monotonic()
     late = [path for path, at in unseen.items() if now - at > EVENT_GRACE_SECONDS]
     for path in late:
         del unseen[path]
 
-    def note(tx: Transaction) -> queue.Counts:
-        queue.credit(tx, "scan", len(late))
-        return queue.counts(tx)
-
-    if late:
-        counts = await desk.database.awrite(note)
-        both = counts.found_by_scan + counts.found_by_watch
-        if counts.found_by_scan >= SHARE_FOUND_MANY and counts.found_by_scan * 2 > both:
-            message = f"{counts.found_by_scan} of {both} changes were found by sweeps only: file events do not reach the engine"
-            await desk.notes.say("events_missing", message, SILENT_REMEDY)
+    if now - progress.lost_at_seconds > FORGET_SECONDS:
+        await desk.notes.over("events_lost")
+    if not late:
+        return
+    await desk.database.awrite(lambda tx: queue.credit(tx, "scan", len(late)))
+    if blameless:
+        progress.silent += len(late)
+    if progress.silent >= SHARE_FOUND_MANY and progress.silent > progress.told:
+        both = progress.silent + progress.told
+        message = f"{progress.silent} of {both} changes were found by sweeps only: file events do not reach the engine"
+        await desk.notes.say("events_missing", message, SILENT_REMEDY)
+    else:
+        await desk.notes.over("events_missing")
 
 
 async def _say_blind(desk: Desk, found: Sweep) -> None:

@@ -92,7 +92,8 @@ async def _degraded(desk: Desk, error: OSError) -> None:
         code = "instance_limit"
     desk.progress.polling = True
     remedy = REMEDIES.get(code, "") + POLL_REMEDY + f" every {desk.settings.watch.poll_interval_seconds:g} s"
-    await desk.notes.say(code, f"file events cannot be had: {error}", remedy)
+    reason = str(error).partition(" about ")[0]
+    await desk.notes.say(code, f"file events cannot be had: {reason}", remedy)
     desk.look_again()
     with trio.move_on_after(RETRY_SECONDS):
         await _idle(desk)
@@ -155,15 +156,16 @@ async def _stop_when_cancelled(stop: threading.Event) -> None:
 
 async def _check(desk: Desk, laid_on: tuple[int, int]) -> None:
     """The watches are on the root there is, and there is one for each directory."""
-    due = time.monotonic() + LOOK_SECONDS
+    due, added = time.monotonic() + LOOK_SECONDS, 0
     short_before = 0
     while True:
         await trio.sleep(LOOK_SECONDS)
         desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         if _identity(desk.settings.root) != laid_on:
             raise _Replaced
-        if time.monotonic() < due:
+        if time.monotonic() < due and added == desk.progress.directories_added:
             continue
+        added = desk.progress.directories_added
         due = time.monotonic() + CHECK_SECONDS
         short = await trio.to_thread.run_sync(_directories_unwatched, desk.settings)
         if short and short_before:
@@ -233,6 +235,7 @@ async def _record(desk: Desk, paths: set[str]) -> None:
         return
     for seen in observations:
         desk.progress.unseen.pop(seen.md_path, None)
+    desk.progress.told += len(queued)
     if again:
         desk.look_again()
     if queued:
@@ -263,6 +266,7 @@ def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
         if os.path.isdir(path):  # noqa: PTH112 - str in, str out
             keys.update(dict.fromkeys(_below(settings, path)))
             directories = True
+            desk.progress.directories_added += 1
         elif place is None:
             keys.update(dict.fromkeys(desk.database.read(lambda tx, k=key: queue.known_below(tx, k))))  # type: ignore[misc]
     return observe_paths(settings, list(keys)), directories

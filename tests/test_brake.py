@@ -1,0 +1,283 @@
+"""An accident is never taken for deletions: each holds them, says why, and ends by itself or with `release`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from derived import described, indexed
+from everos_engine.engine import Engine, open_engine
+from everos_engine.errors import Fatal, Transient
+from everos_engine.loops.brake import Brake, without_moved
+from everos_engine.settings import Settings, load
+from everos_engine.stores.held import Reason
+from everos_engine.stores.queue import Vanished
+from everos_engine.testing import FakeEmbedder
+from writer import fact, facts, put
+
+
+def quiet(root: Path) -> Settings:
+    chosen = {"memory.root": str(root), "watch.mode": "off", "scan_interval_seconds": 3600, "settle_milliseconds": 20}
+    return load(chosen, environment={}, user_file=root / "none")
+
+
+def plant(root: Path, count: int, user: str = "u1") -> list[Path]:
+    return [
+        put(
+            root,
+            f"users/{user}/.atomic_facts/{number}.md",
+            facts(fact(number, f"word{number}", owner=user), owner=user),
+        )
+        for number in range(count)
+    ]
+
+
+async def held(engine: Engine) -> dict[Reason, int]:
+    return {one.reason: one.count for one in (await engine.status()).held}
+
+
+async def test_five_files_removed_pass_at_once(root: Path) -> None:
+    paths = plant(root, 40)
+    async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        for path in paths[:5]:
+            path.unlink()
+        await engine.settle()
+        assert len(await indexed(engine)) == 35
+        assert await held(engine) == {}
+
+
+async def test_a_mass_delete_is_held_over_a_restart_and_applied_by_release(root: Path) -> None:
+    paths = plant(root, 100)
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        for path in paths[:60]:
+            path.unlink()
+        put(root, "users/u1/.atomic_facts/new.md", facts(fact(500, "added meanwhile")))
+        await engine.settle()
+        assert await held(engine) == {"mass_delete": 60}
+        assert len(await indexed(engine)) == 101
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        assert await held(engine) == {"mass_delete": 60}
+        paths[60].unlink()
+        await engine.settle()
+        assert await held(engine) == {"mass_delete": 60}
+        assert len(await indexed(engine)) == 100
+        assert len(await engine.release()) == 60
+        assert await indexed(engine) == described(settings)
+        assert await held(engine) == {}
+
+
+async def test_held_deletions_are_let_go_of_when_the_files_come_back(root: Path) -> None:
+    plant(root, 50)
+    settings, fake = quiet(root), FakeEmbedder()
+    async with open_engine(settings, embedder=fake) as engine:
+        await engine.settle()
+        (root / "users" / "u1").rename(root / "aside")
+        await engine.settle()
+        assert await held(engine) == {"mass_delete": 50}
+        (root / "aside").rename(root / "users" / "u1")
+        calls = len(fake.calls)
+        await engine.settle()
+        assert await held(engine) == {}
+        assert await indexed(engine) == described(settings)
+        assert len(fake.calls) == calls
+
+
+async def test_a_renamed_directory_is_no_mass_delete(root: Path) -> None:
+    plant(root, 50)
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        (root / "app1" / "project1").mkdir(parents=True)
+        (root / "users").rename(root / "app1" / "project1" / "users")
+        await engine.settle()
+        assert await held(engine) == {}
+        assert len(await indexed(engine)) == 50
+        assert await indexed(engine) == described(settings)
+
+
+async def test_a_tree_removed_bit_by_bit_is_held_all_the_same(root: Path) -> None:
+    paths = plant(root, 60)
+    async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        for path in paths:
+            path.unlink()
+            if int(path.stem) % 4 == 3:
+                await engine.settle()
+        assert len(await indexed(engine)) >= 60 - 20
+        assert sum((await held(engine)).values()) == len(await indexed(engine))
+
+
+def empty(root: Path) -> None:
+    shutil.move(root / "users", root.parent / "elsewhere")
+
+
+def replace(root: Path) -> None:
+    root.rename(root.parent / "elsewhere")
+    root.mkdir()
+
+
+def rename(root: Path) -> None:
+    root.rename(root.parent / "elsewhere")
+
+
+def unmark(root: Path) -> None:
+    (root / ".index" / "engine" / "marker").unlink()
+    shutil.rmtree(root / "users" / "u1")
+
+
+ACCIDENTS = {"root_empty": empty, "root_replaced": replace, "root_missing": rename, "marker_missing": unmark}
+
+
+@pytest.mark.parametrize("reason", ACCIDENTS)
+async def test_an_accident_to_the_root_holds_everything(reason: Reason, root: Path) -> None:
+    plant(root, 30)
+    plant(root, 5, user="u2")
+    async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        ACCIDENTS[reason](root)
+        if reason == "root_missing":
+            with pytest.raises(Transient, match="gone"):
+                await engine.settle()
+        else:
+            await engine.settle()
+        assert await held(engine) == {reason: 30 if reason == "marker_missing" else 35}
+        counts = (await engine.status()).counts
+        assert (counts.done, counts.pending) == (35, 0)
+        assert sum((await engine.status()).rows.values()) == 35
+        if reason == "root_missing":
+            (root.parent / "elsewhere").rename(root)
+            await engine.settle()
+            assert await held(engine) == {}
+
+
+async def test_the_index_folder_removed_under_the_engine_ends_it_with_the_reason(root: Path) -> None:
+    plant(root, 3)
+    async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        shutil.rmtree(root / ".index")
+        with pytest.raises(Fatal, match="start it again"):
+            await engine.settle()
+
+
+async def test_a_table_removed_under_the_engine_is_made_again(root: Path) -> None:
+    plant(root, 3)
+    settings, fake = quiet(root), FakeEmbedder()
+    async with open_engine(settings, embedder=fake) as engine:
+        await engine.settle()
+        calls = len(fake.calls)
+        shutil.rmtree(settings.lancedb_directory)
+        engine.desk.look_again()
+        while not engine.desk.progress.commits.get("atomic_fact", 0) > 1:
+            await engine.desk.applied.wait_transition()
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        assert len(fake.calls) == calls
+
+
+async def test_a_directory_that_answers_with_an_io_error_keeps_its_rows(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(root, 4)
+    other = plant(root, 3, user="u2")
+    real = os.scandir
+
+    def broken(path: str) -> object:
+        if str(path).endswith("u1/.atomic_facts"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path)
+
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", broken)
+            other[0].write_text(facts(fact(0, "edited elsewhere", owner="u2"), owner="u2"))
+            await engine.settle()
+        assert await held(engine) == {"unreadable": 4}
+        assert len(await indexed(engine)) == 7
+        assert len(await engine.search("edited")) == 1
+        await engine.settle()
+        assert await held(engine) == {}
+
+
+UNREADABLE = """
+import os, sys, trio
+from pathlib import Path
+from everos_engine.engine import open_engine
+from everos_engine.settings import load
+from everos_engine.testing import FakeEmbedder
+root = Path({root!r})
+flags = {{"memory.root": str(root), "watch.mode": {mode!r}, "scan_interval_seconds": 3600}}
+settings = load(flags, environment={{}}, user_file=root / "none")
+async def main():
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        os.chmod(root / "users" / "u1", 0)
+        status = await engine.settle()
+        print([(one.reason, one.count) for one in status.held], sum(status.rows.values()))
+        os.chmod(root / "users" / "u1", 0o755)
+        status = await engine.settle()
+        print(status.held, sum(status.rows.values()))
+trio.run(main)
+"""
+WITHOUT_OVERRIDE = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+"""As root every directory can be read; without this capability, root is like any other user."""
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root reads everything")
+@pytest.mark.parametrize("mode", ["off", "events"])
+def test_a_directory_without_permission_keeps_its_rows(mode: str, root: Path) -> None:
+    plant(root, 6)
+    code = UNREADABLE.format(root=str(root), mode=mode)
+    command = [*(WITHOUT_OVERRIDE if os.getuid() == 0 else []), sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines() == ["[('unreadable', 6)] 6", "[] 6"]
+
+
+@pytest.fixture
+def mounted(root: Path) -> Iterator[Path]:
+    """A file system mounted at users/u1 of the root."""
+    point = root / "users" / "u1"
+    point.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "none", point], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("may not mount")
+    yield point
+    subprocess.run(["umount", "-l", point], capture_output=True, check=False)
+
+
+async def test_an_unmounted_part_of_the_tree_keeps_its_rows(root: Path, mounted: Path) -> None:
+    plant(root, 3)
+    plant(root, 2, user="u2")
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        subprocess.run(["umount", "-l", mounted], check=True)
+        await engine.settle()
+        assert await held(engine) == {"unmounted": 3}
+        assert len(await indexed(engine)) == 5
+        assert len(await engine.release()) == 3
+        assert await indexed(engine) == described(settings)
+
+
+def test_files_that_come_while_others_go_are_no_accident(tmp_path: Path) -> None:
+    brake = Brake(quiet(tmp_path))
+    assert not any(brake.is_too_much(1, known=30, now_seconds=second / 100) for second in range(2000))
+    assert brake.is_too_much(21, known=30, now_seconds=21)
+    assert not Brake(quiet(tmp_path)).is_too_much(20, known=30, now_seconds=0)
+
+
+def test_a_moved_file_is_matched_once() -> None:
+    one, two = Vanished("a", "note", 5, 7), Vanished("b", "note", 5, 7)
+    assert without_moved([one, two], [(5, 7)]) == ([two], [one])

@@ -1,0 +1,221 @@
+"""Every way a file changes without looking changed is found by the next sweep."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from derived import described, indexed
+from everos_engine.engine import Engine, open_engine
+from everos_engine.settings import Settings, load
+from everos_engine.stores import queue
+from everos_engine.testing import FakeEmbedder
+from writer import FACTS, fact, facts, put
+
+
+def quiet(root: Path, **flags: object) -> Settings:
+    """Nothing but what the test asks for finds changes: no events, no sweep on a beat."""
+    chosen = {"watch.mode": "off", "scan_interval_seconds": 3600, "note.globs": ["**/*.md"], "settle_milliseconds": 20}
+    return load({"memory.root": str(root), **chosen, **flags}, environment={}, user_file=root / "none")
+
+
+def with_times_of(path: Path, change: Callable[[], object]) -> None:
+    before = path.stat()
+    change()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+async def test_an_edit_of_the_same_size_with_its_mtime_restored_is_found(root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "abc")))
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        with_times_of(path, lambda: path.write_text(facts(fact(1, "xyz"))))
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        assert len(await engine.search("xyz")) == 1
+
+
+async def test_a_copy_that_keeps_times_over_a_file_is_found(root: Path, tmp_path: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "abc")))
+    settings = quiet(root)
+    other = tmp_path / "other.md"
+    other.write_text(facts(fact(1, "xyz")))
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        subprocess.run(["cp", "-p", other, path], check=True)
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        assert len(await engine.search("xyz")) == 1
+
+
+async def test_branches_checked_out_and_back_cost_no_second_embedding(root: Path) -> None:
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *words], cwd=root, check=True, capture_output=True)
+
+    for number in range(12):
+        put(root, f"notes/{number}.md", f"# A\nmain {number}")
+    (root / ".gitignore").write_text(".index\n")
+    git("init", "-q", "-b", "main")
+    git("add", "-A")
+    git("commit", "-qm", "main")
+    git("checkout", "-qb", "side")
+    for number in range(0, 12, 2):
+        put(root, f"notes/{number}.md", f"# A\nside {number}")
+    (root / "notes" / "1.md").unlink()
+    git("commit", "-qam", "side")
+    settings, fake = quiet(root), FakeEmbedder()
+    async with open_engine(settings, embedder=fake) as engine:
+        await engine.settle()
+        git("checkout", "-q", "main")
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        calls = len(fake.calls)
+        for branch in ("side", "main", "side"):
+            git("checkout", "-q", branch)
+            await engine.settle()
+            assert await indexed(engine) == described(settings)
+        assert len(fake.calls) == calls
+
+
+async def test_a_mirror_that_keeps_times_is_found(root: Path, tmp_path: Path) -> None:
+    """What `rsync -t` does: a temporary file with the source's mtime takes the target's place."""
+    path = put(root, FACTS, facts(fact(1, "abc")))
+    old = time.time_ns() - 10**15
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        source = tmp_path / "source.md"
+        source.write_text(facts(fact(1, "from afar")))
+        os.utime(source, ns=(old, old))
+        if shutil.which("rsync"):
+            subprocess.run(["rsync", "-t", source, path], check=True)
+        else:
+            temporary = path.with_name(".temporary")
+            shutil.copy2(source, temporary)
+            temporary.replace(path)
+        await engine.settle()
+        assert len(await engine.search("afar")) == 1
+
+
+async def test_edits_while_the_engine_is_down_are_found_at_the_start(root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "abc")))
+    going = put(root, "users/u1/.atomic_facts/going.md", facts(fact(9, "going")))
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+    with_times_of(path, lambda: path.write_text(facts(fact(1, "xyz"))))
+    going.unlink()
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+
+
+async def test_writes_within_one_tick_of_the_clock_are_all_found(root: Path) -> None:
+    """Content of one size, written as fast as it goes: many observations fall into the tick of a later write."""
+    chance = random.Random(7)  # noqa: S311
+    settings = quiet(root, settle_milliseconds=0)
+    paths = [put(root, f"users/u1/.atomic_facts/{number}.md", facts(fact(1, "0000"))) for number in range(5)]
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        for _ in range(20):
+            for _ in range(100):
+                chance.choice(paths).write_text(facts(fact(1, f"{chance.randrange(10):04}")))
+            await engine.settle()
+            assert await indexed(engine) == described(settings)
+
+
+async def test_a_touched_file_costs_no_embedding_and_no_commit(root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "abc")))
+    settings, fake = quiet(root), FakeEmbedder()
+    async with open_engine(settings, embedder=fake) as engine:
+        await engine.settle()
+        commits, calls = dict(engine.desk.progress.commits), len(fake.calls)
+        path.touch()
+        await engine.settle()
+        assert (engine.desk.progress.commits, len(fake.calls)) == (commits, calls)
+
+
+async def test_an_audit_finds_what_no_fingerprint_tells(root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "abc")))
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        path.write_text(facts(fact(1, "xyz")))
+        stat = path.stat()
+
+        def forge(tx: queue.Transaction) -> None:
+            """A file system that kept every number: as if the edit had left no trace."""
+            numbers = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_ctime_ns)
+            list(
+                tx.execute(
+                    "UPDATE md_change_state SET racy = 0, mtime_ns = ?, size = ?, ino = ?, ctime_ns = ?", numbers
+                )
+            )
+
+        await engine.desk.database.awrite(forge)
+        await engine.settle()
+        assert await engine.search("xyz") == []
+        assert await engine.audit() == [FACTS]
+        assert len(await engine.search("xyz")) == 1
+        assert await engine.audit() == []
+
+
+async def test_the_rolling_audit_reads_the_whole_tree_by_itself(root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "abc")))
+    settings = quiet(root, audit_interval_hours=1e-9)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        with trio.fail_after(30):
+            while await engine.desk.database.aread(lambda tx: queue.get_meta(tx, "last_audit")) is None:  # noqa: ASYNC110
+                await trio.sleep(0.2)
+
+
+@pytest.mark.parametrize("way", ["made", "moved in"])
+async def test_files_of_a_new_directory_are_indexed_by_events_alone(way: str, root: Path, tmp_path: Path) -> None:
+    flags = {"memory.root": str(root), "scan_interval_seconds": 3600, "note.globs": ["**/*.md"]}
+    settings = load(flags, environment={}, user_file=root / "none")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        await watching(engine)
+        base = root if way == "made" else tmp_path / "outside"
+        for number in range(500):
+            put(base, f"new/deep/d{number % 7}/{number}.md", f"# A\nword {number}")
+        if way == "moved in":
+            (base / "new").rename(root / "new")
+        with trio.fail_after(30):
+            while (await engine.status()).counts.done < 500:
+                await engine.desk.applied.wait_transition()
+        assert await indexed(engine) == described(settings)
+
+
+async def test_a_file_that_looks_torn_is_given_time_to_settle(root: Path) -> None:
+    path = put(root, FACTS, facts(*(fact(number, f"t{number}") for number in range(6))))
+    settings = quiet(root, settle_milliseconds=1500)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine, trio.open_nursery() as nursery:
+        await engine.settle()
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 4])  # as a writer leaves it in the midst of its work
+        nursery.start_soon(engine.settle)
+        while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
+            await trio.sleep(0.01)
+        assert len(await indexed(engine)) == 6
+        path.write_text(whole)
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        assert (await engine.status()).counts.failed_permanent == 0
+
+
+async def watching(engine: Engine) -> None:
+    with trio.fail_after(20):
+        while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
+            await trio.sleep(0.01)
