@@ -76,6 +76,7 @@ def notes(root: Path) -> dict[str, str]:
 
 def test_an_overflow_of_the_kernels_queue_is_made_good_and_named(root: Path) -> None:
     env, many = environment(root), 6000
+    put(root, "n/first.md", "# A\nfirst")
     with running(root, env) as process:
         until = time.monotonic() + 30
         while not notes_watching(root):
@@ -86,7 +87,7 @@ def test_an_overflow_of_the_kernels_queue_is_made_good_and_named(root: Path) -> 
             put(root, f"n/{number}.md", f"# A\nword{number}")
         time.sleep(6)  # longer than a stall may be
         os.kill(process.pid, signal.SIGCONT)
-        wait_done(env, many, seconds=60)
+        wait_done(env, many + 1, seconds=60)
         until = time.monotonic() + 30
         while "events_lost" not in notes(root):
             assert time.monotonic() < until

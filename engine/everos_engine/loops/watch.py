@@ -169,7 +169,9 @@ async def _check(desk: Desk, laid_on: tuple[int, int]) -> None:
         due = time.monotonic() + CHECK_SECONDS
         short = await trio.to_thread.run_sync(_directories_unwatched, desk.settings)
         if short and short_before:
-            desk.progress.polling = True
+            if not desk.progress.polling:
+                desk.progress.polling = True
+                desk.look_again()  # the scan may be in the midst of a long pause
             seconds = desk.settings.watch.poll_interval_seconds
             message = (
                 f"file events cannot be had of about {short} directories: the kernel's limit of watches is reached"
