@@ -82,6 +82,7 @@ def test_an_overflow_of_the_kernels_queue_is_made_good_and_named(root: Path) -> 
         while not notes_watching(root):
             assert time.monotonic() < until
             time.sleep(0.05)
+        wait_done(env, 1, seconds=30)
         os.kill(process.pid, signal.SIGSTOP)
         for number in range(many):
             put(root, f"n/{number}.md", f"# A\nword{number}")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 COMMIT_ENTRIES = 8192
 REAP_SECONDS = 30.0
 HELD_FACTOR = 4
+READ_BYTES = 32 << 20
+"""Markdown read at once; bounds the memory of a batch of large files."""
 IDLE_SECONDS = 60.0
 
 
@@ -126,24 +128,33 @@ class _Worker:
 
     async def _prepare(self, claims: list[queue.Claim]) -> None:
         """Read and diff a batch off the loop, then send each job on as soon as it needs nothing more."""
-        settings = self.desk.settings
-        jobs = await trio.to_thread.run_sync(self._read_all, claims)
-        known = await self.desk.database.aread(lambda tx: ledger.known(tx, [job.claim.md_path for job in jobs]))
-        for job in jobs:
-            if job.error is None:
-                job.plan = diff.plan(job.document, known[job.claim.md_path])
-            if _looks_torn(job, known[job.claim.md_path]):
-                job.error = _unsettled(job, settings.settle_milliseconds) or job.error
-        await self._look_up(jobs)
+        known = await self.desk.database.aread(lambda tx: ledger.known(tx, [claim.md_path for claim in claims]))
         async with trio.open_nursery() as nursery:
-            for job in jobs:
-                if job.error is None and job.missing and self.desk.vectors.embedder is not None:
-                    nursery.start_soon(self._embed, job)
-                else:
-                    await self.ready.send(job)
+            while claims:
+                jobs = await trio.to_thread.run_sync(self._read_some, claims, known)
+                claims = claims[len(jobs) :]
+                await self._look_up(jobs)
+                for job in jobs:
+                    if job.error is None and job.missing and self.desk.vectors.embedder is not None:
+                        nursery.start_soon(self._embed, job)
+                    else:
+                        await self.ready.send(job)
 
-    def _read_all(self, claims: list[queue.Claim]) -> list[Job]:
-        return [self._read(claim) for claim in claims]
+    def _read_some(self, claims: list[queue.Claim], known: Mapping[str, Mapping[str, bytes]]) -> list[Job]:
+        """Read, parse and diff the first of ``claims``, as many as fit into READ_BYTES."""
+        jobs, read_bytes = [], 0
+        for claim in claims:
+            job = self._read(claim)
+            before = known[claim.md_path]
+            if job.error is None:
+                job.plan = diff.plan(job.document, before)
+            if _looks_torn(job, before):
+                job.error = _unsettled(job, self.desk.settings.settle_milliseconds) or job.error
+            jobs.append(job)
+            read_bytes += job.fingerprint.size if job.fingerprint is not None else 0
+            if read_bytes >= READ_BYTES:
+                break
+        return jobs
 
     def _read(self, claim: queue.Claim) -> Job:
         settings, job = self.desk.settings, Job(claim)
