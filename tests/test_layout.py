@@ -50,6 +50,8 @@ def test_a_slip_is_seen_for_what_was_meant(path: str, meant: str) -> None:
     assert found.path == meant
 
 
-@pytest.mark.parametrize("path", ["README.md", "notes/2025/plan.md", "notes/b.md", "a/b/c/d/e/f/g/h.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "notes/2025/plan.md", "notes/b.md", "plans/tea.md", "a/b/c/d/e/f/g/h.md"]
+)
 def test_plain_markdown_is_near_nothing(path: str) -> None:
     assert nearest(path) is None

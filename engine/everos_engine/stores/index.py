@@ -534,3 +534,60 @@ def _drift(kind: str, found: pa.Schema, expected: pa.Schema) -> str:
         f"LanceDB table {kind!r} schema drift: missing={missing}, extra={extra}. It was not made by this engine. The index is "
         "rebuildable from markdown: remove `<root>/.index/lancedb` and start again."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """One table as it is on disk; ``error`` where it does not open, ``drift`` where its columns are not ours."""
+
+    kind: str
+    error: str = ""
+    drift: str = ""
+    incarnation: str = ""
+    model: str = ""
+    dimension: int = 0
+    version: int = 0
+    rows: int = 0
+
+
+async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Examination]:
+    """Look at every table there is, on a connection of its own and on the asyncio loop at hand. Changes nothing."""
+    os.environ.setdefault("LANCEDB_LOG", "error")
+    present = [kind for kind in kinds if (directory / f"{kind}.lance").is_dir()]
+    if not present:
+        return []
+    connection = await lancedb.connect_async(uri_of(directory, mode="reopen"))
+    try:
+        return [await _examined(connection, kinds[kind]) for kind in present]
+    finally:
+        connection.close()
+
+
+async def _examined(connection: AsyncConnection, kind: TableKind) -> Examination:
+    try:
+        table = await connection.open_table(kind.name)
+        try:
+            schema, version, rows = await table.schema(), await table.version(), await table.count_rows()
+        finally:
+            table.close()
+    except (RuntimeError, OSError, ValueError) as error:
+        return Examination(kind.name, error=str(error).strip().split("\n", 1)[0][:400] or type(error).__name__)
+    facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    wanted = {
+        **dict.fromkeys(KEY_COLUMNS, pa.string()),
+        **{name: _ARROW[type_] for name, type_ in kind.columns.items()},
+    }
+    missing = [name for name in wanted if name not in schema.names]
+    extra = [name for name in schema.names if name not in wanted and name != "vector"]
+    other = [name for name, type_ in wanted.items() if name in schema.names and schema.field(name).type != type_]
+    drift = f"missing={missing}, extra={extra}, of another type={other}" if missing or extra or other else ""
+    dimension = facts.get("everos_engine.dimension", "0")
+    return Examination(
+        kind.name,
+        drift=drift,
+        incarnation=facts.get("everos_engine.incarnation", ""),
+        model=facts.get("everos_engine.model", ""),
+        dimension=int(dimension) if dimension.isdigit() else 0,
+        version=version,
+        rows=rows,
+    )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
+from everos_engine.stores import held as held_store
 from everos_engine.stores.database import Transaction
 from everos_engine.stores.queue import Fingerprint4, Status
 
@@ -44,7 +45,7 @@ class Held:
 
     md_path: str
     kind: str
-    reason: str
+    reason: held_store.Reason
     since: int
 
 
@@ -80,19 +81,36 @@ def held(tx: Transaction, md_path: str | None = None) -> list[Held]:
     """Deletions the brake holds, all or of one path."""
     if not _has_table(tx, "held"):
         return []
-    return [Held(*row) for row in cast("Iterable[tuple[str, str, str, int]]", tx.execute(HELD, (md_path,)))]
+    return [
+        Held(*row) for row in cast("Iterable[tuple[str, str, held_store.Reason, int]]", tx.execute(HELD, (md_path,)))
+    ]
+
+
+def held_counts(tx: Transaction) -> list[held_store.Held]:
+    """How many deletions the brake holds, by reason."""
+    return held_store.counts(tx) if _has_table(tx, "held") else []
+
+
+@dataclass(frozen=True, slots=True)
+class Delayed:
+    """Changes that wait for another attempt after a failure: how many, when the first is due, and one of their errors."""
+
+    count: int
+    due: int
+    most_retries: int
+    error: str
 
 
 DELAYED = """
-SELECT count(*), min(not_before), max(retry_count), min(error) FROM md_change_state
-WHERE status = 'pending' AND not_before > 0
+SELECT count(*), min(not_before), max(retry_count), max(error) FROM md_change_state
+WHERE status = 'pending' AND not_before > 0 AND error IS NOT NULL
 """
 
 
-def delayed(tx: Transaction) -> tuple[int, int | None, int, str | None]:
-    """Changes that wait for their next attempt: (count, when the first is due, most retries so far, one of their errors)."""
+def delayed(tx: Transaction) -> Delayed | None:
+    """What waits because an attempt failed; None where nothing does. A file that only settles is not among it."""
     ((count, due, retries, error),) = tx.execute(DELAYED)
-    return cast("int", count), cast("int | None", due), cast("int", retries or 0), cast("str | None", error)
+    return Delayed(cast("int", count), cast("int", due), cast("int", retries), cast("str", error)) if count else None
 
 
 def files_per_kind(tx: Transaction) -> dict[str, dict[str, int]]:

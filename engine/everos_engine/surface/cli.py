@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     explain = add("explain", _explain, "why one path is or is not searchable, and what to do")
     explain.add_argument("path", metavar="PATH")
     explain.add_argument("--json", action="store_true")
+    doctor = add("doctor", _doctor, "check everything; 0 all ok, 1 a warning, 2 a failure")
+    doctor.add_argument("checks", nargs="*", metavar="CHECK", help="only these checks, by name")
+    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--offline", action="store_true", help="make no call to the embedder")
     fix = add("fix", _fix, "list what failed; --apply tries the retryable ones again")
     fix.add_argument("--apply", action="store_true")
     add("release", _release, "apply the deletions that are held because they looked like an accident")
@@ -130,6 +134,18 @@ def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
     else:
         print(as_text(found, paint_for(sys.stdout)))
     return OK if found.judgement.verdict == "searchable" else TROUBLE
+
+
+def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface import doctor  # noqa: PLC0415 - imports LanceDB where there is an index
+    from everos_engine.surface.paint import paint_for  # noqa: PLC0415
+
+    checks = doctor.examine(settings, arguments.checks, program=program(settings, arguments), offline=arguments.offline)
+    if arguments.json:
+        print(json.dumps(doctor.as_json(settings, checks), indent=2, ensure_ascii=False))
+    else:
+        print(doctor.as_text(checks, paint_for(sys.stdout)))
+    return doctor.worst(checks)
 
 
 def _fix(settings: Settings, arguments: argparse.Namespace) -> int:

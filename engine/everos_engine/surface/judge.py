@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from everos_engine.errors import BadFile
+from everos_engine.loops.brake import WHY
 from everos_engine.surface.paint import ago, plural, quoted, shown, size
+from everos_engine.surface.permission import blocked, permit
 from everos_engine.surface.rules import BY_NAME
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def _brake(seen: Evidence) -> Judgement | None:
     if held is None or seen.disk.state != "gone":
         return None
     since = ago((seen.now_milliseconds - held.since) / 1000)
-    cause = f"the file is gone, and the brake has held its deletion for {since}: {held.reason}"
+    cause = f"the file is gone, and the brake has held its deletion for {since}: {WHY.get(held.reason, held.reason)}"
     remedy = f"put the files back, or, if they are to go, `{seen.program} release`"
     rows = plural(seen.known.rows, "row")
     return Judgement("held", "held", cause, remedy, f"its {rows} stay searchable until the file is back or released")
@@ -96,9 +98,9 @@ def _file(seen: Evidence) -> Judgement | None:
             "failed", "too_large", cause, f"split it, or raise the bound: {how}{where}", "nothing until then"
         )
     if seen.disk.state == "unreadable":
-        blocked, need = _blocked(seen)
-        cause = f"{shown(blocked)} may not be read by uid {os.geteuid()}{last}"
-        return Judgement("failed", "unreadable", cause, _permit(blocked, need), f"once it can be read: {_scan(seen)}")
+        barrier, need = blocked(os.fspath(seen.settings.root), seen.path)
+        cause = f"{shown(barrier)} may not be read by uid {os.geteuid()}{last}"
+        return Judgement("failed", "unreadable", cause, permit(barrier, need), f"once it can be read: {_scan(seen)}")
     if seen.disk.state == "unsteady":
         cause = f"the file cannot be looked at now: {seen.disk.error}"
         return Judgement(
@@ -261,25 +263,3 @@ def _doubled(bound: int, needed: int) -> int:
     while bound < needed:
         bound *= 2
     return bound
-
-
-def _blocked(seen: Evidence) -> tuple[str, str]:
-    """The first part of the path that this user may not pass, and the permission that it lacks."""
-    root, path = os.fspath(seen.settings.root), seen.path
-    parts = os.path.relpath(path, root).split(os.sep)
-    at = root
-    for part in ("", *parts[:-1]):
-        at = os.path.join(at, part) if part else at
-        if not os.access(at, os.R_OK | os.X_OK, effective_ids=True):
-            return at, "rX"
-    return path, "r"
-
-
-def _permit(path: str, need: str) -> str:
-    try:
-        ours = os.stat(path).st_uid == os.geteuid()
-    except OSError:
-        ours = False
-    if ours:
-        return f"give yourself permission: `{quoted('chmod', f'u+{need}', path)}`"
-    return f"as root or as its owner, `{quoted('chmod', f'a+{need}', path)}`"

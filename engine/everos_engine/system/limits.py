@@ -35,12 +35,17 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Inotify:
-    """The kernel's bounds per user, and what this user's visible processes hold of them; None where it cannot be told."""
+    """The kernel's bounds per user, and what this user's visible processes hold of them; None where it cannot be told.
+
+    The names are the sysctls that bound: ``user.*`` of a user namespace, ``fs.inotify.*`` of the system.
+    """
 
     watches: int | None
     instances: int | None
     watches_used: int = 0
     instances_used: int = 0
+    watches_name: str = ""
+    instances_name: str = ""
 
 
 def parse_mounts(text: str) -> list[Mount]:
@@ -105,12 +110,11 @@ def silence(mount: Mount) -> str | None:
 
 def inotify(*, usage: bool = False) -> Inotify:
     """The bounds that hold here, of this user namespace and the system; ``usage`` also counts what is held."""
-    watches, instances = (
-        _least(f"/proc/sys/user/max_inotify_{name}", f"/proc/sys/fs/inotify/max_user_{name}")
-        for name in ("watches", "instances")
+    (watches, watches_name), (instances, instances_name) = (
+        _least(f"fs.inotify.max_user_{name}", f"user.max_inotify_{name}") for name in ("watches", "instances")
     )
     held = _inotify_held() if usage else (0, 0)
-    return Inotify(watches, instances, *held)
+    return Inotify(watches, instances, *held, watches_name, instances_name)
 
 
 def own_watches() -> int | None:
@@ -189,9 +193,11 @@ def _listed(path: str) -> list[str]:
         return []
 
 
-def _least(*paths: str) -> int | None:
-    found = [number for number in map(_number, paths) if number is not None]
-    return min(found) if found else None
+def _least(*sysctls: str) -> tuple[int | None, str]:
+    """The smallest of these bounds and its name; of equals the first."""
+    told = [(_number("/proc/sys/" + name.replace(".", "/")), name) for name in sysctls]
+    known = [(number, name) for number, name in told if number is not None]
+    return min(known, key=lambda one: one[0]) if known else (None, "")
 
 
 def _number(path: str) -> int | None:

@@ -20,7 +20,8 @@ LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project
 _DEFAULTS = {"<app>": "default_app", "<project>": "default_project"}
 _GAP, _OTHER, _FAR = 1.0, 1.6, 2.2
 _DEFAULT_GAP = {"<app>": 0.95, "<project>": 0.9}
-_ALIKE = 0.6
+_ALIKE, _ALIKE_FILES = 0.6, 0.8
+"""Least likeness of a folder's name, and of a file's: all of those end alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def nearest(path: str) -> Nearest | None:
     parts = path.split("/")
     for layout in LAYOUTS:
         wanted = layout.split("/")
-        if not any(_likeness(part, literal) >= _ALIKE for part in parts for literal in wanted if literal[0] != "<"):
+        if not any(_alike(part, literal) for part in parts for literal in wanted if literal[0] != "<"):
             continue  # nothing of it was meant
         cost, filled = _align(parts, wanted)
         if filled is not None and filled[0] != ".index" and (best is None or cost < best[0]):
@@ -75,12 +76,15 @@ def _fit(part: str, wanted: str) -> tuple[float, str | None]:
         return (0.0 if name == part else 0.3), name
     if wanted.startswith("<"):
         return (_OTHER if part in {"users", "agents"} or part.endswith(".md") else 0.0), part
-    likeness = _likeness(part, wanted)
-    return (1 - likeness if likeness >= _ALIKE else _OTHER), wanted
+    return (1 - _likeness(part, wanted) if _alike(part, wanted) else _OTHER), wanted
 
 
 def _likeness(part: str, literal: str) -> float:
     return SequenceMatcher(None, part.lower().lstrip("._"), literal.lower().lstrip("._")).ratio()
+
+
+def _alike(part: str, literal: str) -> bool:
+    return _likeness(part, literal) >= (_ALIKE_FILES if literal.endswith(".md") else _ALIKE)
 
 
 def _gap(wanted: str) -> float:
