@@ -30,7 +30,7 @@ from everos_engine.stores import embeddings, held, ledger, queue
 from everos_engine.stores.database import Database
 from everos_engine.stores.index import Index, Model, open_index
 from everos_engine.supervise import alone, keep
-from everos_engine.system import ceiling, fds, locks, wake
+from everos_engine.system import ceiling, fds, files, locks, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
@@ -241,7 +241,10 @@ def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tup
 
 
 def key_of(settings: Settings, path: str) -> str:
-    """The key of the change that ``path`` belongs to. Raises OutsideRoot."""
+    """The key of the change that ``path`` belongs to, or that ``path`` is as listed by us. Raises OutsideRoot."""
+    listed = files.path_of(settings.root, path)
+    if not os.path.lexists(os.path.join(settings.root, path)) and os.path.lexists(listed):
+        path = listed
     key = key_in_root(settings, path)
     if key is None:
         message = f"{path!r} is outside the memory root {settings.root}: name a path below it"

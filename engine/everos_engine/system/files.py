@@ -23,7 +23,8 @@ READ_TRIES = 3
 RACY_NS = 50_000_000
 COARSE_RACY_NS = 2_000_000_000
 """File systems that keep whole seconds (FAT: two) need a wider margin; most others tick every 1 to 10 ms."""
-_ESCAPED = re.compile(r"\\x([89a-f][0-9a-f])")
+_ESCAPED = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
+_LOOKS_ESCAPED = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What says nothing of the directory, but of this process or machine."""
@@ -92,7 +93,8 @@ class Reading:
 def key_of(root: Path, path: str) -> str | None:
     r"""The key of an absolute path: relative to ``root``, with ``/``; None outside.
 
-    Bytes of a name that are not UTF-8 are escaped as ``\xNN``.
+    Bytes of a name that are not UTF-8 are escaped as ``\xNN``, and a backslash that looks like such an escape as
+    ``\x5c``: two files never share a key.
     """
     base = os.fspath(root)
     full = os.path.normpath(path)
@@ -104,12 +106,13 @@ def key_of(root: Path, path: str) -> str | None:
 
 
 def path_of(root: Path, key: str) -> str:
-    r"""The path a key names: taken literally if there is such a file, else with ``\xNN`` as the bytes they stand for."""
-    literal = os.path.join(root, key)
-    if "\\x" not in key or os.path.lexists(literal):
-        return literal
-    raw = _ESCAPED.sub(lambda match: chr(0xDC00 + int(match[1], 16)), key)
-    return os.path.join(root, raw)
+    """The path a key names: the inverse of ``key_of``."""
+    return os.path.join(root, _ESCAPED.sub(_unescaped, key) if "\\x" in key else key)
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    byte = int(match[1], 16)
+    return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)  # noqa: PLR2004 - where surrogateescape begins
 
 
 def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> Walk[P]:
@@ -271,6 +274,8 @@ def _bytes(path: str, limit: int) -> bytes:
 
 
 def _escape(name: str) -> str:
+    if "\\x" in name:
+        name = _LOOKS_ESCAPED.sub(r"\\x5c", name)
     if name.isascii():
         return name
     return os.fsencode(name).decode("utf-8", "backslashreplace")
