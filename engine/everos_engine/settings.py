@@ -214,9 +214,7 @@ def load(
     values.update(_from_toml(user_path))
     from_environment = _from_environment(env)
     from_flags = {name: (value, f"--{name}") for name, value in (flags or {}).items() if value is not None}
-    root_value = {**values, **from_environment, **from_flags}.get("memory.root", (Settings().memory.root, ""))[0]
-    root = Path(os.path.expanduser(os.fspath(typing.cast("str", root_value))))
-    values.update(_from_toml(root / ROOT_SETTINGS_FILE))
+    values.update(_from_toml(_root_of({**values, **from_environment, **from_flags}) / ROOT_SETTINGS_FILE))
     values.update(from_environment)
     values.update(from_flags)
     for name, reason in REFUSED.items():
@@ -263,6 +261,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
+def _root_of(values: Mapping[str, tuple[object, str]]) -> Path:
+    (fld,) = dataclasses.fields(MemorySettings)
+    value, source = values.get("memory.root", (fld.default, ""))
+    return Path(os.path.expanduser(typing.cast("Path", _coerce("memory.root", value, Path, fld, source))))
+
+
 def _fields(cls: type, prefix: str) -> list[tuple[str, dataclasses.Field[Any], Any]]:
     hints = get_type_hints(cls)
     found: list[tuple[str, dataclasses.Field[Any], Any]] = []
@@ -292,8 +296,8 @@ def _build(cls: type, values: dict[str, tuple[object, str]], prefix: str) -> Any
 def _coerce(name: str, value: object, hint: Any, fld: dataclasses.Field[Any], source: str) -> object:
     try:
         result = _convert(name, value, hint)
-    except (ValueError, TypeError) as error:
-        message = f"{source}: {name}={value!r}: {error}"
+    except (ValueError, TypeError, OverflowError) as error:
+        message = f"{source}: {name}={str(value)[:80]!r}: {error}"
         raise SettingsError(message) from None
     least, most = fld.metadata["least"], fld.metadata["most"]
     if isinstance(result, str):
@@ -343,6 +347,9 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
         return number
     if not isinstance(value, (str, os.PathLike)):
         message = "must be a string"
+        raise ValueError(message)
+    if "\0" in os.fspath(value):
+        message = "must not hold a NUL"
         raise ValueError(message)
     return Path(value) if hint is Path else os.fspath(value)
 
