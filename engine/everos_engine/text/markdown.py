@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,8 +37,9 @@ class Fields:
 
 def decode(data: bytes) -> list[str]:
     """Lines of a file, without their ends (LF, CRLF or CR); a BOM is dropped. Raises BadFile for bad UTF-8 and NUL."""
+    data = data.removeprefix(BOM_UTF8)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line, column = _place(data[: error.start])
         message = f"byte 0x{data[error.start]:02x} is not UTF-8"
@@ -140,5 +142,5 @@ def headings(lines: list[str], first_line: int) -> Iterator[tuple[int, int, str,
 
 
 def _place(before: bytes) -> tuple[int, int]:
-    lines = _LINE_END.split(before.decode("utf-8-sig", "replace"))
+    lines = _LINE_END.split(before.decode("utf-8", "replace"))
     return len(lines), len(lines[-1]) + 1
