@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from derived import described, indexed
 from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import AlreadyRunning, OutsideRoot
+from everos_engine.search import Filter
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
 from everos_engine.testing import FakeEmbedder
@@ -127,6 +128,7 @@ async def test_odd_names_are_indexed_and_odd_things_are_no_files(settings: Setti
         status = await engine.settle()
         assert status.counts.done == len(names) + 1
         assert (await engine.search("latin"))[0].md_path == "notes/caf\\xe9.md"
+        assert (await engine.search("\udcff latin", only=Filter(owner="")))[0].md_path == "notes/caf\\xe9.md"
         for number, name in enumerate(names):
             assert (await engine.search(f"word{number}"))[0].md_path == f"notes/{name}"
 

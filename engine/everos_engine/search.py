@@ -50,7 +50,7 @@ class Filter:
         """The filter in SQL."""
         wanted = {"owner_id": self.owner, "app_id": self.app, "project_id": self.project}
         return " AND ".join(
-            f"{column} = {text_literal(value)}" for column, value in wanted.items() if value is not None
+            f"{column} = {text_literal(encodable(value))}" for column, value in wanted.items() if value is not None
         )
 
 
@@ -58,6 +58,7 @@ async def search(  # noqa: PLR0913 - the stores, and the question
     index: Index, database: Database, vectors: Vectors, query: str, *, mode: Mode, only: Filter, limit: int
 ) -> list[Result]:
     """The best ``limit`` entries for ``query``, best first; words only: quotes and operators mean nothing."""
+    query = encodable(query)
     chosen = [kind for kind in index.kinds if only.kind in {None, kind}]
     where, depth = only.where(), max(limit * OVERSAMPLE, limit)
     rankings: dict[str, list[Hit]] = {}
@@ -82,6 +83,11 @@ async def search(  # noqa: PLR0913 - the stores, and the question
         )
         for hit in best
     ]
+
+
+def encodable(text: str) -> str:
+    """``text`` without the lone surrogates that bytes of a command line which are no UTF-8 become."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def fuse(rankings: Mapping[str, Sequence[Hit]]) -> list[Hit]:
