@@ -31,9 +31,18 @@ SUITES: dict[str, tuple[Callable[[], Sequence[str]], Callable[[int], Sequence[st
         lambda: _pytest("ci", 0, str(HERE / "queue_machine.py")),
         lambda seed: _pytest("fuzz", seed, str(HERE / "queue_machine.py")),
     ),
+    "targets": (lambda: _pytest("ci", 0, *TARGETS), lambda seed: _pytest("fuzz", seed, *TARGETS)),
     "tree": (
         lambda: _script("tree_machine.py", "--operations", 200, "--seed", 1),
         lambda seed: _script("tree_machine.py", "--operations", 1000, "--seed", seed),
+    ),
+    "claimers": (
+        lambda: _script("two_claimers.py", "--seconds", 4),
+        lambda _: _script("two_claimers.py", "--seconds", 30),
+    ),
+    "crash": (
+        lambda: _script("crash_driver.py", "--files", 200, "--kills", 2, "--edits", 30, "--seed", 1),
+        lambda seed: _script("crash_driver.py", "--files", 1000, "--kills", 10, "--edits", 300, "--seed", seed),
     ),
 }
 """Each suite's command: bounded and repeatable, and long with a seed."""
