@@ -238,6 +238,11 @@ def table() -> list[tuple[str, str, str, str]]:
     ]
 
 
+def choices() -> dict[str, tuple[object, ...]]:
+    """The values each setting may be chosen from, of those that are choices."""
+    return {name: get_args(hint) for name, _, hint in _fields(Settings, "") if get_origin(hint) is Literal}
+
+
 def describe(settings: Settings) -> dict[str, object]:
     """Each setting's value by dotted name, secrets masked."""
     shown: dict[str, object] = {}

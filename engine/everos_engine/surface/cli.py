@@ -6,6 +6,8 @@ import argparse
 import json
 import shlex
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import EngineError
@@ -70,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
     doctor = add("doctor", _doctor, "check everything; 0 all ok, 1 a warning, 2 a failure")
     doctor.add_argument("checks", nargs="*", metavar="CHECK", help="only these checks, by name")
     doctor.add_argument("--json", action="store_true")
+    doctor.add_argument(
+        "--bundle",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write an archive for a bug report, without memory content",
+    )
     doctor.add_argument("--offline", action="store_true", help="make no call to the embedder")
     fix = add("fix", _fix, "list what failed; --apply tries the retryable ones again")
     fix.add_argument("--apply", action="store_true")
@@ -140,6 +149,14 @@ def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface import doctor  # noqa: PLC0415 - imports LanceDB where there is an index
     from everos_engine.surface.paint import paint_for  # noqa: PLC0415
 
+    if arguments.bundle is not None:
+        from everos_engine.surface import bundle  # noqa: PLC0415
+
+        written = bundle.write(
+            settings, Path(arguments.bundle or bundle.default_name(time.time())), offline=arguments.offline
+        )
+        print(f"{written}: no memory content, file names hashed; look into it before you send it")
+        return OK
     checks = doctor.examine(settings, arguments.checks, program=program(settings, arguments), offline=arguments.offline)
     if arguments.json:
         print(json.dumps(doctor.as_json(settings, checks), indent=2, ensure_ascii=False))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import traceback
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from everos_engine.errors import SettingsError
 from everos_engine.surface import checks_index, checks_queue, checks_system
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from everos_engine.settings import Settings
     from everos_engine.surface.checkup import Case
 
+Checks: TypeAlias = "Sequence[tuple[str, Callable[[Case], Check | None]]]"
 EXIT = {"ok": 0, "warn": 1, "fail": 2}
 """The exit status is that of the worst check."""
-CHECKS: tuple[tuple[str, Callable[[Case], Check | None]], ...] = (
+CHECKS: Checks = (
     ("versions", checks_system.check_versions),
     ("root", checks_system.check_root),
     ("permissions", checks_system.check_index_writable),
@@ -57,10 +59,10 @@ def examine(
     return run(open_case(settings, program=program, offline=offline), names)
 
 
-def run(case: Case, names: Collection[str] = ()) -> list[Check]:
+def run(case: Case, names: Collection[str] = (), *, checks: Checks = CHECKS) -> list[Check]:
     """The checks of one case. A check that crashes has failed, and says so; the others go on."""
     found = []
-    for name, check in CHECKS:
+    for name, check in checks:
         if names and name not in names:
             continue
         try:
@@ -105,7 +107,7 @@ def as_text(checks: list[Check], paint: Paint) -> str:
 
 def _crashed(case: Case, name: str, error: Exception) -> Check:
     at = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{at.filename.rpartition('everos_engine/')[2]}:{at.lineno}"
+    where = f"{os.path.basename(at.filename)}:{at.lineno}"
     cause = f"the check itself failed: {type(error).__name__} at {where}: {case.tell(shown(str(error)))}"
     return Check(
         name, "fail", cause, f"this is a bug of doctor: please report it with {case.command('doctor', '--bundle')}"
