@@ -13,15 +13,14 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.embed.batch import open_batcher
-from everos_engine.errors import OutsideRoot, Transient
+from everos_engine.errors import OutsideRoot, Transient, Unavailable
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.guard import guard
 from everos_engine.loops.maintain import maintain
 from everos_engine.loops.observe import audit, key_in_root, observe_paths, sweep
 from everos_engine.loops.scan import AUDIT_FILES, scan
-from everos_engine.loops.vectors import Remembering, Vectors
+from everos_engine.loops.vectors import Vectors, open_vectors
 from everos_engine.loops.watch import watch
 from everos_engine.loops.work import work
 from everos_engine.search import Filter, Mode, Result
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 2
+START_PATIENCE_SECONDS = 5.0
+"""How long a start waits for the embedder to say which model it is; the worker sees to it later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +100,33 @@ class Engine:
         return await self._desk.database.aread(lambda tx: queue.outcomes(tx, keys))
 
     async def reach(self, lsn: int) -> None:
-        """Wait until every change up to ``lsn`` is applied or dead-lettered."""
+        """Wait until every change up to ``lsn`` is applied or dead-lettered.
+
+        Raises Unavailable once the embedding service has been down for ``embedder.outage_patience_seconds``; the changes wait on.
+        """
+        patience_seconds = self._desk.settings.embedder.outage_patience_seconds
         self._desk.wake_up()
         while True:
             seen = self._desk.applied.value
             if await self._desk.database.aread(queue.watermark) >= lsn:
                 return
+            self._desk.vectors.raise_if_down(longer_than_seconds=patience_seconds)
             await wait_moved(self._desk.applied, seen, at_most_seconds=self._desk.settings.worker_poll_interval_seconds)
 
     async def search(
         self, query: str, *, mode: Mode | None = None, only: Filter | None = None, limit: int = 10
     ) -> list[Result]:
-        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service, else full text."""
+        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service that answers, else full text."""
         desk = self._desk
         chosen = mode or default_mode(desk.settings)
-        return await search_index(
-            desk.index, desk.database, desk.vectors, query, mode=chosen, only=only or Filter(), limit=limit
-        )
+        parts = (desk.index, desk.database, desk.vectors, query)
+        try:
+            return await search_index(*parts, mode=chosen, only=only or Filter(), limit=limit)
+        except Unavailable as error:
+            if mode is not None:
+                raise
+            logger.warning("search_without_vectors error={!r}", str(error))
+            return await search_index(*parts, mode="fts", only=only or Filter(), limit=limit)
 
     async def status(self) -> Status:
         """Everything in numbers, of one moment."""
@@ -270,14 +281,11 @@ async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncI
     settings.engine_directory.mkdir(parents=True, exist_ok=True)
     cache = Database(settings.engine_directory / "embeddings.db", schema=embeddings.SCHEMA)
     try:
-        async with open_embedder(settings.embedder) as configured:
-            chosen = embedder or configured
-            if chosen is None:
-                yield Vectors(cache, None, None)
-                return
-            remembering = Remembering(chosen, cache)
-            async with open_batcher(remembering, settings.embedder) as batcher:
-                yield Vectors(cache, remembering, batcher)
+        async with (
+            open_embedder(settings.embedder) as configured,
+            open_vectors(cache, embedder or configured, settings.embedder) as vectors,
+        ):
+            yield vectors
     finally:
         cache.close()
 
@@ -330,10 +338,11 @@ async def _agree(desk: Desk) -> None:
 async def _model_now(desk: Desk) -> Model | None:
     """The model that answers today; None while it does not answer, then the first commit will tell."""
     try:
-        return await desk.vectors.model()
+        with trio.move_on_after(START_PATIENCE_SECONDS):
+            return await desk.vectors.model()
     except Transient as error:
         logger.warning("embedder_silent error={!r}", str(error))
-        return None
+    return None
 
 
 async def _void(desk: Desk, kind: str, life: tuple[str, int, str] | None, model: Model | None) -> None:

@@ -55,6 +55,16 @@ class Exhausted(Transient):
         super().__init__(message, counts_as_retry=False)
 
 
+class Unavailable(Transient):
+    """The embedding service as a whole does not serve (down, throttled, refusing the key): no change is to blame.
+
+    Its text says why; what waits for it is done as soon as the service answers, and loses none of its attempts.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds, counts_as_retry=False)
+
+
 class BadFile(EngineError):
     """A file that only an edit can heal.
 

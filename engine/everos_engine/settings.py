@@ -84,17 +84,35 @@ class EmbedderSettings:
         "local",
         "`local` (offline, ships its weights), `http` (OpenAI-compatible service) or `none` (text search only).",
     )
-    url: str = knob("", "Base URL of the service, up to but without `/embeddings` (kind `http`).")
+    url: str = knob("", "Base URL of the service, with or without `/embeddings` at its end (kind `http`).")
     model: str = knob("", "Model name sent to the service (kind `http`).")
     api_key: str = knob("", "Bearer token for the service; never logged.")
     dimension: int = knob(0, "Width the service must answer with; 0 takes the width of its first answer.", least=0)
     batch_size: int = knob(64, "Most texts in one call.", least=1, most=2048)
-    concurrency: int = knob(8, "Most calls in flight.", least=1, most=64)
+    concurrency: int = knob(
+        8,
+        "Most calls in flight; texts under suspicion have up to three quarters as many of their own.",
+        least=1,
+        most=64,
+    )
+    calls_per_second: float = knob(0.0, "Most calls begun in a second; 0 is without limit.", least=0)
+    max_characters: int = knob(
+        32_000, "Longest text sent to a service; the vector of a longer one is made from its beginning.", least=1
+    )
     deadline_seconds: float = knob(30.0, "Longest one call may take.", least=0.1)
     hedge_seconds: float = knob(
         2.0,
         "A call with several texts that takes longer is split, so that one slow text cannot hold up the others.",
         least=0.05,
+    )
+    outage_probe_seconds: float = knob(
+        1.0,
+        "First delay before a service that is down is asked again; doubles up to `outage_probe_max_seconds`.",
+        least=0.01,
+    )
+    outage_probe_max_seconds: float = knob(30.0, "Longest delay between two such probes.", least=0.01)
+    outage_patience_seconds: float = knob(
+        60.0, "How long `sync`, `fix` and `settle` wait for a service that is down; the changes wait on.", least=0
     )
     cache_max_bytes: int = knob(
         2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0

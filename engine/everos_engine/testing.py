@@ -1,4 +1,4 @@
-"""For tests of programs that use the engine."""
+"""Public: parts for tests of programs that use the engine, kept to the same contracts as the real ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 class FakeEmbedder:
-    """Answers at once with a vector made from each text's hash; ``calls`` are the texts of each call.
+    """An Embedder that answers at once with a vector made from each text's hash, for ``open_engine(embedder=...)``.
 
-    A text with HANG in it never returns, POISON is refused, FLAKY fails as Transient.
+    A text with HANG in it never returns, POISON is refused (BadText), FLAKY fails as Transient; every call raises
+    ``outage`` while it is set. ``calls`` are the texts of each call, ``peak`` the most calls there were at once.
+    Another ``model`` name is another model: it gives other vectors.
     """
 
     def __init__(self, *, model: str = "fake", dimension: int = 16, batch_size: int = 64, concurrency: int = 8) -> None:
@@ -28,11 +30,24 @@ class FakeEmbedder:
         self.concurrency = concurrency
         self.hedged = True
         self.calls: list[tuple[str, ...]] = []
+        self.outage: Transient | None = None
+        self.peak = 0
+        self._running = 0
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Shape (n, dimension), unit length."""
         self.calls.append(tuple(texts))
+        self._running += 1
+        self.peak = max(self.peak, self._running)
+        try:
+            return await self._answer(texts)
+        finally:
+            self._running -= 1
+
+    async def _answer(self, texts: Sequence[str]) -> NDArray[np.float32]:
         await trio.lowlevel.checkpoint()
+        if self.outage is not None:
+            raise self.outage
         if any("HANG" in text for text in texts):
             await trio.sleep_forever()
         if any("POISON" in text for text in texts):

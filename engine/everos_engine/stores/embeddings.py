@@ -73,6 +73,12 @@ def put(tx: Transaction, model: int, vectors: Mapping[str, NDArray[np.float32]],
     _all(tx.executemany("INSERT OR REPLACE INTO embedding VALUES (?, ?, ?, ?)", rows))
 
 
+def distrust(tx: Transaction, model: int, *, since_milliseconds: int) -> None:
+    """Forget the vectors kept or used under ``model`` since the day of a moment: another model may have made them."""
+    day = since_milliseconds - since_milliseconds % USED_GRAIN_MILLISECONDS
+    _all(tx.execute("DELETE FROM embedding WHERE model = ? AND used >= ?", (model, day)))
+
+
 def prune(tx: Transaction, *, max_bytes: int) -> int:
     """Drop the least recently used until the vectors fit into ``max_bytes``; how many went."""
     ((count, size),) = tx.execute("SELECT count(*), coalesce(sum(length(vector)), 0) FROM embedding")

@@ -424,6 +424,29 @@ def postpone(
     _drain(tx.execute(POSTPONE, (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds)))
 
 
+HURRY = """
+UPDATE md_change_state SET not_before = 0 WHERE status = 'pending' AND not_before > 0 AND error LIKE ? || '%'
+"""
+
+
+def hurry(tx: Transaction, reason: str) -> None:
+    """Have every change that waits for ``reason`` (the beginning of its message) ready now."""
+    _drain(tx.execute(HURRY, (reason,)))
+
+
+def note_outage(tx: Transaction, reason: str | None, *, now_milliseconds: int) -> None:
+    """Remember since when and why the embedding service is down, for every process that asks; None: it answers."""
+    known = outage(tx)
+    since = known[0] if known else now_milliseconds
+    set_meta(tx, "embedder_down", "" if reason is None else json.dumps([since, reason]))
+
+
+def outage(tx: Transaction) -> tuple[int, str] | None:
+    """(milliseconds since the epoch, reason) of the embedding service's outage; None while it answers."""
+    known = get_meta(tx, "embedder_down")
+    return cast("tuple[int, str]", tuple(json.loads(known))) if known else None
+
+
 RELEASE = """
 UPDATE md_change_state SET status = 'pending', claim_no = NULL, claim_lsn = NULL, owner = NULL, not_before = 0
 WHERE status = 'processing' AND owner = ? RETURNING 1

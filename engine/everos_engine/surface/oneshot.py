@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from everos_engine.embed.gate import WAITING
 from everos_engine.engine import Engine, enqueue, open_engine, open_queue, open_reader
-from everos_engine.errors import AlreadyRunning, Transient
+from everos_engine.errors import AlreadyRunning, Transient, Unavailable
 from everos_engine.loops.brake import Brake, lay_marker
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.loops.observe import audit as audit_next
@@ -146,13 +147,17 @@ def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable
 
 
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:
-    """Wait for the running engine's watermark. Raises Transient if it goes away."""
+    """Wait for the running engine's watermark. Raises Transient if it goes away, or its embedder is down for too long."""
+    patience_milliseconds = settings.embedder.outage_patience_seconds * 1000
     wake.send(settings.engine_directory / "wake.sock")
     asked = time.monotonic()
     while database.read(queue.watermark) < lsn:
         await trio.sleep(LOOK_SECONDS)
         if time.monotonic() - asked > 1:
             asked = time.monotonic()
+            outage = database.read(queue.outage)
+            if outage and now_milliseconds() - outage[0] >= patience_milliseconds:
+                raise Unavailable(f"{WAITING}: {outage[1]}; the changes are queued, and indexed when it answers")
             if running_pid(settings.engine_directory / "engine.lock") is None:
                 message = "the engine stopped before it was done; everything is queued: run the command again"
                 raise Transient(message)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What ``status`` shows; ``counts`` is None where nothing was ever indexed here."""
+    """What ``status`` shows; ``counts`` is None where nothing was ever indexed here.
+
+    ``embedder_down`` is for how many seconds and why the running engine's embedding service does not serve.
+    """
 
     root: str
     engine_pid: int | None
@@ -26,6 +29,7 @@ class Snapshot:
     rows: dict[str, int]
     last_scan_seconds_ago: float | None
     oldest_pending_seconds: float | None
+    embedder_down: tuple[float, str] | None = None
 
 
 def snapshot(settings: Settings) -> Snapshot:
@@ -36,7 +40,7 @@ def snapshot(settings: Settings) -> Snapshot:
         return Snapshot(str(settings.root), pid, None, {}, None, None)
     database = Database(path, readonly=True)
     try:
-        counts, rows, last_scan = database.read(_read)
+        counts, rows, last_scan, outage = database.read(_read)
     finally:
         database.close()
     now = time.time() * 1000
@@ -48,6 +52,7 @@ def snapshot(settings: Settings) -> Snapshot:
         rows,
         None if last_scan is None else round((now - int(last_scan)) / 1000, 3),
         None if oldest is None else round(max(0.0, now - oldest) / 1000, 3),
+        None if outage is None or pid is None else (round(max(0.0, now - outage[0]) / 1000, 3), outage[1]),
     )
 
 
@@ -83,6 +88,10 @@ def as_json(found: Snapshot) -> dict[str, object]:
         "queue": queue_part,
         "lsn": {"max": newest, "last_processed": watermark, "lag": newest - watermark},
         "rows": found.rows,
+        "embedder": {
+            "down_seconds": found.embedder_down[0] if found.embedder_down else None,
+            "reason": found.embedder_down[1] if found.embedder_down else None,
+        },
         "last_scan_seconds_ago": found.last_scan_seconds_ago,
         "found_by": {
             "watch": counts.found_by_watch if counts else 0,
@@ -107,6 +116,7 @@ def as_text(found: Snapshot) -> str:
             f"root: {found.root}",
             f"engine: {engine}",
             f"last scan: {scanned}",
+            *_outage(found),
             "queue:",
             f"  pending: {counts.pending + counts.processing}{oldest}",
             f"  done: {counts.done}",
@@ -121,5 +131,12 @@ def as_text(found: Snapshot) -> str:
     )
 
 
-def _read(tx: Transaction) -> tuple[Counts, dict[str, int], str | None]:
-    return queue.counts(tx), ledger.rows_per_kind(tx), queue.get_meta(tx, "last_scan")
+def _outage(found: Snapshot) -> list[str]:
+    if found.embedder_down is None:
+        return []
+    seconds, reason = found.embedder_down
+    return [f"embedder: down for {seconds:.0f} s, changes wait and are indexed when it answers: {reason}"]
+
+
+def _read(tx: Transaction) -> tuple[Counts, dict[str, int], str | None, tuple[int, str] | None]:
+    return queue.counts(tx), ledger.rows_per_kind(tx), queue.get_meta(tx, "last_scan"), queue.outage(tx)

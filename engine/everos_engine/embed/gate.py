@@ -1,0 +1,183 @@
+"""Stands before an embedder: paces its calls, and holds them all back while the service as a whole does not serve.
+
+A circuit breaker with two states in ``down``: None (closed) and the reason (open). While it is open one probe call at a
+time asks whether the service is back; nobody else calls.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
+from loguru import logger
+from trio_util import AsyncValue
+
+from everos_engine.embed.protocol import PROBE_SENTENCE, check, similar
+from everos_engine.errors import BadText, Exhausted, Transient, Unavailable, exhausted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from everos_engine.embed.protocol import Embedder
+    from everos_engine.settings import EmbedderSettings
+
+WAITING = "waiting for the embedder"
+"""How the message of every change that waits for the service begins."""
+RECHECK_SECONDS = 600.0
+"""A service that is called gets the probe sentence so often too: somebody may change its model without a pause."""
+
+
+class Gate:
+    """An embedder behind a rate limit and a circuit breaker.
+
+    ``down`` is why the service is down, or None; ``since`` is when that began (trio's clock). ``life`` counts the models that have
+    answered: it moves when the probe sentence gets another vector, which may be ``unsure_seconds`` late. ``answers`` counts the
+    calls answered.
+    """
+
+    def __init__(self, embedder: Embedder, settings: EmbedderSettings) -> None:
+        self.embedder = embedder
+        self.down: AsyncValue[str | None] = AsyncValue(None)
+        self.since = 0.0
+        self.life = 0
+        self.answers = 0
+        self._settings = settings
+        self.probe_vector: NDArray[np.float32] | None = None
+        self._probing = trio.Lock()
+        self._due = 0.0
+        self._failures = 0
+        self._next_turn = 0.0
+        self._confirmed = 0.0
+        self.unsure_seconds = 0.0
+
+    async def turn(self) -> None:
+        """Return when a call may begin, at most ``calls_per_second``. Raises Unavailable while the service is down."""
+        self.raise_if_down()
+        if rate := self._settings.calls_per_second:
+            at = max(trio.current_time(), self._next_turn)
+            self._next_turn = at + 1 / rate
+            await trio.sleep_until(at)
+        else:
+            await trio.lowlevel.checkpoint()
+        if self.embedder.hedged and self.life and self._is_old:
+            async with self._probing:
+                if self.down.value is None and self._is_old:
+                    await self._probe()
+        self.raise_if_down()
+
+    def raise_if_down(self, *, longer_than_seconds: float = 0.0) -> None:
+        """Raise Unavailable, with the time until the next probe, if the service is down and has been so long."""
+        now = trio.current_time()
+        if self.down.value is not None and now - self.since >= longer_than_seconds:
+            raise Unavailable(f"{WAITING}: {self.down.value}", retry_after_seconds=max(0.0, self._due - now))
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """One call: shape (n, dimension), finite, of the width of this life. Take a ``turn`` before.
+
+        Raises BadText, Transient, and Unavailable; the last closes the gate for everyone.
+        """
+        width = 0 if self.probe_vector is None else self.probe_vector.shape[0]
+        try:
+            found = check(await self._call(texts), count=len(texts), dimension=width)
+        except Unavailable as error:
+            self._open(error)
+            self.raise_if_down()
+            raise
+        self.answers += 1
+        self._failures = 0
+        return found
+
+    async def judge(self, error: Transient | BadText, *, answers: int) -> Transient | BadText:
+        """Whose fault a failed call was: ``error`` if it is the texts', Unavailable if the service is down.
+
+        ``answers`` is the count when the call began: a service that has answered others since is well; else a probe tells.
+        """
+        if isinstance(error, (Unavailable, Exhausted)):
+            return error
+        async with self._probing:
+            if self.down.value is None and self.answers == answers:
+                await self._probe()
+            try:
+                self.raise_if_down()
+            except Unavailable as down:
+                return down
+            return error
+
+    async def identify(self) -> NDArray[np.float32]:
+        """The vector of the probe sentence from the model of this ``life``. Raises Unavailable while none has answered."""
+        await trio.lowlevel.checkpoint()
+        while self.probe_vector is None:
+            async with self._probing:
+                if self.probe_vector is None and self.down.value is None:
+                    await self._probe()
+            if self.probe_vector is None:
+                self.raise_if_down()
+        return self.probe_vector
+
+    async def serve(self) -> None:
+        """While the service is down, ask it again and again, ever more rarely, until cancelled."""
+        while True:
+            await self.down.wait_value(lambda reason: reason is not None)
+            await trio.sleep_until(self._due)
+            async with self._probing:
+                if trio.current_time() >= self._due:
+                    await self._probe()
+
+    @property
+    def _is_old(self) -> bool:
+        return trio.current_time() - self._confirmed >= RECHECK_SECONDS
+
+    async def _call(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """One call under the deadline, except of an embedder that works in threads and cannot be left."""
+        seconds = self._settings.deadline_seconds if self.embedder.hedged else float("inf")
+        try:
+            with trio.fail_after(seconds):
+                return await self.embedder.embed(texts)
+        except (OSError, ImportError) as error:  # a model that loads when first used
+            if not exhausted(error):
+                raise
+            raise Exhausted(f"the embedder found no file descriptor: {error}") from None
+        except trio.TooSlowError:
+            message = f"the embedder did not answer within {seconds:g} s"
+            raise Transient(message) from None
+
+    async def _probe(self) -> None:
+        """One call with the probe sentence: opens or closes the gate, and sees whether another model answers."""
+        try:
+            found = check(await self._call([PROBE_SENTENCE]), count=1, dimension=self.embedder.dimension)[0]
+        except BadText as error:
+            self._open(Transient(f"it refuses even a plain sentence: {error}"))
+            return
+        except Transient as error:
+            self._open(error)
+            return
+        now = trio.current_time()
+        if self.probe_vector is None or not similar(self.probe_vector, found):
+            self.life += 1
+            self.unsure_seconds = now - self._confirmed
+            self.probe_vector = found
+        self._confirmed = now
+        self.answers += 1
+        if self.down.value is not None:
+            logger.info("embedder_back after_seconds={:.1f}", now - self.since)
+            self.down.value = None
+
+    def _open(self, error: Transient) -> None:
+        asked = error.retry_after_seconds
+        now = trio.current_time()
+        if self.down.value is None or now >= self._due:
+            settings = self._settings
+            delay = min(
+                settings.outage_probe_seconds * 2.0 ** min(self._failures, 30), settings.outage_probe_max_seconds
+            )
+            self._failures += 1
+            self._due = now + delay * (1 + random.random() / 4)  # noqa: S311 - spreads probes
+        if asked is not None:
+            self._due = max(self._due, now + asked)
+        if self.down.value is None:
+            self.since = now
+            logger.warning("embedder_down error={!r}", str(error))
+        self.down.value = str(error)

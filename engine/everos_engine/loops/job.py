@@ -1,0 +1,116 @@
+"""One claimed change on its way through the worker, and what its troubles mean for its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from everos_engine.errors import BadFile, EngineError, Transient
+from everos_engine.loops.desk import now_milliseconds
+from everos_engine.stores import ledger, queue
+from everos_engine.system import files
+from everos_engine.text import diff
+from everos_engine.text.entries import Document, Entry, Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from everos_engine.stores.database import Transaction
+
+
+@dataclass(slots=True)
+class Job:
+    """One claimed change on its way: what was read, what is to be written, and why it failed if it did.
+
+    ``put_off`` is why some of its entries wait; the others are written. ``life`` is that of the model of its vectors.
+    """
+
+    claim: queue.Claim
+    fingerprint: files.Fingerprint | None = None
+    racy: bool = False
+    digest: bytes | None = None
+    document: Document = field(default_factory=lambda: Document((), ()))
+    plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
+    vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    life: int = 0
+    size_bytes: int = 0
+    put_off: Transient | None = None
+    problems: list[Problem] = field(default_factory=list)
+    error: EngineError | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """Texts that still have no vector."""
+        texts = dict.fromkeys(entry.embed_text for entry in self.plan.upserts if entry.embed_text)
+        return [text for text in texts if text not in self.vectors]
+
+
+def refuse(job: Job, refused: dict[str, EngineError]) -> None:
+    """Entries whose text the embedder refuses become problems; they keep their last good rows."""
+    bad = [entry for entry in job.plan.upserts if entry.embed_text in refused]
+    job.problems += [
+        Problem(entry.entry_id, str(refused[entry.embed_text]), "edit the entry's text", entry.line) for entry in bad
+    ]
+    keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in refused)
+    job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
+
+
+def put_off(job: Job, later: Mapping[str, Transient]) -> None:
+    """Entries whose text has no vector yet wait; they keep their last good rows, the others are written."""
+    counting = [error for error in later.values() if error.counts_as_retry]
+    job.put_off = next(iter(counting or later.values()))
+    keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in later)
+    job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
+
+
+class Unsettled(Transient):
+    """The file is so young, and looks so torn, that somebody may still be writing it."""
+
+
+def looks_torn(job: Job, known: Mapping[str, bytes]) -> bool:
+    """Whether the file lost its structure, or half of its entries, since it was last indexed."""
+    if job.fingerprint is None:
+        return False
+    if job.error is not None:
+        return isinstance(job.error, BadFile)
+    lost = len(job.plan.deletes)
+    return lost > len(job.plan.upserts) and 2 * lost >= len(known)
+
+
+def unsettled(job: Job, settle_milliseconds: int) -> Unsettled | None:
+    """The error to wait with, where the file is younger than it takes to settle."""
+    if job.fingerprint is None:
+        return None
+    age = now_milliseconds() - max(job.fingerprint.mtime_ns, job.fingerprint.ctime_ns) // 1_000_000
+    if not 0 <= age < settle_milliseconds:
+        return None
+    wait_seconds = (settle_milliseconds - age) / 1000
+    message = "the file may still be being written"
+    return Unsettled(message, retry_after_seconds=wait_seconds, counts_as_retry=False)
+
+
+def note_written(tx: Transaction, kind: str, job: Job) -> None:
+    """Note in the ledger what the commit of the job's plan did."""
+    written: set[str] = {entry.entry_id for entry in job.plan.upserts}
+    moved: list[Entry] = [entry for entry in job.document.entries if entry.entry_id not in written]
+    ledger.apply(
+        tx,
+        job.claim.md_path,
+        kind,
+        written=[(entry.entry_id, entry.content_hash, entry.line) for entry in job.plan.upserts],
+        lines=[(entry.entry_id, entry.line) for entry in moved],
+        deleted=job.plan.deletes,
+    )
+
+
+def complaint(job: Job) -> str | None:
+    """What a person must know of the change: its error, or its bad entries, a line each; None where all is well."""
+    if job.error is not None:
+        return str(job.error)
+    if not job.problems:
+        return None
+    told = [f"line {p.line}: entry {p.entry_id!r}: {p.message}; {p.remedy}" for p in job.problems[:20]]
+    more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []  # noqa: PLR2004 - same 20
+    return "\n".join([*told, *more])
