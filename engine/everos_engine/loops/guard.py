@@ -22,6 +22,7 @@ from everos_engine.system import ceiling, fds
 if TYPE_CHECKING:
     from io import TextIOWrapper
 
+    from everos_engine.settings import DescriptorMode
     from everos_engine.stores.database import Transaction
 
 BEAT_SECONDS = 1.0
@@ -35,6 +36,7 @@ FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
 """A rotation that freed nothing is tried again after a rest that doubles."""
 CALM_SECONDS = 2.0
 """After an exhaustion new work waits until none was seen for so long."""
+PROVE_AGAIN_SECONDS = 30.0
 LAW = "descriptor_law"
 LAW_REMEDY = (
     "the engine counts and rotates the Session instead, and stays under its budget; pin the lancedb version it was "
@@ -98,12 +100,16 @@ class Guard:
         limit, soft, hard = self._bounds()
         heard, self._heard = desk.exhaustion.value != self._heard, desk.exhaustion.value
         if count >= limit:
+            if now - desk.exhausted_at_seconds > CALM_SECONDS:
+                desk.exhaustion.value += 1
+                heard, self._heard = True, desk.exhaustion.value
             desk.exhausted_at_seconds = now
         self._classify(now, count)
         if heard or count >= limit:
             self._rotate(now, count, reason="exhausted")
         elif count > soft:
-            self._rotate(now, count, reason="over_budget")
+            if self.classes["lance_index"] + self.classes["deleted"]:  # else a rotation frees nothing but good caches
+                self._rotate(now, count, reason="over_budget")
         else:
             self._rest_seconds = FIRST_REST_SECONDS
         count = self.count()
@@ -120,15 +126,13 @@ class Guard:
         """The law of the mode in force: proven once for each version of the library, and loudly missed."""
         desk, mode = self.desk, self.desk.settings.lancedb.descriptor_mode
         law = _kept(await desk.database.aread(lambda tx: queue.get_meta(tx, LAW)))
-        if law is None or (law.library, law.mode, law.holds) != (LIBRARY, mode, True):
-            directory = desk.settings.engine_directory
-            law = await prove(desk.index.bridge, desk.settings.lancedb, directory=directory, claimed=mode)
-            text = json.dumps(asdict(law))
-
-            def keep(tx: Transaction) -> None:
-                queue.set_meta(tx, LAW, text)
-
-            await desk.database.awrite(keep)
+        while law is None or (law.library, law.mode, law.holds) != (LIBRARY, mode, True):
+            try:
+                law = await self._prove(mode)
+                break
+            except (Transient, OSError) as error:
+                logger.warning("descriptor_law_unknown in_seconds={} error={!r}", PROVE_AGAIN_SECONDS, str(error))
+                await trio.sleep(PROVE_AGAIN_SECONDS)
         self.law = law
         if law.holds:
             await desk.notes.over("descriptor_law_broken")
@@ -137,6 +141,18 @@ class Guard:
             f"{law.library} pins {law.pinned} index descriptors where lancedb.descriptor_mode={mode} allows {law.bound}"
         )
         await desk.notes.say("descriptor_law_broken", message, LAW_REMEDY)
+
+    async def _prove(self, mode: DescriptorMode) -> Law:
+        desk = self.desk
+        directory = desk.settings.engine_directory
+        law = await prove(desk.index.bridge, desk.index.settings, directory=directory, claimed=mode)
+        text = json.dumps(asdict(law))
+
+        def keep(tx: Transaction) -> None:
+            queue.set_meta(tx, LAW, text)
+
+        await desk.database.awrite(keep)
+        return law
 
     async def measure_disk(self) -> None:
         """Files, directories and bytes of the index on disk, as often as that is cheap."""

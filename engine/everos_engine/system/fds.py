@@ -49,7 +49,9 @@ def counter() -> tuple[Callable[[], int], str]:
         try:
             if _by_stat() == _by_listing():
                 return _by_stat, "stat"
-        except OSError:
+        except OSError as error:
+            if error.errno in FULL and _by_stat() >= limits()[0]:
+                return _by_stat, "stat"  # there is none left to list with, and it knows
             break
     try:
         _by_listing()

@@ -1,0 +1,111 @@
+"""An engine in a process of its own at a low descriptor limit, told by lines on its input what to do.
+
+`hoard SECONDS` takes every descriptor away for so long, `search COUNT` searches, `end` ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from everos_engine.engine import Engine, open_engine
+from everos_engine.settings import load
+from everos_engine.testing import FakeEmbedder
+from test_engine import described, failures, indexed
+
+QUESTIONS = ["heron", "otter", "the", "user", "meeting", "memory", "project", "plan", "coffee", "test", "python"]
+
+
+class Hoarder(threading.Thread):
+    """Opens files until there is no descriptor left, and again whatever is let go, for so long; then closes all."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.full = threading.Event()
+        self._end = time.monotonic() + seconds
+
+    def run(self) -> None:
+        held = []
+        while time.monotonic() < self._end:
+            try:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                self.full.set()
+                time.sleep(0.002)
+        for handle in held:
+            os.close(handle)
+
+
+class Peak(threading.Thread):
+    """The most descriptors seen, looked at every half a millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.count = 0
+
+    def run(self) -> None:
+        while True:
+            self.count = max(self.count, os.stat("/proc/self/fd").st_size)
+            time.sleep(0.0005)
+
+
+def say(word: str, **more: object) -> None:
+    print(json.dumps({"word": word, **more}), flush=True)
+
+
+async def hoard(engine: Engine, seconds: float) -> None:
+    """Search all the while; a search may wait for a descriptor, but none fails."""
+    hoarder = Hoarder(seconds)
+    hoarder.start()
+    await trio.to_thread.run_sync(hoarder.full.wait)
+    say("full")
+    answered, cpu = 0, time.process_time()
+    while hoarder.is_alive():
+        await engine.search("heron", limit=3)
+        answered += 1
+        await trio.sleep(0.05)
+    say("released", answered=answered, cpu_share=(time.process_time() - cpu) / seconds)
+
+
+async def search(engine: Engine, count: int) -> None:
+    chance, hits = random.Random(0), 0
+    for _ in range(count):
+        mode: Any = chance.choice(["fts", "vector", "hybrid"])
+        hits += len(await engine.search(chance.choice(QUESTIONS), mode=mode, limit=5))
+    say("searched", hits=hits)
+
+
+async def main(flags: dict[str, object]) -> None:
+    settings = load(flags, environment={}, user_file=Path("none"))
+    peak = Peak()
+    peak.start()
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        say("ready")
+        while (line := await trio.to_thread.run_sync(sys.stdin.readline)) and line != "end\n":
+            word, number = line.split()
+            await (hoard(engine, float(number)) if word == "hoard" else search(engine, int(number)))
+        status = await engine.settle()
+        say(
+            "end",
+            failures=await failures(engine),
+            pending=status.counts.pending,
+            rows=sum(status.rows.values()),
+            agrees=await indexed(engine) == described(settings),
+            exhaustions=engine.desk.exhaustion.value,
+            rotations=engine.desk.index.rotations,
+            peak=peak.count,
+        )
+
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+trio.run(main, json.loads(sys.argv[2]))

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loguru import logger
+
+from everos_engine.engine import open_engine
+from everos_engine.errors import SettingsError
+from everos_engine.loops.guard import Guard, share_of_breadth
+from everos_engine.loops.law import prove
+from everos_engine.settings import DescriptorMode, LanceDBSettings, Settings, load
+from everos_engine.stores import queue
+from everos_engine.system.asyncio_thread import open_asyncio_thread
+from everos_engine.system.control import ask
+from everos_engine.testing import FakeEmbedder
+from writer import fact, facts, put
+
+HERE = Path(__file__).parent
+CORPUS = HERE.parents[1] / "shared" / "corpus" / "memory"
+HOARD_SECONDS = float(os.environ.get("EVEROS_TEST_HOARD_SECONDS", "3"))
+SEARCHES = int(os.environ.get("EVEROS_TEST_SEARCHES", "100"))
+WORDS = [f"word{number}" for number in range(20_000)]
+
+
+class Starving:
+    """An engine in another process, at a low limit of descriptors; see starving.py for what it understands."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def hear(self, word: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the engine died: see its log above"
+        found: dict[str, Any] = json.loads(line)
+        assert found["word"] == word
+        return found
+
+
+@contextmanager
+def starving(root: Path, *, limit: int, **flags: object) -> Iterator[Starving]:
+    given = {"memory.root": os.fspath(root), "worker_max_retry": 1, "worker_retry_backoff_seconds": 0.05, **flags}
+    command = [sys.executable, os.fspath(HERE / "starving.py"), str(limit), json.dumps(given)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Starving(process)
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode == 0
+
+
+def day(number: int) -> str:
+    return f"users/u1/.atomic_facts/atomic_fact-2025-02-{number:02d}.md"
+
+
+def edit(root: Path, *, seconds: float, turns: int = 40) -> None:
+    """Edits, new files, deletions and renames, spread over so many seconds."""
+    chance = random.Random(0)
+    for turn in range(turns):
+        words = " ".join(chance.choices(WORDS, k=200))
+        put(root, day(1 + turn % 20), facts(fact(1, f"heron {turn} {words}"), fact(2, f"otter {turn}")))
+        if turn % 7 == 6:
+            (root / day(1 + (turn * 3) % 20)).unlink(missing_ok=True)
+        if turn % 11 == 10:
+            (root / day(1 + turn % 20)).rename(root / day(25))
+        time.sleep(seconds / turns)
+
+
+@pytest.mark.parametrize("tables", ["there before", "made meanwhile"])
+def test_without_any_descriptor_for_a_while_nothing_is_lost_and_nothing_fails(
+    root: Path, tables: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if tables == "there before":
+        for number in range(1, 10):
+            put(root, day(number), facts(fact(1, f"heron {number}")))
+    with starving(root, limit=160, scan_interval_seconds=2) as engine:
+        engine.hear("ready")
+        engine.tell(f"hoard {HOARD_SECONDS}")
+        engine.hear("full")
+        edit(root, seconds=HOARD_SECONDS * 0.7)
+        pulse = ask(root / ".index/engine/control.sock", "pulse", deadline_seconds=HOARD_SECONDS)
+        assert pulse is not None
+        released = engine.hear("released")
+        assert released["answered"] >= 1
+        assert released["cpu_share"] < 0.7  # it waits, and does not spin
+        edit(root, seconds=0.5)
+        engine.tell("end")
+        end = engine.hear("end")
+    log = capfd.readouterr().err
+    assert end["failures"] == {}
+    assert end["agrees"]
+    assert (end["pending"], end["rows"] > 10, end["exhaustions"] > 0) == (0, True, True)
+    assert "descriptors_exhausted_over" in log
+    assert "loop_died" not in log
+
+
+def test_at_a_limit_of_64_all_is_indexed_and_searched_under_edits_below_48_descriptors(root: Path) -> None:
+    if CORPUS.exists():
+        shutil.copytree(CORPUS, root, dirs_exist_ok=True)
+    for number in range(1, 21):
+        put(root, day(number), facts(*(fact(entry, f"the user met heron {entry}") for entry in range(30))))
+    with starving(root, limit=64) as engine:
+        engine.hear("ready")
+        engine.tell(f"search {SEARCHES}")
+        edit(root, seconds=5)
+        assert engine.hear("searched")["hits"] > SEARCHES
+        engine.tell("end")
+        end = engine.hear("end")
+    assert (end["failures"], end["pending"], end["agrees"], end["exhaustions"]) == ({}, 0, True, 0)
+    assert end["peak"] <= 48
+
+
+def test_pinned_indexes_are_kept_under_budget_by_rotation(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pinned = {"lancedb.descriptor_mode": "pinned", "lancedb.descriptors_per_mebibyte": 1}
+    eager = {"lancedb.optimize_after_commits": 1, "lancedb.optimize_idle_seconds": 0}
+    with starving(root, limit=128, **pinned, **eager) as engine:
+        engine.hear("ready")
+        for _ in range(2):
+            engine.tell("search 20")
+            edit(root, seconds=4, turns=60)
+            engine.hear("searched")
+        engine.tell("end")
+        end = engine.hear("end")
+    assert (end["failures"], end["pending"], end["agrees"]) == ({}, 0, True)
+    assert end["rotations"] >= 1
+    assert end["peak"] < 128
+    assert "session_rotated reason=over_budget before=" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "claimed", "holds"), [
+    ("reopen", "reopen", True), ("pinned", "pinned", True), ("pinned", "reopen", False),
+])  # fmt: skip
+async def test_the_self_test_tells_whether_the_law_of_the_mode_holds(
+    tmp_path: Path, mode: DescriptorMode, claimed: DescriptorMode, *, holds: bool
+) -> None:
+    (tmp_path / "self-test-stale").mkdir()
+    async with open_asyncio_thread() as bridge:
+        law = await prove(bridge, LanceDBSettings(descriptor_mode=mode), directory=tmp_path, claimed=claimed)
+    assert law.holds is holds
+    assert law.pinned == (0 if mode == "reopen" else 7)
+    assert law.cpu_seconds < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_broken_law_is_said_and_a_proven_one_is_proven_once(settings: Settings) -> None:
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
+        desk, index = engine.desk, engine.desk.index
+        index.settings = replace(
+            index.settings, descriptor_mode="pinned"
+        )  # as if the library pinned in spite of the URI
+        await Guard(desk).learn_law()
+        note = desk.notes.now["descriptor_law_broken"]
+        assert "pins 7 index descriptors where lancedb.descriptor_mode=reopen allows 0" in note.message
+        index.settings = settings.lancedb
+        guard = Guard(desk)
+        await guard.learn_law()
+        await guard.look()
+        assert "descriptor_law_broken" not in desk.notes.now
+        assert desk.fds["law"]["holds"]  # type: ignore[index]
+        kept = await desk.database.aread(lambda tx: queue.get_meta(tx, "descriptor_law"))
+        await Guard(desk).learn_law()
+        assert await desk.database.aread(lambda tx: queue.get_meta(tx, "descriptor_law")) == kept
+
+
+async def test_the_guard_costs_less_than_two_thousandths_of_a_core_at_500_descriptors(settings: Settings) -> None:
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
+        guard = Guard(engine.desk)
+        with ExitStack() as stack:
+            for _ in range(500):
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            costs = []
+            for _ in range(20):
+                guard._classified = (float("-inf"), 0)
+                began = time.thread_time()
+                for _ in range(10):  # ten seconds of looks, one of them a classified sample
+                    await guard.look()
+                costs.append((time.thread_time() - began) / 10)
+        assert engine.desk.fds["count"] >= 500  # type: ignore[operator]
+        assert sorted(costs)[10] < 0.002
+
+
+async def test_the_history_is_kept_and_written(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    noted = replace(settings, lancedb=replace(settings.lancedb, history_file=str(path)))
+    async with open_engine(noted, embedder=FakeEmbedder(), watching=False) as engine:
+        guard = Guard(engine.desk)
+        with guard.opened():
+            for _ in range(3):
+                await guard.look()
+        assert engine.desk.history()["columns"] == [
+            "at_milliseconds", "descriptors", "rss_bytes", "pressure", "session_bytes"
+        ]  # fmt: skip
+        assert len(engine.desk.fds_history) >= 3
+    lines = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    assert len(lines) >= 3
+    assert all(line["descriptors"] > 0 and line["rss_bytes"] > 0 and line["limit"] > 0 for line in lines)
+
+
+@given(st.integers(0, 2000), st.integers(1, 1000), st.integers(0, 1000))
+def test_the_share_falls_from_all_to_nothing_between_the_budgets(count: int, soft: int, more: int) -> None:
+    hard = soft + more
+    share = share_of_breadth(count, soft=soft, hard=hard)
+    assert 0 <= share <= 1
+    assert share >= share_of_breadth(count + 1, soft=soft, hard=hard)
+    assert (share == 1.0) == (count <= soft)
+    assert count < hard or share == 0 or count <= soft
+
+
+def test_a_hard_budget_below_the_soft_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"hard_budget_share=0\.3 is below lancedb\.soft_budget_share=0\.5"):
+        load({"lancedb.hard_budget_share": 0.3}, environment={}, user_file=tmp_path / "none")
+
+
+async def test_the_law_found_is_logged(settings: Settings) -> None:
+    lines: list[str] = []
+    sink = logger.add(lambda line: lines.append(str(line)), level="INFO")
+    try:
+        async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
+            await Guard(engine.desk).learn_law()
+    finally:
+        logger.remove(sink)
+    assert any("descriptor_law mode=reopen holds=True pinned=0" in line for line in lines)
