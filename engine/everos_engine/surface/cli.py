@@ -92,6 +92,17 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--limit", type=_positive, default=10)
     search.add_argument("--mode", choices=["fts", "vector", "hybrid"])
     search.add_argument("--json", action="store_true")
+    fds = add("fds", _calibrate, "file descriptors of the engine")
+    calibrate = fds.add_subparsers(required=True, metavar="WHAT").add_parser(
+        "calibrate", help="measure on this machine what each cap of the index cache costs, and offer the setting to use"
+    )
+    calibrate.add_argument(
+        "--quick", action="store_true", help="fewer caps and cycles: an impression, in half a minute"
+    )
+    calibrate.add_argument(
+        "--output", default="everos-calibration", metavar="DIR", help="for calibration.json and .png"
+    )
+    calibrate.set_defaults(command=_calibrate)
     add("settings", _settings, "every setting and its value here")
     return top
 
@@ -204,6 +215,12 @@ def _search(settings: Settings, arguments: argparse.Namespace) -> int:
     if not results:
         print("nothing found")
     return OK
+
+
+def _calibrate(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface.calibrate import calibrate  # noqa: PLC0415 - not needed by --help
+
+    return calibrate(settings, quick=arguments.quick, output=Path(arguments.output))
 
 
 def _settings(settings: Settings, _arguments: argparse.Namespace) -> int:

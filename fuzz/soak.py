@@ -1,0 +1,251 @@
+"""The whole engine under a low `ulimit -n`, with ingest, edits and queries at once: no leak, no loss, never at the limit.
+
+    python fuzz/soak.py --minutes 5                # 64, 128, 256 and 1024 in mode reopen, 256 in mode pinned
+    python fuzz/soak.py --minutes 0.5 --limit 64
+
+The tree keeps its size while its content changes without pause, so whatever grows in the second half is a leak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from meter import Meter
+from results import Run, write_result
+from slope import Slope, slope
+from soak_engine import WORDS
+
+CHILD = Path(__file__).with_name("soak_engine.py")
+PLAN = ((64, "reopen"), (128, "reopen"), (256, "reopen"), (1024, "reopen"), (256, "pinned"))
+FILES, ENTRIES = 60, 5
+PAUSE_SECONDS = 0.08
+"""Between two changes of the tree."""
+END_SECONDS = 180.0
+RSS_NEEDS_SECONDS = 60.0
+"""A process is warm after half a minute of this traffic; of a shorter run the memory's slope is told, not judged."""
+
+
+@dataclass(slots=True)
+class Forest:
+    """The tree and its random changes; about FILES files of about ENTRIES entries, half facts and half episodes."""
+
+    root: Path
+    chance: random.Random
+    serial: int = 0
+    changes: int = 0
+    held: dict[Path, list[str]] = field(default_factory=dict)
+
+    def plant(self) -> None:
+        """The first files."""
+        while len(self.held) < FILES:
+            self.add_file()
+
+    def change(self) -> None:
+        """One step of ingest or editing."""
+        self.changes += 1
+        count = len(self.held)
+        if count < FILES - 5 or (count < FILES + 5 and self.chance.random() < 0.1):
+            self.add_file()
+            return
+        path = self.chance.choice(list(self.held))
+        entries, how = self.held[path], self.chance.random()
+        if how < 0.1 and count > FILES - 5:
+            path.unlink()
+            del self.held[path]
+        elif how < 0.2:
+            moved = self.path(path.parent.name)
+            path.rename(moved)
+            self.held[moved] = self.held.pop(path)
+        elif how < 0.45 and len(entries) < 2 * ENTRIES:
+            entries.append(self.entry(path.parent.name))
+            self.write(path)
+        elif how < 0.6 and len(entries) > 1:
+            entries.pop(self.chance.randrange(len(entries)))
+            self.write(path)
+        else:
+            entries[self.chance.randrange(len(entries))] = self.entry(path.parent.name)
+            self.write(path)
+
+    def add_file(self) -> None:
+        """A new file of ENTRIES entries."""
+        folder = self.chance.choice([".atomic_facts", "episodes"])
+        path = self.path(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.held[path] = [self.entry(folder) for _ in range(ENTRIES)]
+        self.write(path)
+
+    def path(self, folder: str) -> Path:
+        """A name nobody had."""
+        self.serial += 1
+        return self.root / "users" / "u1" / folder / f"{folder.strip('.')}-{self.serial}.md"
+
+    def entry(self, folder: str) -> str:
+        """One entry with an id of its own."""
+        self.serial += 1
+        text = " ".join(self.chance.choices(WORDS, k=30))
+        entry_id = f"{'ep' if folder == 'episodes' else 'af'}_20250227_{self.serial:08d}"
+        head = f"<!-- entry:{entry_id} -->\n## {entry_id}\n\n**session_id**: s1\n**timestamp**: 2025-02-27T09:25:00+00:00\n\n"
+        body = f"### Subject\n{text[:40]}\n\n### Content\n{text}\n" if folder == "episodes" else f"### Fact\n{text}\n"
+        return f"{head}{body}<!-- /entry:{entry_id} -->\n"
+
+    def write(self, path: Path) -> None:
+        """Save whole, as an editor does."""
+        kind = "episode_daily" if path.parent.name == "episodes" else "atomic_fact_daily"
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(f"---\ntype: {kind}\nuser_id: u1\n---\n" + "".join(self.held[path]), encoding="utf-8")
+        fresh.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a soak found; ``faults`` is empty where it passed."""
+
+    limit: int
+    mode: str
+    faults: tuple[str, ...]
+    peak: int
+    told: Mapping[str, object]
+    counts: Slope
+    rss: Slope
+
+    def line(self) -> str:
+        """For people."""
+        word = "passed" if not self.faults else "FAILED: " + "; ".join(self.faults)
+        return (
+            f"soak ulimit -n {self.limit} {self.mode}: {word}; peak {self.peak}, {self.told.get('changes')} changes, "
+            f"{self.told.get('searches')} searches, descriptors {self.counts.per_minute:+.2f} "
+            f"[{self.counts.low:+.2f}, {self.counts.high:+.2f}] per minute, RSS {self.rss.per_minute / 2**20:+.2f} "
+            f"[{self.rss.low / 2**20:+.2f}, {self.rss.high / 2**20:+.2f}] MiB per minute"
+        )
+
+
+def soak(limit: int, mode: str, minutes: float, *, child: Path = CHILD, seed: int = 1) -> Verdict:
+    """Run one engine under ``ulimit -n limit``, judge it, and leave a plot and a JSON line."""
+    with tempfile.TemporaryDirectory(prefix="everos-soak-") as folder:
+        forest = Forest(Path(folder).resolve(), random.Random(seed))
+        forest.plant()
+        told, meter, log = _live(forest, limit, mode, minutes, child)
+    run = Run(meter.seconds, meter.counts, meter.rss, limit, _budget(told))
+    counts, rss = slope(run.seconds, run.counts), slope(run.seconds, run.rss_bytes)
+    faults = tuple(
+        _faults(told, meter.peak, limit, log, counts=counts, rss=rss if run.seconds[-1] >= RSS_NEEDS_SECONDS else None)
+    )
+    verdict = Verdict(limit, mode, faults, meter.peak, told, counts, rss)
+    facts = {
+        "passed": not faults, "faults": faults, "limit": limit, "mode": mode, "minutes": minutes, "peak": meter.peak,
+        "count_slope": counts.as_json(), "rss_slope_bytes": rss.as_json(), **{key: told.get(key) for key in TOLD},
+    }  # fmt: skip
+    write_result(f"soak-{limit}-{mode}", facts, run)
+    return verdict
+
+
+TOLD = ("changes", "searches", "rows", "fds")
+
+
+def _live(forest: Forest, limit: int, mode: str, minutes: float, child: Path) -> tuple[dict[str, object], Meter, str]:
+    """What the child told at its end, what was measured of it, and its log."""
+    flags = {
+        "memory.root": str(forest.root),
+        "scan_interval_seconds": 5.0,
+        "lancedb.descriptor_mode": mode,
+        "lancedb.index_cache_size_bytes": "auto" if mode == "pinned" else 16 << 20,
+        "lancedb.optimize_after_commits": 6,
+        "lancedb.optimize_idle_seconds": 0.2,
+        "lancedb.keep_versions_seconds": 60,
+    }
+    command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", sys.executable, str(child), json.dumps(flags)]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines = _lines(process.stdout.readline)
+        meter = Meter(process.pid)
+        told: dict[str, object] = {}
+        try:
+            if "serving" in next(lines):
+                meter.start()
+                _edit(forest, minutes, process)
+                process.stdin.close()
+                told = json.loads(next(lines) or "{}")
+        finally:
+            meter.stop()
+            process.kill()
+        log.seek(0)
+        return told, meter, log.read()
+
+
+def _lines(readline: Callable[[], str]) -> Iterator[str]:
+    """Lines of the child; the empty one where it says nothing for END_SECONDS, or has ended."""
+    while True:
+        said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=lambda into=said: into.put(readline()), daemon=True).start()
+        try:
+            yield said.get(timeout=END_SECONDS)
+        except queue.Empty:
+            yield ""
+
+
+def _edit(forest: Forest, minutes: float, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60 * minutes
+    while time.monotonic() < end and process.poll() is None:
+        forest.change()
+        time.sleep(PAUSE_SECONDS)
+
+
+def _budget(told: Mapping[str, object]) -> int | None:
+    fds = told.get("fds")
+    return int(fds["soft_budget"]) if isinstance(fds, dict) and "soft_budget" in fds else None
+
+
+def _faults(
+    told: Mapping[str, object], peak: int, limit: int, log: str, *, counts: Slope, rss: Slope | None
+) -> list[str]:
+    """Everything that is not as it should be, in words."""
+    if not told:
+        return ["the engine ended or hung: " + " | ".join(log.splitlines()[-3:])]
+    found = [
+        f"{name}: {told[name]}"
+        for name in ("search_errors", "failed", "pending", "lost", "left_over", "stale")
+        if told[name]
+    ]
+    if peak >= limit:
+        found.append(f"{peak} descriptors: at the limit of {limit}")
+    if "os error 24" in log or "Too many open files" in log:
+        found.append("the log tells of EMFILE")
+    if counts.rises:
+        found.append(f"descriptors rise by {counts.per_minute:.2f} a minute, surely more than {counts.low:.2f}")
+    if rss is not None and rss.rises:
+        found.append(f"RSS rises by {rss.per_minute:.0f} bytes a minute, surely more than {rss.low:.0f}")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Soak under each limit in turn; exit status 1 where one fails."""
+    parser = argparse.ArgumentParser(description="Soak the engine under low descriptor limits.")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for all limits together")
+    parser.add_argument("--limit", type=int, action="append", help="only this one, in mode reopen; may be repeated")
+    chosen = parser.parse_args(arguments)
+    plan = [(limit, "reopen") for limit in chosen.limit] if chosen.limit else list(PLAN)
+    failed = False
+    for limit, mode in plan:
+        verdict = soak(limit, mode, chosen.minutes / len(plan))
+        print(verdict.line(), flush=True)
+        failed = failed or bool(verdict.faults)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
