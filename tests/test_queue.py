@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def test_fix_gives_retryable_failures_a_fresh_lsn(database: Database) -> None:
 def test_claims_are_served_by_the_ready_index(database: Database) -> None:
     plan = database.read(lambda tx: list(tx.execute("EXPLAIN QUERY PLAN " + queue.CLAIM, (1, "me", 1, 5))))
     assert any("change_ready" in str(row) for row in plan)
+
+
+@pytest.mark.parametrize("name", ["FORGET", "DONE", "FAILED", "POSTPONE"])
+def test_marks_look_their_change_up_by_key(name: str, database: Database) -> None:
+    sql = str(getattr(queue, name))
+    count = sql.count("?") if name == "FORGET" else max(int(number) for number in re.findall(r"\?(\d+)", sql))
+    plan = database.read(lambda tx: list(tx.execute("EXPLAIN QUERY PLAN " + sql, (1,) * count)))
+    assert all("md_path=?" in str(row) for row in plan), plan
 
 
 @settings(max_examples=60, deadline=None)

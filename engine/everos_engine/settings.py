@@ -147,6 +147,10 @@ class MemorySettings:
 
     root: Path = knob(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.")
 
+    def __post_init__(self) -> None:
+        """Absolute from the start, links resolved: the root stays what it was though a link is moved."""
+        object.__setattr__(self, "root", Path(os.path.realpath(os.path.expanduser(self.root))))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -197,7 +201,7 @@ class Settings:
     @property
     def root(self) -> Path:
         """The memory root, absolute, with links resolved."""
-        return Path(os.path.realpath(os.path.expanduser(self.memory.root)))
+        return self.memory.root
 
     @property
     def engine_directory(self) -> Path:

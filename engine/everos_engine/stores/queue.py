@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from everos_engine.stores.database import Transaction, Value
 
@@ -54,8 +54,7 @@ Fingerprint4 = tuple[int, int, int, int]
 Source = Literal["watch", "start", "scan", "sync", "rebuild", "audit", "release"]
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """What a look at the disk saw; ``fingerprint`` is None where there is no file (any more)."""
 
     md_path: str
@@ -338,7 +337,7 @@ def claim(tx: Transaction, owner: str, *, limit: int, now_milliseconds: int) -> 
     return sorted(claims, key=lambda held: held.pos)
 
 
-FORGET = "DELETE FROM md_change_state WHERE claim_no = ? AND lsn = claim_lsn"
+FORGET = "DELETE FROM md_change_state WHERE md_path = ? AND claim_no = ? AND lsn = claim_lsn"
 DONE = """
 UPDATE md_change_state SET
     status = CASE WHEN lsn = claim_lsn THEN 'done' ELSE 'pending' END,
@@ -351,7 +350,7 @@ UPDATE md_change_state SET
     digest = CASE WHEN lsn = claim_lsn THEN ?8 ELSE digest END,
     not_before = CASE WHEN lsn = claim_lsn OR ?9 = 0 THEN 0 ELSE ?7 + ?9 END,
     claim_no = NULL, claim_lsn = NULL, owner = NULL, retry_count = 0, updated = ?7
-WHERE claim_no = ?1
+WHERE md_path = ?10 AND claim_no = ?1
 """
 
 
@@ -370,9 +369,13 @@ def mark_done(
     A change edited meanwhile goes back to pending behind the edits that were applied, and has time to settle.
     """
     if fingerprint is None:
-        _drain(tx.execute(FORGET, (held.claim_no,)))
+        _drain(tx.execute(FORGET, (held.md_path, held.claim_no)))
     values = fingerprint or (None, None, None, None)
-    _drain(tx.execute(DONE, (held.claim_no, *values, int(racy), now_milliseconds, digest, settle_milliseconds)))
+    _drain(
+        tx.execute(
+            DONE, (held.claim_no, *values, int(racy), now_milliseconds, digest, settle_milliseconds, held.md_path)
+        )
+    )
 
 
 FAILED = """
@@ -388,7 +391,7 @@ UPDATE md_change_state SET
     racy = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?8 ELSE racy END,
     digest = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?10 ELSE digest END,
     claim_no = NULL, claim_lsn = NULL, owner = NULL, updated = ?9
-WHERE claim_no = ?1
+WHERE md_path = ?11 AND claim_no = ?1
 """
 
 
@@ -405,7 +408,11 @@ def mark_failed(
 ) -> None:
     """Dead-letter the change, unless it was edited meanwhile: then the edit has its own try."""
     values = fingerprint or (None, None, None, None)
-    _drain(tx.execute(FAILED, (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds, digest)))
+    _drain(
+        tx.execute(
+            FAILED, (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds, digest, held.md_path)
+        )
+    )
 
 
 POSTPONE = """
@@ -413,7 +420,7 @@ UPDATE md_change_state SET status = 'pending',
     not_before = CASE WHEN lsn = claim_lsn THEN ?2 ELSE 0 END,
     retry_count = CASE WHEN lsn = claim_lsn THEN retry_count + ?3 ELSE 0 END,
     error = ?4, claim_no = NULL, claim_lsn = NULL, owner = NULL, updated = ?5
-WHERE claim_no = ?1
+WHERE md_path = ?6 AND claim_no = ?1
 """
 
 
@@ -421,7 +428,9 @@ def postpone(
     tx: Transaction, held: Claim, error: str, *, not_before: int, now_milliseconds: int, counts_as_retry: bool = True
 ) -> None:
     """Back to pending, claimable from ``not_before`` on; nobody sleeps on it."""
-    _drain(tx.execute(POSTPONE, (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds)))
+    _drain(
+        tx.execute(POSTPONE, (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds, held.md_path))
+    )
 
 
 HURRY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ async def _serve(settings: Settings) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, settings.shutdown_grace_seconds)
             async with open_engine(settings) as engine:
+                gc.collect()
+                gc.freeze()  # what lives by now lives for good: a sweep's garbage is collected without looking through it
                 logger.info("engine_started root={} pid={}", settings.root, os.getpid())
                 if sys.stderr.isatty() and settings.log_format == "auto":
                     await _status_line(engine)

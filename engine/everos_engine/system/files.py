@@ -121,7 +121,8 @@ def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None 
     Links to directories are not followed, links to files are. A directory below the root that cannot be read is
     *blind*: nothing is known of what it holds. Raises SweepAborted where the root cannot be read, or nothing can.
     """
-    members: dict[str, dict[str, Fingerprint]] = {}
+    found: dict[str, tuple[P, Fingerprint]] = {}
+    folded: dict[str, dict[str, Fingerprint]] = {}
     places: dict[str, P] = {}
     blind: dict[str, str] = {}
     top = os.fspath(root).rstrip(os.sep)
@@ -131,8 +132,8 @@ def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None 
         directory = stack.pop()
         directories += 1
         try:
-            with os.scandir(directory) as found:
-                for item in found:
+            with os.scandir(directory) as items:
+                for item in items:
                     if item.is_dir(follow_symlinks=False):
                         if item.name != INDEX_DIRECTORY or len(directory) >= base:
                             stack.append(item.path)
@@ -141,11 +142,13 @@ def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None 
                         continue
                     key = _escape(item.path[base:])
                     place = recognise(key)
-                    if place is None:
+                    print_ = None if place is None else _stat(item.path)
+                    if place is None or print_ is None:
                         continue
-                    print_ = _stat(item.path)
-                    if print_ is not None:
-                        members.setdefault(place.md_path, {})[key] = print_
+                    if place.md_path is key and item.name != MAIN:
+                        found[key] = (place, print_)
+                    else:
+                        folded.setdefault(place.md_path, {})[key] = print_
                         places.setdefault(place.md_path, place)
         except OSError as error:
             if directory in (top, os.fspath(root)) or error.errno in _OURS:
@@ -153,10 +156,10 @@ def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None 
                 raise SweepAborted(message) from error
             if error.errno not in _GONE:
                 blind[_escape(directory[base:])] = error.strerror or str(error)
-    found_places = {
-        key: (place, _fold(members[key])) for key, place in places.items() if below is not None or key in members[key]
-    }
-    return Walk(found_places, blind, directories)
+    for key, members in folded.items():
+        if below is not None or key in members:
+            found[key] = (places[key], _fold(members))
+    return Walk(found, blind, directories)
 
 
 def directories_below(directory: str) -> int:

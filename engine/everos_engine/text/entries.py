@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """What a path says. ``md_path`` is the change's key: for a skill's reference, that of its SKILL.md."""
 
     md_path: str
