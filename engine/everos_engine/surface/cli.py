@@ -92,8 +92,10 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--limit", type=_positive, default=10)
     search.add_argument("--mode", choices=["fts", "vector", "hybrid"])
     search.add_argument("--json", action="store_true")
-    fds = add("fds", _calibrate, "file descriptors of the engine")
-    calibrate = fds.add_subparsers(required=True, metavar="WHAT").add_parser(
+    fds = add("fds", _fds, "the engine's file descriptors by class, against its limit, budgets and ceiling")
+    fds.add_argument("--watch", action="store_true", help="again every second, until interrupted")
+    fds.add_argument("--json", action="store_true")
+    calibrate = fds.add_subparsers(metavar="WHAT").add_parser(
         "calibrate", help="measure on this machine what each cap of the index cache costs, and offer the setting to use"
     )
     calibrate.add_argument(
@@ -221,6 +223,12 @@ def _calibrate(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface.calibrate import calibrate  # noqa: PLC0415 - not needed by --help
 
     return calibrate(settings, quick=arguments.quick, output=Path(arguments.output))
+
+
+def _fds(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface import fds  # noqa: PLC0415 - not needed by --help
+
+    return fds.show(settings, watch=arguments.watch, as_json=arguments.json)
 
 
 def _settings(settings: Settings, _arguments: argparse.Namespace) -> int:

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from everos_engine.engine import open_engine
+from everos_engine.settings import Settings
+from everos_engine.surface import cli
+from everos_engine.system.fds import CLASSES
+from everos_engine.testing import FakeEmbedder
+
+MOST_CPU_SECONDS = 0.3
+
+
+def command(root: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "everos_engine", "--root", os.fspath(root), "fds", *words]
+
+
+async def test_beside_a_running_engine_the_table_is_live_and_cheap(settings: Settings, root: Path) -> None:
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        while not engine.desk.fds:  # noqa: ASYNC110 - the first sample is announced to nobody
+            await trio.sleep(0.01)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        shown = await trio.run_process(command(root), capture_stdout=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        told = json.loads((await trio.run_process(command(root, "--json"), capture_stdout=True)).stdout)
+    text = shown.stdout.decode()
+    assert f"engine: pid {os.getpid()}" in text
+    assert all(f"  {name}" in text for name in CLASSES)
+    assert "mode: reopen, cap 16 MiB, ceiling 48" in text
+    assert "rotated 0 times" in text
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < MOST_CPU_SECONDS
+    assert told["engine"] == {"state": "answers", "pid": os.getpid()}
+    assert sum(told["fds"]["classes"].values()) > 10
+    assert told["pressure"] == 1.0
+
+
+async def test_it_watches_until_interrupted(settings: Settings, root: Path) -> None:
+    words = command(root, "--watch", "--json")
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False), trio.open_nursery() as nursery:
+        process = await nursery.start(partial(trio.run_process, words, stdout=subprocess.PIPE, check=False))
+        received = b""
+        while received.count(b"\n") < 2:
+            received += await process.stdout.receive_some()
+        process.send_signal(signal.SIGINT)
+    assert all(json.loads(line)["version"] == 1 for line in received.splitlines()[:2])
+    assert process.returncode == 130
+
+
+def test_without_an_engine_it_says_so_and_what_the_settings_imply(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["--root", os.fspath(root), "fds"]) == 0
+    text = capsys.readouterr().out
+    assert "no engine is running here: start one with `everos-engine run`" in text
+    assert "mode: reopen, cap 16 MiB, ceiling 48" in text
+    assert cli.main(["--root", os.fspath(root), "fds", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["engine"] == {"state": "absent", "pid": None}
+    assert told["implied"]["refusal"] is None
+
+
+def test_without_an_engine_it_says_why_none_would_start(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "everos-engine.toml").write_text(
+        '[lancedb]\ndescriptor_mode = "pinned"\nindex_cache_size_bytes = "1GB"\ndescriptors_per_mebibyte = 10000\n'
+    )
+    assert cli.main(["--root", os.fspath(root), "fds"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "it would not start: lancedb.index_cache_size_bytes=1073741824" in text
+    assert "or use descriptor_mode=reopen, which pins none" in text
+
+
+def test_it_imports_neither_lancedb_nor_numpy(root: Path) -> None:
+    script = (
+        "import sys; from everos_engine.surface.cli import main; main(sys.argv[1:]);"
+        "sys.exit(' '.join({'lancedb', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, "--root", os.fspath(root), "fds"], capture_output=True, text=True, check=False
+    )
+    assert process.stderr.strip() == ""
