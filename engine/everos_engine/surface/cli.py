@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from everos_engine.errors import EngineError
 from everos_engine.settings import describe, load
+from everos_engine.surface.paint import ago, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,9 +140,13 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
+    from everos_engine.surface.paint import paint_for  # noqa: PLC0415
 
     found = status.snapshot(settings)
-    print(json.dumps(status.as_json(found), indent=2) if arguments.json else status.as_text(found))
+    if arguments.json:
+        print(json.dumps(status.as_json(found), indent=2))
+    else:
+        print(status.as_text(found, paint_for(sys.stdout), program=program(settings, arguments)))
     return OK
 
 
@@ -255,7 +260,8 @@ def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings) ->
 def _show(outcome: Outcome) -> None:
     word: str = outcome.status or "gone, its rows are removed"
     if outcome.status == "failed":
-        word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}"
+        seconds = max(0.0, time.time() - outcome.updated / 1000)
+        word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}, last attempt {ago(seconds)} ago"
     print(f"{shown(outcome.md_path)}: {word}")
     for line in (outcome.error or "").splitlines() if outcome.status == "failed" else []:
         print(f"    {line}")
@@ -265,8 +271,3 @@ def program(settings: Settings, arguments: argparse.Namespace) -> str:
     """How to call this program again on the same root."""
     named = getattr(arguments, "at", None) or arguments.root
     return shlex.join(["everos-engine", "--root", str(settings.root)]) if named else "everos-engine"
-
-
-def shown(path: str) -> str:
-    """A path on one line whatever its name holds."""
-    return path if path.isprintable() else repr(path)

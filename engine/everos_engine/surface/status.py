@@ -1,59 +1,77 @@
-"""The status block, from SQLite alone: no import of LanceDB, an answer in a blink."""
+"""The status block, from SQLite and the control socket alone: no import of LanceDB, an answer in a blink."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from everos_engine.stores import ledger, queue
+from everos_engine.loops import notes
+from everos_engine.loops.brake import WHY
+from everos_engine.stores import inspection, ledger, queue
 from everos_engine.stores.database import Database
-from everos_engine.system.locks import running_pid
+from everos_engine.surface.paint import Paint, ago, plural, shown
+from everos_engine.surface.vitals import Vitals, vitals
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from everos_engine.loops.notes import Note
     from everos_engine.settings import Settings
     from everos_engine.stores.database import Transaction
+    from everos_engine.stores.held import Held
     from everos_engine.stores.queue import Counts, Outcome
+
+HELD_NOTE = "deletions_held"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What the database says, of one moment; times in milliseconds. ``outage`` is (since, why) of the embedder's silence."""
+
+    counts: Counts
+    rows: Mapping[str, int]
+    last_scan: int | None
+    held: Sequence[Held]
+    notes: Sequence[Note]
+    outage: tuple[int, str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What ``status`` shows; ``counts`` is None where nothing was ever indexed here.
-
-    ``embedder_down`` is for how many seconds and why the running engine's embedding service does not serve.
-    """
+    """What ``status`` shows; ``moment`` is None where nothing was ever indexed here."""
 
     root: str
-    engine_pid: int | None
-    counts: Counts | None
-    rows: dict[str, int]
-    last_scan_seconds_ago: float | None
-    oldest_pending_seconds: float | None
-    embedder_down: tuple[float, str] | None = None
+    engine: Vitals
+    moment: Moment | None
+    now_milliseconds: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+
+    @property
+    def counts(self) -> Counts | None:
+        """The queue in numbers."""
+        return None if self.moment is None else self.moment.counts
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Rows per kind."""
+        return {} if self.moment is None else self.moment.rows
+
+    def since(self, milliseconds: int | None) -> float | None:
+        """Seconds since a time."""
+        return None if milliseconds is None else round(max(0, self.now_milliseconds - milliseconds) / 1000, 3)
 
 
 def snapshot(settings: Settings) -> Snapshot:
-    """Read one moment of the queue and the ledger."""
-    pid = running_pid(settings.engine_directory / "engine.lock")
+    """Read one moment of the queue and the ledger, and ask the running engine for its pulse."""
+    engine = vitals(settings)
     path = settings.engine_directory / "engine.db"
     if not path.exists():
-        return Snapshot(str(settings.root), pid, None, {}, None, None)
+        return Snapshot(str(settings.root), engine, None)
     database = Database(path, readonly=True)
     try:
-        counts, rows, last_scan, outage = database.read(_read)
+        return Snapshot(str(settings.root), engine, database.read(_moment))
     finally:
         database.close()
-    now = time.time() * 1000
-    oldest = counts.oldest_pending_milliseconds
-    return Snapshot(
-        str(settings.root),
-        pid,
-        counts,
-        rows,
-        None if last_scan is None else round((now - int(last_scan)) / 1000, 3),
-        None if oldest is None else round(max(0.0, now - oldest) / 1000, 3),
-        None if outage is None or pid is None else (round(max(0.0, now - outage[0]) / 1000, 3), outage[1]),
-    )
 
 
 def failed(settings: Settings) -> list[Outcome]:
@@ -70,73 +88,160 @@ def failed(settings: Settings) -> list[Outcome]:
 
 def as_json(found: Snapshot) -> dict[str, object]:
     """The stable form of ``status --json``, documented in docs/status-json.md."""
-    counts = found.counts
-    queue_part = {
-        "pending": counts.pending + counts.processing if counts else 0,
-        "processing": counts.processing if counts else 0,
-        "delayed": counts.delayed if counts else 0,
-        "done": counts.done if counts else 0,
-        "failed_retryable": counts.failed_retryable if counts else 0,
-        "failed_permanent": counts.failed_permanent if counts else 0,
-        "oldest_pending_seconds": found.oldest_pending_seconds,
-    }
+    moment, counts, engine = found.moment, found.counts, found.engine
     newest, watermark = (counts.lsn_max, counts.watermark) if counts else (0, 0)
+    by_watch, by_scan = (counts.found_by_watch, counts.found_by_scan) if counts else (0, 0)
+    outage, held = (moment.outage, moment.held) if moment else (None, ())
     return {
         "version": 1,
         "root": found.root,
-        "engine": {"running": found.engine_pid is not None, "pid": found.engine_pid},
-        "queue": queue_part,
+        "engine": {
+            "running": engine.running,
+            "pid": engine.pid,
+            "state": engine.state,
+            "stalled": [asdict(stall) for stall in engine.stalls],
+        },
+        "queue": {
+            "pending": counts.pending + counts.processing if counts else 0,
+            "processing": counts.processing if counts else 0,
+            "delayed": counts.delayed if counts else 0,
+            "done": counts.done if counts else 0,
+            "failed_retryable": counts.failed_retryable if counts else 0,
+            "failed_permanent": counts.failed_permanent if counts else 0,
+            "oldest_pending_seconds": found.since(counts.oldest_pending_milliseconds) if counts else None,
+        },
         "lsn": {"max": newest, "last_processed": watermark, "lag": newest - watermark},
-        "rows": found.rows,
+        "rows": dict(found.rows),
+        "last_scan_seconds_ago": found.since(moment.last_scan) if moment else None,
+        "found_by": {"watch": by_watch, "scan": by_scan, "scan_share": _share(by_scan, by_watch)},
+        "held": {
+            "count": sum(one.count for one in held),
+            "oldest_seconds": found.since(min((one.since for one in held), default=None)),
+            "reasons": {one.reason: one.count for one in held},
+        },
         "embedder": {
-            "down_seconds": found.embedder_down[0] if found.embedder_down else None,
-            "reason": found.embedder_down[1] if found.embedder_down else None,
+            "down_seconds": found.since(outage[0]) if outage and engine.running else None,
+            "reason": outage[1] if outage and engine.running else None,
         },
-        "last_scan_seconds_ago": found.last_scan_seconds_ago,
-        "found_by": {
-            "watch": counts.found_by_watch if counts else 0,
-            "scan": counts.found_by_scan if counts else 0,
-        },
+        "notes": [asdict(note) for note in _notes(found)],
+        "descriptors": dict(engine.descriptors),
     }
 
 
-def as_text(found: Snapshot) -> str:
-    """The block for people."""
+def as_text(found: Snapshot, paint: Paint | None = None, *, program: str = "everos-engine") -> str:
+    """The runbook's block, then what else there is to know; ``program`` is how its hints call this command."""
+    return "\n".join(_lines(found, paint or Paint())).replace("`everos-engine ", f"`{program} ")
+
+
+def _lines(found: Snapshot, paint: Paint) -> list[str]:
+    moment = found.moment
+    if moment is None:
+        lines = [f"{shown(found.root)}: never indexed: start with `everos-engine run`, or `everos-engine sync` once"]
+        return [*lines, *_engine(found, paint)] if found.engine.running else lines
+    counts = moment.counts
+    return [
+        "queue:",
+        f"  pending: {counts.pending + counts.processing}",
+        f"  done: {counts.done}",
+        _failed("TRUE", counts.failed_retryable, "eligible for `everos-engine fix --apply`", paint),
+        _failed("FALSE", counts.failed_permanent, "fix md and re-save to recover", paint),
+        "lsn:",
+        f"  max: {counts.lsn_max}",
+        f"  last_processed: {counts.watermark}",
+        f"  lag: {counts.lsn_max - counts.watermark}",
+        "rows:",
+        *(f"  {kind}: {count}" for kind, count in sorted(moment.rows.items())),
+        *_waiting(found),
+        f"last scan: {_ago(found.since(moment.last_scan))}",
+        _found_by(counts),
+        *_held(found, moment, paint),
+        *_engine(found, paint),
+        *_outage(found, moment, paint),
+        *(_note(note, paint) for note in _notes(found)),
+        f"root: {shown(found.root)}",
+    ]
+
+
+def _failed(retryable: str, count: int, hint: str, paint: Paint) -> str:
+    line = f"  failed (retryable={retryable}): {count}"
+    return paint(f"{line} ({hint})", "yellow") if count else line
+
+
+def _waiting(found: Snapshot) -> list[str]:
     counts = found.counts
-    if counts is None:
-        return f"{found.root}: never indexed: start with `everos-engine run`, or `everos-engine sync` once"
-    engine = "not running" if found.engine_pid is None else f"running (pid {found.engine_pid})"
-    scanned = "never" if found.last_scan_seconds_ago is None else f"{found.last_scan_seconds_ago:.0f} s ago"
-    oldest = "" if found.oldest_pending_seconds is None else f" (oldest {found.oldest_pending_seconds:.1f} s)"
-    fix = " (eligible for `everos-engine fix --apply`)" if counts.failed_retryable else ""
-    edit = " (fix md and re-save to recover; `everos-engine fix` lists them)" if counts.failed_permanent else ""
-    rows = ", ".join(f"{kind} {count}" for kind, count in sorted(found.rows.items())) or "none"
-    return "\n".join(
-        [
-            f"root: {found.root}",
-            f"engine: {engine}",
-            f"last scan: {scanned}",
-            *_outage(found),
-            "queue:",
-            f"  pending: {counts.pending + counts.processing}{oldest}",
-            f"  done: {counts.done}",
-            f"  failed (retryable=TRUE): {counts.failed_retryable}{fix}",
-            f"  failed (retryable=FALSE): {counts.failed_permanent}{edit}",
-            "lsn:",
-            f"  max: {counts.lsn_max}",
-            f"  last_processed: {counts.watermark}",
-            f"  lag: {counts.lsn_max - counts.watermark}",
-            f"rows: {rows}",
-        ]
-    )
-
-
-def _outage(found: Snapshot) -> list[str]:
-    if found.embedder_down is None:
+    age = found.since(counts.oldest_pending_milliseconds) if counts else None
+    if counts is None or age is None:
         return []
-    seconds, reason = found.embedder_down
-    return [f"embedder: down for {seconds:.0f} s, changes wait and are indexed when it answers: {reason}"]
+    delayed = f", {counts.delayed} of them until a set time" if counts.delayed else ""
+    return [f"oldest pending: {ago(age)}{delayed}"]
 
 
-def _read(tx: Transaction) -> tuple[Counts, dict[str, int], str | None, tuple[int, str] | None]:
-    return queue.counts(tx), ledger.rows_per_kind(tx), queue.get_meta(tx, "last_scan"), queue.outage(tx)
+def _found_by(counts: Counts) -> str:
+    total = counts.found_by_scan + counts.found_by_watch
+    share = _share(counts.found_by_scan, counts.found_by_watch)
+    return f"found by scan only: {counts.found_by_scan} of {total}" + (f" ({share:.0%})" if share is not None else "")
+
+
+def _held(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:
+    if not moment.held:
+        return []
+    since = ago(found.since(min(one.since for one in moment.held)) or 0.0)
+    why = "; ".join(f"{one.count} because {WHY[one.reason]}" for one in moment.held)
+    total = plural(sum(one.count for one in moment.held), "deletion")
+    return [paint(f"held: {total} for {since}: {why}; `everos-engine release` applies them", "yellow")]
+
+
+def _engine(found: Snapshot, paint: Paint) -> list[str]:
+    engine = found.engine
+    words = {
+        "absent": paint("not running (`everos-engine run` starts it)", "yellow"),
+        "answers": paint(f"running (pid {engine.pid})", "green"),
+        "mute": f"running (pid {engine.pid})",
+        "silent": paint(f"pid {engine.pid} does not answer: see `everos-engine doctor engine`", "red"),
+        "stopped": paint(f"pid {engine.pid} is stopped: `kill -CONT {engine.pid}`", "red"),
+        "hidden": "its lock may not be read by this user",
+    }
+    stalls = [
+        paint(f"stalled: {stall.loop} has not moved for {ago(stall.seconds)}: see `everos-engine doctor engine`", "red")
+        for stall in engine.stalls
+    ]
+    return [f"engine: {words[engine.state]}", *stalls]
+
+
+def _outage(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:
+    if moment.outage is None or not found.engine.running:
+        return []
+    seconds = ago(found.since(moment.outage[0]) or 0.0)
+    text = f"embedder: down for {seconds}, changes wait and are indexed when it answers: {moment.outage[1]}"
+    return [paint(text, "yellow")]
+
+
+def _note(note: Note, paint: Paint) -> str:
+    return f"{paint('note:', 'yellow')} {note.message}; {note.remedy}"
+
+
+def _notes(found: Snapshot) -> list[Note]:
+    """What lasts while an engine runs; of one that is gone nothing is known."""
+    if found.moment is None or not found.engine.running:
+        return []
+    return [note for note in found.moment.notes if note.code != HELD_NOTE]
+
+
+def _ago(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{ago(seconds)} ago"
+
+
+def _share(by_scan: int, by_watch: int) -> float | None:
+    return round(by_scan / (by_scan + by_watch), 4) if by_scan + by_watch else None
+
+
+def _moment(tx: Transaction) -> Moment:
+    last_scan = queue.get_meta(tx, "last_scan")
+    return Moment(
+        counts=queue.counts(tx),
+        rows=ledger.rows_per_kind(tx),
+        last_scan=None if last_scan is None else int(last_scan),
+        held=inspection.held_counts(tx),
+        notes=notes.kept(tx),
+        outage=queue.outage(tx),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 State = Literal["absent", "answers", "mute", "silent", "stopped", "hidden"]
 PULSE_DEADLINE_SECONDS = 1.0
+TRIES, PAUSE_SECONDS = 4, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +90,18 @@ def vitals(settings: Settings) -> Vitals:
         return Vitals(0, "hidden")
     if pid is None:
         return Vitals(None, "absent")
-    try:
-        pulse = ask(settings.engine_directory / "control.sock", "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
-    except TimeoutError:
-        return Vitals(pid, "stopped" if process_state(pid) in {"T", "t"} else "silent")
-    except (OSError, ValueError):
-        pulse = None
-    if pulse is None:
-        return Vitals(pid, "stopped" if process_state(pid) in {"T", "t"} else "mute")
-    return Vitals(pid, "answers", pulse)
+    stopped = process_state(pid) in {"T", "t"}
+    for _ in range(TRIES):
+        try:
+            pulse = ask(settings.engine_directory / "control.sock", "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
+        except TimeoutError:
+            return Vitals(pid, "stopped" if stopped else "silent")
+        except (OSError, ValueError):
+            pulse = None
+        if pulse is not None:
+            return Vitals(pid, "answers", pulse)
+        time.sleep(PAUSE_SECONDS)  # it may have taken the lock a moment ago, and listen in a moment
+    return Vitals(pid, "stopped" if stopped else "mute")
 
 
 def process_state(pid: int) -> str:

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from everos_engine.engine import open_engine
+from everos_engine.settings import Settings, load
+from everos_engine.surface import status
+from everos_engine.surface.paint import Paint
+from everos_engine.testing import FakeEmbedder
+from writer import FACTS, fact, facts, put
+
+SHAPE = {
+    "version": int, "root": str,
+    "engine": {"running": bool, "pid": (int, type(None)), "state": str, "stalled": list},
+    "queue": {"pending": int, "processing": int, "delayed": int, "done": int, "failed_retryable": int,
+              "failed_permanent": int, "oldest_pending_seconds": (float, int, type(None))},
+    "lsn": {"max": int, "last_processed": int, "lag": int},
+    "rows": dict,
+    "last_scan_seconds_ago": (float, type(None)),
+    "found_by": {"watch": int, "scan": int, "scan_share": (float, type(None))},
+    "held": {"count": int, "oldest_seconds": (float, type(None)), "reasons": dict},
+    "embedder": {"down_seconds": (float, type(None)), "reason": (str, type(None))},
+    "notes": list, "descriptors": dict,
+}  # fmt: skip
+
+
+def fits(value: object, shape: object) -> bool:
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and set(value) == set(shape) and all(fits(value[k], shape[k]) for k in shape)
+    return isinstance(value, shape)  # type: ignore[arg-type]
+
+
+async def test_the_block_is_the_runbooks_and_counts_what_is_there(settings: Settings, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "the heron eats fish"), fact(2, "the otter FLAKY")))
+    put(root, "users/u1/.atomic_facts/bad.md", "---\n[\n---\n")
+    put(root, "users/u1/.atomic_facts/good.md", facts(fact(3, "a third")))
+    quick = load(
+        {"memory.root": str(root), "worker_max_retry": 0, "settle_milliseconds": 20},
+        environment={}, user_file=root / "none.toml",
+    )  # fmt: skip
+    async with open_engine(quick, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        running = await trio.to_thread.run_sync(status.snapshot, quick)
+        assert running.engine.pid == os.getpid()
+    found = status.snapshot(quick)
+    assert status.as_text(found).splitlines()[:9] == [
+        "queue:",
+        "  pending: 0",
+        "  done: 1",
+        "  failed (retryable=TRUE): 1 (eligible for `everos-engine fix --apply`)",
+        "  failed (retryable=FALSE): 1 (fix md and re-save to recover)",
+        "lsn:",
+        "  max: 3",
+        "  last_processed: 3",
+        "  lag: 0",
+    ]
+    assert "  atomic_fact: 2" in status.as_text(found).splitlines()
+    assert "`everos-engine --root x fix --apply`" in status.as_text(found, program="everos-engine --root x")
+    assert all(fits(json.loads(json.dumps(status.as_json(one))), SHAPE) for one in (running, found))
+
+
+def test_a_root_that_was_never_indexed_has_a_status_of_the_same_shape(settings: Settings) -> None:
+    found = status.snapshot(settings)
+    assert fits(status.as_json(found), SHAPE)
+    assert "never indexed" in status.as_text(found)
+
+
+async def test_status_is_cheap_and_imports_nothing_heavy(settings: Settings, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "the heron eats fish")))
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+    code = (
+        "import sys, time; from everos_engine.surface.cli import main; main(sys.argv[1:]);"
+        "print(time.process_time(), sorted({'lancedb', 'pyarrow', 'numpy', 'httpx'} & set(sys.modules)), file=sys.stderr)"
+    )
+    spent = []
+    for _ in range(3):
+        command = [sys.executable, "-c", code, "--root", str(root), "status"]
+        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+        seconds, heavy = done.stderr.decode().strip().split(" ", 1)
+        assert heavy == "[]"
+        spent.append(float(seconds))
+    assert min(spent) < 0.25
+
+
+async def test_a_stopped_engine_is_named_and_a_stalled_loop_too(settings: Settings, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "the heron eats fish")))
+    command = [sys.executable, "-m", "everos_engine", "--root", str(root), "run", "--log-format", "text"]
+    environment = {**os.environ, "EVEROS_EMBEDDER__KIND": "none"}
+    async with trio.open_nursery() as nursery:
+        process = await trio.lowlevel.open_process(command, stderr=subprocess.PIPE, env=environment)
+        assert process.stderr is not None
+        told = b""
+        while b"engine_started" not in told:
+            told += await process.stderr.receive_some()
+        nursery.start_soon(read_on, process.stderr)
+        try:
+            found = await trio.to_thread.run_sync(status.snapshot, settings)
+            assert (found.engine.state, found.engine.pid) == ("answers", process.pid)
+            process.send_signal(signal.SIGSTOP)
+            found = await trio.to_thread.run_sync(status.snapshot, settings)
+            assert found.engine.state == "stopped"
+            assert f"kill -CONT {process.pid}" in status.as_text(found)
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+            await process.wait()
+
+
+async def read_on(stream: trio.abc.ReceiveStream) -> None:
+    async for _ in stream:
+        pass
+
+
+@pytest.mark.parametrize(("colour", "has"), [(True, True), (False, False)])
+def test_colour_is_only_where_it_is_wanted(settings: Settings, root: Path, *, colour: bool, has: bool) -> None:
+    settings.engine_directory.mkdir(parents=True)
+    from everos_engine.engine import open_queue  # noqa: PLC0415 - imports LanceDB
+
+    open_queue(settings).close()
+    assert ("\x1b[" in status.as_text(status.snapshot(settings), Paint(colour))) is has
