@@ -193,7 +193,7 @@ async def test_the_pulse_of_an_engine_tells_of_every_loop(settings: Settings) ->
 
 async def test_a_step_that_holds_up_the_loop_is_named() -> None:
     lines: list[str] = []
-    sink = logger.add(lambda line: lines.append(str(line)), level="WARNING")
+    sink = logger.add(lambda line: lines.append(str(line)), level="INFO")
 
     async def rude_task() -> None:
         time.sleep(0.15)  # noqa: ASYNC251 - the fault under test

@@ -10,6 +10,7 @@ from loguru import logger
 
 if TYPE_CHECKING:
     from everos_engine.settings import Settings
+    from everos_engine.surface.live import Screen
 
 TEXT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}"
 
@@ -20,12 +21,19 @@ class _ToLoguru(logging.Handler):
         logger.opt(exception=record.exc_info).log(level, "{} {}", record.name, record.getMessage())
 
 
-def set_up(settings: Settings) -> None:
-    """Text lines, or one JSON object a line, on standard error."""
+def set_up(settings: Settings) -> Screen | None:
+    """Text lines, or one JSON object a line, on standard error; above a live line, which is returned, on a terminal."""
     logger.remove()
+    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+    logging.captureWarnings(capture=True)
     if settings.log_format == "json":
         logger.add(sys.stderr, level=settings.log_level, serialize=True)
-    else:
-        level = "WARNING" if settings.log_format == "auto" and sys.stderr.isatty() else settings.log_level
-        logger.add(sys.stderr, level=level, format=TEXT)
-    logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
+        return None
+    if settings.log_format == "auto" and sys.stderr.isatty():
+        from everos_engine.surface.live import Screen  # noqa: PLC0415 - only on a terminal
+
+        screen = Screen(sys.stderr)
+        logger.add(screen.write, level="WARNING", format=TEXT)
+        return screen
+    logger.add(sys.stderr, level=settings.log_level, format=TEXT)
+    return None

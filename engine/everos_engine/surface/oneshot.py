@@ -19,6 +19,7 @@ from everos_engine.loops.scan import AUDIT_FILES
 from everos_engine.search import Filter
 from everos_engine.stores import held, queue
 from everos_engine.supervise import alone
+from everos_engine.surface.live import show_status
 from everos_engine.surface.logs import set_up
 from everos_engine.system import wake
 from everos_engine.system.locks import running_pid
@@ -125,18 +126,27 @@ def _do(
     async def work() -> list[Outcome]:
         if running_pid(settings.engine_directory / "engine.lock") is None:
             try:
-                async with open_engine(settings, watching=False) as engine:
-                    return await own(engine)
+                async with open_engine(settings, watching=False) as engine, trio.open_nursery() as nursery:
+                    if screen is not None:
+                        nursery.start_soon(show_status, engine, screen)
+                    outcomes = await own(engine)
+                    nursery.cancel_scope.cancel()
             except AlreadyRunning:
                 pass  # one started in between: it serves us
+            else:
+                return outcomes
         database = open_queue(settings)
         try:
             return await hand_over(database)
         finally:
             database.close()
 
-    set_up(settings)
-    return _alone(work)
+    screen = set_up(settings)
+    try:
+        return _alone(work)
+    finally:
+        if screen is not None:
+            screen.clear()
 
 
 def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable[list[dict[str, object]]]]) -> list:  # type: ignore[type-arg]

@@ -11,6 +11,8 @@ import trio
 from loguru import logger
 
 BLOCKED_SECONDS = 0.1
+LONG_SECONDS = 1.0
+"""A block that a person should see; shorter ones are for those who read the log."""
 SAY_EVERY_SECONDS = 1.0
 
 
@@ -37,7 +39,8 @@ class LoopBlocks(trio.abc.Instrument):
             self.worst_seconds, self.worst_task = took, task.name
         if now - self._said >= SAY_EVERY_SECONDS:
             self._said = now
-            logger.warning("loop_blocked task={} milliseconds={:.0f} times={}", task.name, took * 1000, self.count)
+            level = "WARNING" if took >= LONG_SECONDS else "INFO"
+            logger.log(level, "loop_blocked task={} milliseconds={:.0f} times={}", task.name, took * 1000, self.count)
 
 
 @contextmanager
