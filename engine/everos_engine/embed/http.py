@@ -133,7 +133,7 @@ def endpoint(url: str) -> str:
         message = f"embedder.url is no URL ({error}): write it like https://api.example.com/v1"
         raise SettingsError(message) from None
     if parsed.scheme not in {"http", "https"} or not parsed.host:
-        message = f"embedder.url has the scheme {parsed.scheme!r}: write it like https://api.example.com/v1"
+        message = f"embedder.url has scheme {parsed.scheme!r} and host {parsed.host!r}: write it like https://api.example.com/v1"
         raise SettingsError(message)
     path = parsed.path.rstrip("/")
     return str(parsed.copy_with(path=path if path.endswith("/embeddings") else f"{path}/embeddings"))
@@ -184,12 +184,16 @@ def _headers(api_key: str) -> dict[str, str]:
 async def _bounded(answer: httpx.Response, most_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
-    async for part in answer.aiter_bytes():
-        size += len(part)
-        if size > most_bytes:
-            message = f"the embedding service answered with more than {most_bytes} bytes"
-            raise Transient(message)
-        parts.append(part)
+    with trio.CancelScope() as scope:  # leaving the loop early would leave the client's generators to the collector
+        async for part in answer.aiter_bytes():
+            size += len(part)
+            if size > most_bytes:
+                scope.cancel()
+            else:
+                parts.append(part)
+    if size > most_bytes:
+        message = f"the embedding service answered with more than {most_bytes} bytes"
+        raise Transient(message)
     return b"".join(parts)
 
 

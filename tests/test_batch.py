@@ -1,0 +1,363 @@
+"""The batcher and its gate: few calls, every wait ends, and trouble stays where it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from embedding_server import Handler, reply, serving
+from everos_engine.embed.batch import Batcher, open_batcher
+from everos_engine.embed.gate import RECHECK_SECONDS, WAITING, Gate
+from everos_engine.embed.http import open_http_embedder
+from everos_engine.embed.protocol import PROBE_SENTENCE, Embedder
+from everos_engine.errors import BadText, EngineError, Transient, Unavailable
+from everos_engine.settings import EmbedderSettings
+from everos_engine.testing import FakeEmbedder
+
+DOWN = Transient("HTTP 503")
+THROTTLED = Unavailable("HTTP 429", retry_after_seconds=3)
+NO_MODEL = ("HTTP 400: no such model",)
+
+
+async def forget(_life: int, _vectors: Mapping[str, NDArray[np.float32]]) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def batching(embedder: Embedder, **more: float) -> AsyncIterator[tuple[Batcher, Gate]]:
+    chosen = EmbedderSettings(**({"hedge_seconds": 2, "deadline_seconds": 30} | more))  # type: ignore[arg-type]
+    gate = Gate(embedder, chosen)
+    async with open_batcher(gate, chosen, forget) as batcher:
+        yield batcher, gate
+
+
+@asynccontextmanager
+async def over_http(**more: float) -> AsyncIterator[tuple[Any, Batcher, Gate]]:
+    with serving() as service:
+        chosen = EmbedderSettings(kind="http", url=service.url, model="m", **more)  # type: ignore[arg-type]
+        async with open_http_embedder(chosen) as embedder, batching(embedder, **more) as (batcher, gate):
+            yield service, batcher, gate
+
+
+def same(found: Sequence[object], embedder: FakeEmbedder, texts: Sequence[str]) -> bool:
+    wanted = [embedder.vector(text) for text in texts]
+    return all(isinstance(one, np.ndarray) and np.allclose(one, two) for one, two in zip(found, wanted, strict=True))
+
+
+async def test_texts_of_many_files_share_calls_of_64_with_8_in_flight_over_kept_connections() -> None:
+    async with over_http() as (service, batcher, gate):
+        await gate.identify()
+        service.delay_seconds = 0.05
+        results: dict[int, list[object]] = {}
+
+        async def ask(number: int) -> None:
+            results[number] = list(await batcher.embed([f"{number}/{entry}" for entry in range(4)]))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(320):
+                nursery.start_soon(ask, number)
+        for number, found in results.items():
+            assert same(found, service.model, [f"{number}/{entry}" for entry in range(4)])
+        sizes = [len(request["input"]) for request in service.requests[1:]]
+        assert sum(sizes) == 1280
+        assert max(sizes) == 64
+        assert len(sizes) <= 28
+        assert 6 <= service.peak <= 8
+        assert service.connections <= 9
+
+
+async def test_a_poisoned_text_is_found_in_two_rounds_and_harms_nobody() -> None:
+    async with over_http() as (service, batcher, gate):
+        await gate.identify()
+        texts = [f"text {number}" for number in range(63)]
+        *found, refused = await batcher.embed([*texts, "POISON"])
+        assert same(found, service.model, texts)
+        assert isinstance(refused, BadText)
+        assert len(service.requests) <= 1 + 1 + 1 + 8 + 8  # who answers, the call, is it the service, two rounds
+        asked = len(service.requests)
+        await batcher.embed([*texts, "POISON"])
+        assert [one["input"] for one in service.requests[asked:] if "POISON" in one["input"]] == [["POISON"]]
+
+
+async def test_a_text_that_crashes_the_service_is_alone_to_blame() -> None:
+    def crash(handler: Handler, body: dict[str, Any]) -> bool:
+        if any("CRASH" in text for text in body["input"]):
+            reply(handler, 500, {"error": "segfault"})
+            return True
+        return False
+
+    async with over_http() as (service, batcher, gate):
+        await gate.identify()
+        service.misbehave = crash
+        texts = [f"text {number}" for number in range(63)]
+        *found, crashed = await batcher.embed([*texts, "CRASH"])
+        assert same(found, service.model, texts)
+        assert type(crashed) is Transient
+        assert crashed.counts_as_retry
+        assert gate.down.value is None
+
+
+async def test_a_429_pauses_every_call_for_as_long_as_it_asks() -> None:
+    def throttled(handler: Handler, body: dict[str, Any]) -> bool:
+        if "much" in body["input"]:
+            reply(handler, 429, {}, Retry_After="0.4")
+            return True
+        return False
+
+    async with over_http(outage_probe_seconds=0.01) as (service, batcher, gate):
+        await gate.identify()
+        service.misbehave = throttled
+        (outcome,) = await batcher.embed(["much"])
+        began = trio.current_time()
+        assert isinstance(outcome, Unavailable)
+        asked = len(service.requests)
+        (other,) = await batcher.embed(["another file's"])
+        assert isinstance(other, Unavailable)
+        assert str(other).startswith(WAITING)
+        assert 0 < (other.retry_after_seconds or 0) <= 0.4
+        await gate.down.wait_value(lambda reason: reason is None)
+        assert trio.current_time() - began >= 0.35
+        assert service.requests[asked:] == [service.requests[0]]  # the probe
+        assert same(await batcher.embed(["another file's"]), service.model, ["another file's"])
+
+
+async def test_no_more_calls_begin_in_a_second_than_allowed(autojump_clock: trio.testing.MockClock) -> None:
+    fake = FakeEmbedder(batch_size=1)
+    async with batching(fake, calls_per_second=4) as (batcher, _):
+        began = trio.current_time()
+        await batcher.embed([str(number) for number in range(41)])
+        assert 9.9 <= trio.current_time() - began <= 10.1
+        assert fake.peak <= 8
+
+
+async def test_an_outage_costs_one_probe_at_a_time_ever_more_rarely(autojump_clock: trio.testing.MockClock) -> None:
+    fake = FakeEmbedder()
+    async with batching(fake, outage_probe_seconds=1, outage_probe_max_seconds=30) as (batcher, gate):
+        await batcher.embed(["warm"])
+        fake.outage = DOWN
+        outcomes = await batcher.embed([str(number) for number in range(1000)])
+        assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
+        asked = len(fake.calls)
+        for _ in range(100):
+            assert isinstance((await batcher.embed(["waiting"]))[0], Unavailable)
+        assert len(fake.calls) == asked
+        await trio.sleep(3600)
+        assert 3600 / 40 < len(fake.calls) - asked < 3600 / 30 + 10
+        assert set(fake.calls[asked:]) == {(PROBE_SENTENCE,)}
+        fake.outage = None
+        await trio.sleep(38)
+        assert gate.down.value is None
+        assert same(await batcher.embed(["waiting"]), fake, ["waiting"])
+
+
+async def test_a_service_that_refuses_everything_is_down_and_no_text_is_to_blame(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    class Refusing(FakeEmbedder):
+        async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            if len(self.calls) > 1:
+                raise BadText(*NO_MODEL)
+            return await super().embed(texts)
+
+    async with batching(Refusing()) as (batcher, _):
+        await batcher.embed(["warm"])
+        (outcome,) = await batcher.embed(["good"])
+        assert isinstance(outcome, Unavailable)
+        assert "even a plain sentence" in str(outcome)
+
+
+async def test_a_hanging_text_fails_alone_and_is_asked_alone_ever_after(autojump_clock: trio.testing.MockClock) -> None:
+    fake = FakeEmbedder()
+    async with batching(fake) as (batcher, gate):
+        texts = [str(number) for number in range(63)]
+        began = trio.current_time()
+        results: list[object] = []
+
+        async def good() -> None:
+            results.extend(await batcher.embed(texts))
+            results.append(trio.current_time() - began)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(good)
+            (hung,) = await batcher.embed(["HANG"])
+        assert same(results[:-1], fake, texts)
+        assert isinstance(results[-1], float)
+        assert results[-1] <= 2 * 2 + 0.1  # two rounds of patience
+        assert isinstance(hung, Transient)
+        assert hung.counts_as_retry
+        assert gate.down.value is None
+        asked = len(fake.calls)
+        began = trio.current_time()
+        results.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(batcher.embed, ["HANG"])
+            nursery.start_soon(good)
+        assert results[-1] == 0  # nobody waited for it this time
+        assert ("HANG",) in fake.calls[asked:]
+        assert not [call for call in fake.calls[asked:] if "HANG" in call and len(call) > 1]
+
+
+async def test_many_hanging_texts_keep_no_slot_from_the_others(autojump_clock: trio.testing.MockClock) -> None:
+    fake = FakeEmbedder()
+    async with batching(fake) as (batcher, _), trio.open_nursery() as nursery:
+        for number in range(300):
+            nursery.start_soon(batcher.embed, [f"HANG {number}"])
+        await trio.sleep(120)
+        for number in range(50):
+            began = trio.current_time()
+            assert same(await batcher.embed([f"edit {number}"]), fake, [f"edit {number}"])
+            assert trio.current_time() - began <= 4.1
+        assert fake.peak <= 8 + 4 + 2 + 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_slow_service_is_given_more_time_instead_of_more_calls(autojump_clock: trio.testing.MockClock) -> None:
+    class Slow(FakeEmbedder):
+        async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            await trio.sleep(0.1 * len(texts))
+            return await super().embed(texts)
+
+    slow = Slow()
+    async with batching(slow) as (batcher, _):
+        for turn in range(12):
+            assert same(await batcher.embed([f"{turn}/0"]), slow, [f"{turn}/0"])
+            texts = [f"{turn}/{number}" for number in range(1, 64)]
+            assert same(await batcher.embed(texts), slow, texts)
+        assert max(len(call) for call in slow.calls) == 63
+
+
+class Steady(FakeEmbedder):
+    """Takes a second for every call."""
+
+    async def _answer(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        await trio.sleep(1)
+        return await super()._answer(texts)
+
+
+async def test_a_file_of_ten_thousand_entries_does_not_hold_up_a_single_edit(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    steady = Steady()
+    async with batching(steady) as (batcher, _), trio.open_nursery() as nursery:
+        nursery.start_soon(batcher.embed, [f"entry {number}" for number in range(10_000)])
+        await trio.sleep(3)
+        began = trio.current_time()
+        await batcher.embed(["an edit"])
+        assert trio.current_time() - began <= 2
+    assert len(steady.calls) <= 10_000 / 64 + 4
+    assert steady.peak == 8
+
+
+async def test_whoever_is_cancelled_leaves_nothing_stuck(autojump_clock: trio.testing.MockClock) -> None:
+    fake = FakeEmbedder()
+    async with batching(fake) as (batcher, _):
+        for text in ("HANG", "plain", "POISON", "FLAKY"):
+            with trio.move_on_after(0.01):
+                await batcher.embed([text, "together"])
+            with trio.fail_after(100):
+                first, second = await batcher.embed([text, "together"])
+            assert same([second], fake, ["together"])
+            assert isinstance(first, EngineError) == (text != "plain")
+
+
+async def test_the_same_text_in_many_files_is_asked_once(autojump_clock: trio.testing.MockClock) -> None:
+    fake = Steady()
+    async with batching(fake) as (batcher, _), trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(batcher.embed, ["same", "same", "same"])
+    assert [call for call in fake.calls if call != (PROBE_SENTENCE,)] == [("same",)]
+
+
+async def test_a_model_swapped_without_a_pause_is_noticed_by_the_clock(autojump_clock: trio.testing.MockClock) -> None:
+    fake = FakeEmbedder()
+    async with batching(fake) as (batcher, gate):
+        await batcher.embed(["one"])
+        assert gate.life == 1
+        fake.model = "another"
+        await trio.sleep(RECHECK_SECONDS)
+        await batcher.embed(["two"])
+        assert gate.life == 2
+        assert gate.unsure_seconds >= RECHECK_SECONDS
+
+
+class Moody(FakeEmbedder):
+    """Answers, dawdles, fails or hangs by chance from a seed; a text with BAD is always refused."""
+
+    def __init__(self, seed: int, trouble: float) -> None:
+        super().__init__(batch_size=8, concurrency=3)
+        self.chance = random.Random(seed)  # noqa: S311
+        self.trouble = trouble
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        await trio.sleep(self.chance.choice([0, 0.01, 1]))
+        if self.chance.random() < self.trouble:
+            mood = self.chance.choice(["hang", "transient", "throttle", "short"])
+            if mood == "hang":
+                await trio.sleep_forever()
+            if mood == "transient":
+                raise DOWN
+            if mood == "throttle":
+                raise THROTTLED
+            return np.zeros((len(texts) + 1, 16), dtype=np.float32)
+        if any("BAD" in text for text in texts):
+            raise BadText(*NO_MODEL)
+        return await super().embed(texts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    trouble=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    asks=st.lists(st.tuples(st.integers(0, 20), st.lists(st.integers(0, 30), max_size=20), st.booleans()), max_size=12),
+)
+def test_every_wait_ends_with_the_right_vector_or_an_error_whatever_the_service_does(
+    seed: int, trouble: float, asks: list[tuple[int, list[int], bool]]
+) -> None:
+    moody = Moody(seed, trouble)
+    ended: list[tuple[list[str], Sequence[object]]] = []
+
+    async def ask(batcher: Batcher, after: int, texts: list[str], impatient: bool) -> None:  # noqa: FBT001
+        await trio.sleep(after)
+        with trio.move_on_after(1 if impatient else 10_000) as scope:
+            ended.append((texts, await batcher.embed(texts)))
+        assert impatient or not scope.cancelled_caught
+
+    async def run() -> None:
+        async with batching(moody) as (batcher, _):
+            async with trio.open_nursery() as nursery:
+                for after, numbers, impatient in asks:
+                    texts = [f"{number} BAD" if number % 7 == 6 else str(number) for number in numbers]
+                    nursery.start_soon(ask, batcher, after, texts, impatient)
+            await trio.sleep(10_000)
+            assert not batcher._by_text
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+    for texts, outcomes in ended:
+        for text, outcome in zip(texts, outcomes, strict=True):
+            if isinstance(outcome, np.ndarray):
+                assert np.allclose(outcome, moody.vector(text))
+            else:
+                assert isinstance(outcome, (Transient, BadText))
+            if "BAD" in text:
+                assert not isinstance(outcome, np.ndarray)
+            elif trouble == 0:
+                assert isinstance(outcome, np.ndarray)
+    assert moody.peak <= 3 + 1 + 1 + 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 64, 65, 200])
+async def test_outcomes_come_in_the_order_of_the_texts(size: int) -> None:
+    fake = FakeEmbedder()
+    texts = [f"text {number}" for number in range(size)]
+    async with batching(fake) as (batcher, _):
+        assert same(await batcher.embed(texts), fake, texts)
