@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import apsw
 import pytest
 
 from everos_engine.errors import Exhausted, Transient, exhausted
+from everos_engine.stores.database import Database
 from everos_engine.system import fds
 
 
@@ -54,6 +56,19 @@ def test_at_the_limit_it_still_counts_and_tells_apart(tmp_path: Path) -> None:
     assert fds.memory() is None
     assert fds.tree_size(tmp_path) is None
     assert not fds.Reserve().take()
+
+
+@pytest.mark.usefixtures("full")
+def test_a_database_that_cannot_be_opened_for_want_of_descriptors_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Exhausted, match="no file descriptor is left"):
+        Database(tmp_path / "engine.db")
+    assert fds.none_left()
+
+
+def test_a_database_that_cannot_be_opened_for_another_reason_is_no_want_of_descriptors(tmp_path: Path) -> None:
+    with pytest.raises(apsw.CantOpenError):
+        Database(tmp_path / "none" / "engine.db")
+    assert not fds.none_left(wanted=8)
 
 
 def test_every_class_is_told_apart(tmp_path: Path) -> None:

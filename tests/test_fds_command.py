@@ -81,6 +81,22 @@ def test_without_an_engine_it_says_why_none_would_start(root: Path, capsys: pyte
     assert "or use descriptor_mode=reopen, which pins none" in text
 
 
+def test_an_engine_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic(root: Path) -> None:
+    run = f"{sys.executable} -m everos_engine run --root '{root}'"
+    pinned = os.environ | {"EVEROS_LANCEDB__DESCRIPTOR_MODE": "pinned"}
+    process = subprocess.run(
+        ["bash", "-c", f"ulimit -n 256; exec {run}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=pinned,
+        timeout=60,
+    )
+    assert process.returncode == 2
+    assert "index_cache_size_bytes=16777216 with lancedb.descriptor_mode=pinned needs up to 1808" in process.stderr
+    assert "RLIMIT_NOFILE is 256: lower the cap to " in process.stderr
+
+
 def test_it_imports_neither_lancedb_nor_numpy(root: Path) -> None:
     script = (
         "import sys; from everos_engine.surface.cli import main; main(sys.argv[1:]);"

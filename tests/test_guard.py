@@ -182,6 +182,20 @@ async def test_a_broken_law_is_said_and_a_proven_one_is_proven_once(settings: Se
         assert await desk.database.aread(lambda tx: queue.get_meta(tx, "descriptor_law")) == kept
 
 
+async def test_a_session_that_holds_too_many_bytes_is_rotated_once_a_minute(settings: Settings, root: Path) -> None:
+    tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
+    put(root, day(1), facts(fact(1, "heron")))
+    async with open_engine(tight, embedder=FakeEmbedder(), watching=False) as engine:
+        await engine.settle()
+        before = engine.desk.index.rotations
+        guard = Guard(engine.desk)
+        for _ in range(3):
+            assert len(await engine.search("heron")) == 1
+            await guard.look()
+        assert engine.desk.index.rotations == before + 1
+        assert len(await engine.search("heron")) == 1
+
+
 async def test_the_guard_costs_less_than_two_thousandths_of_a_core_at_500_descriptors(settings: Settings) -> None:
     async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
         guard = Guard(engine.desk)

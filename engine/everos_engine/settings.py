@@ -54,6 +54,11 @@ class LanceDBSettings:
         "Descriptors that one MiB of index cache pins in mode `pinned`; `everos-engine fds calibrate` measures it.",
         least=1,
     )
+    session_most_bytes: int = knob(
+        256 << 20,
+        "Bytes in the Session's caches, metadata too, above which it is rotated; sizes are accepted.",
+        least=0,
+    )
     soft_budget_share: float = knob(
         0.5,
         "Share of the descriptor limit above which the Session is rotated and the worker slows down.",

@@ -36,6 +36,7 @@ FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
 """A rotation that freed nothing is tried again after a rest that doubles."""
 CALM_SECONDS = 2.0
 """After an exhaustion new work waits until none was seen for so long."""
+BYTES_REST_SECONDS = 60.0
 PROVE_AGAIN_SECONDS = 30.0
 LAW = "descriptor_law"
 LAW_REMEDY = (
@@ -77,6 +78,9 @@ class Guard:
     _heard: int = 0
     _rotate_after: float = float("-inf")
     _rest_seconds: float = FIRST_REST_SECONDS
+    _before_last: int = 0
+    _lowest_since: int = 0
+    _rotated_for_bytes: float = float("-inf")
     _was_exhausted: bool = False
     _history: TextIOWrapper | None = None
 
@@ -104,6 +108,7 @@ class Guard:
                 desk.exhaustion.value += 1
                 heard, self._heard = True, desk.exhaustion.value
             desk.exhausted_at_seconds = now
+        self._lowest_since = min(self._lowest_since, count)
         self._classify(now, count)
         if heard or count >= limit:
             self._rotate(now, count, reason="exhausted")
@@ -112,6 +117,10 @@ class Guard:
                 self._rotate(now, count, reason="over_budget")
         else:
             self._rest_seconds = FIRST_REST_SECONDS
+            too_many = desk.index.session_bytes() > desk.settings.lancedb.session_most_bytes
+            if too_many and now - self._rotated_for_bytes >= BYTES_REST_SECONDS:
+                self._rotated_for_bytes = now
+                self._rotate(now, count, reason="session_bytes")
         count = self.count()
         self.peak = max(self.peak, count)
         calm = now - desk.exhausted_at_seconds >= CALM_SECONDS
@@ -178,17 +187,19 @@ class Guard:
     def _rotate(self, now: float, before: int, *, reason: str) -> None:
         if now < self._rotate_after:
             return
-        index = self.desk.index
+        index, held_bytes = self.desk.index, self.desk.index.session_bytes()
         index.rotate()
         after = self.count()
-        freed_some = before - after > 1
-        self._rest_seconds = FIRST_REST_SECONDS if freed_some else min(2 * self._rest_seconds, MOST_REST_SECONDS)
+        helped = self._before_last - self._lowest_since > 1 or not self._before_last  # its readers may have gone later
+        self._rest_seconds = FIRST_REST_SECONDS if helped else min(2 * self._rest_seconds, MOST_REST_SECONDS)
         self._rotate_after = now + self._rest_seconds
+        self._before_last = self._lowest_since = before
         logger.warning(
-            "session_rotated reason={} before={} after={} rotations={} waiting={} classes={}",
+            "session_rotated reason={} before={} after={} session_bytes={} rotations={} waiting={} classes={}",
             reason,
             before,
             after,
+            held_bytes,
             index.rotations,
             index.generations_open - 1,
             {name: number for name, number in self.classes.items() if number},

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
-from watchfiles._rust_notify import RustNotify
+from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
-from everos_engine.errors import Transient
+from everos_engine.errors import Exhausted, Transient, exhausted
 from everos_engine.loops.brake import FEW
 from everos_engine.loops.desk import Desk, now_milliseconds
 from everos_engine.loops.observe import key_in_root, observe_paths, verify_racy
 from everos_engine.stores import queue
-from everos_engine.system import files, limits
+from everos_engine.system import fds, files, limits
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from everos_engine.stores.queue import Observation
 
 STEP_MILLISECONDS = 20
+WATCHER_DESCRIPTORS = 4
+"""What laying the watches opens: inotify, two polls and their wake-up."""
 INDEX_DIRECTORY = ".index"
 LOOK_SECONDS = 2.0
 """How often the root's identity is checked, and the watching thread's life."""
@@ -134,6 +136,13 @@ def _lay(settings: Settings) -> RustNotify:
     paths, debug, polling, delay, recursive = [os.fspath(settings.root)], False, False, 300, True
     try:
         return RustNotify(paths, debug, polling, delay, recursive, ignore_permission_denied=False)
+    except WatchfilesRustInternalError as error:
+        if not exhausted(error):
+            raise
+        if fds.none_left(wanted=WATCHER_DESCRIPTORS):
+            message = f"no file descriptor is left to watch with: {error}"
+            raise Exhausted(message) from error
+        raise OSError(errno.EMFILE, str(error)) from error  # the user's share of inotify instances
     except (
         PermissionError
     ):  # a blind directory, which the scan names; ignoring it hides a watch limit, which _check finds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -52,6 +53,11 @@ class Database:
             self._run("PRAGMA temp_store=MEMORY")
             if schema:
                 self._lay(schema, version, may_replace=may_replace)
+        except apsw.CantOpenError as error:
+            if not _none_left():
+                raise
+            message = f"{path}: {error}: no file descriptor is left"
+            raise Exhausted(message) from error
         except (apsw.NotADBError, apsw.CorruptError) as error:
             message = f"{path} is damaged ({error}): stop the engine, remove {path.parent} and start again; nothing but the queue and caches is lost, markdown is the truth"
             raise Fatal(message) from error
@@ -143,7 +149,7 @@ class Database:
                     raise Transient(message) from error
                 time.sleep(0.005)
             except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.NoMemError) as error:
-                if self._connection.system_errno in FULL:
+                if self._connection.system_errno in FULL or _none_left():
                     message = f"{self.path}: {error}: no file descriptor is left"
                     raise Exhausted(message) from error
                 message = f"{self.path}: {error}: free disk space, or check the disk"
@@ -154,3 +160,12 @@ class Database:
 def _drain(rows: Iterable[object]) -> None:
     for _ in rows:
         pass
+
+
+def _none_left() -> bool:
+    """SQLite says only that it cannot open: ask the system itself."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in FULL
+    return False

@@ -40,6 +40,22 @@ def raise_soft_limit() -> tuple[int, int]:
     return before, limits()[0]
 
 
+def none_left(*, wanted: int = 1) -> bool:
+    """Whether so many descriptors could not be opened now: the process or the system is at its limit."""
+    opened: list[int] = []
+    try:
+        for _ in range(wanted):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401 - each must be closed
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return True
+    finally:
+        for handle in opened:
+            os.close(handle)
+    return False
+
+
 def counter() -> tuple[Callable[[], int], str]:
     """How descriptors are counted here, and the name of that way: by ``stat``, a ``listing``, or ``psutil``.
 
