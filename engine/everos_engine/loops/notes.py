@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from loguru import logger
-
 from everos_engine.stores import queue
 
 if TYPE_CHECKING:
@@ -38,6 +36,8 @@ class Notes:
         if self.now.get(code) == note:
             return
         if code not in self.now:
+            from loguru import logger  # noqa: PLC0415 - as below
+
             logger.warning("{} message={!r} remedy={!r}", code, message, remedy)
         self.now[code] = note
         await self._keep()
@@ -45,6 +45,8 @@ class Notes:
     async def over(self, *codes: str) -> None:
         """End conditions, if they last."""
         ended = [code for code in codes if self.now.pop(code, None)]
+        from loguru import logger  # noqa: PLC0415 - `status` only reads what was said
+
         for code in ended:
             logger.info("{}_over", code)
         if ended:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import apsw
-import trio
 
 from everos_engine.errors import FULL, Exhausted, Fatal, Transient
+
+if TYPE_CHECKING:
+    import trio
 
 T = TypeVar("T")
 Value = str | int | float | bytes | None
@@ -42,7 +44,7 @@ class Database:
     ) -> None:
         flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         self.path = path
-        self.limiter = trio.CapacityLimiter(1)
+        self._limiter: trio.CapacityLimiter | None = None
         try:
             self._connection = apsw.Connection(str(path), flags=flags)
             self._connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
@@ -111,13 +113,27 @@ class Database:
 
         return self._retried(attempt)
 
+    @property
+    def limiter(self) -> trio.CapacityLimiter:
+        """One thread at a time: whoever uses the connection off the event loop holds this."""
+        import trio  # noqa: PLC0415 - `status` needs no event loop, and answers in half the time without
+
+        if self._limiter is None:
+            self._limiter = trio.CapacityLimiter(1)
+        return self._limiter
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        import trio  # noqa: PLC0415
+
+        return await trio.to_thread.run_sync(work, limiter=self.limiter)
+
     async def awrite(self, work: Callable[[Transaction], T]) -> T:
         """``write`` off the event loop; once begun it is not cancelled."""
-        return await trio.to_thread.run_sync(self.write, work, limiter=self.limiter)
+        return await self._in_thread(lambda: self.write(work))
 
     async def aread(self, work: Callable[[Transaction], T]) -> T:
         """``read`` off the event loop."""
-        return await trio.to_thread.run_sync(self.read, work, limiter=self.limiter)
+        return await self._in_thread(lambda: self.read(work))
 
     async def data_version(self) -> int:
         """A number that moves when another connection has committed."""
@@ -125,7 +141,7 @@ class Database:
         def ask() -> int:
             return int(next(iter(self._connection.execute("PRAGMA data_version")))[0])
 
-        return await trio.to_thread.run_sync(ask, limiter=self.limiter)
+        return await self._in_thread(ask)
 
     def checkpoint(self) -> None:
         """Move the WAL into the database file, as far as readers allow."""
