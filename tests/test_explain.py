@@ -51,6 +51,8 @@ async def test_a_file_is_followed_from_unseen_to_searchable(settings: Settings, 
         await engine.settle()
         assert told(settings, path) == ("searchable", "ok")
         assert as_json(explain(settings, path.as_posix()))["rows"] == {"ledger": 2, "index": None}
+    counted = await trio.to_thread.run_sync(lambda: explain(settings, FACTS, rows=True))
+    assert counted.index_rows == 2
     path.write_text(facts(fact(2, "the otter swims"), fact(3, "a third")))
     found = as_json(explain(settings, FACTS))
     entries = found["entries"]

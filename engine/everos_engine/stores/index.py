@@ -563,6 +563,22 @@ async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Exami
         connection.close()
 
 
+async def count_of(directory: Path, kind: str, md_path: str) -> int:
+    """Rows of one path in the table itself, counted as ``examine`` looks; 0 where there is no table."""
+    os.environ.setdefault("LANCEDB_LOG", "error")
+    if not (directory / f"{kind}.lance").is_dir():
+        return 0
+    connection = await lancedb.connect_async(uri_of(directory, mode="reopen"))
+    try:
+        table = await connection.open_table(kind)
+        try:
+            return int(await table.count_rows(f"md_path = {text_literal(md_path)}"))
+        finally:
+            table.close()
+    finally:
+        connection.close()
+
+
 async def _examined(connection: AsyncConnection, kind: TableKind) -> Examination:
     try:
         table = await connection.open_table(kind.name)

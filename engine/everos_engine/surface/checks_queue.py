@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from everos_engine.loops.brake import WHY
 from everos_engine.stores import inspection
 from everos_engine.stores.database import Database
-from everos_engine.surface.checkup import Check
+from everos_engine.surface.checkup import Check, notes_of
 from everos_engine.surface.paint import ago, plural, quoted, shown
 from everos_engine.surface.vitals import number
 from everos_engine.system import locks
@@ -20,7 +20,8 @@ SCANS_MISSED = 3
 LATE_SECONDS = 60.0
 MOST_CHECKED_BYTES = 512 << 20
 """A larger embedding cache is not read through: it can be thrown away at any time."""
-SHOWN_AS_HELD = "deletions_held"
+SHOWN_ELSEWHERE = ("deletions_held", "descriptor")
+"""How the codes of notes begin that have a check of their own."""
 
 
 def check_engine(case: Case) -> Check:
@@ -60,8 +61,8 @@ def check_watch(case: Case) -> Check | None:
     counts = case.books.counts
     total = counts.found_by_scan + counts.found_by_watch
     share = f"{counts.found_by_scan:,} of {total:,} changes found by scans alone" if total else "no change noticed yet"
-    notes = [note for note in case.books.notes if note.code != SHOWN_AS_HELD]
-    if case.engine.running and notes:
+    notes = [note for note in notes_of(case) if not note.code.startswith(SHOWN_ELSEWHERE)]
+    if notes:
         cause = "; ".join(case.tell(note.message) for note in notes)
         remedy = "; ".join(dict.fromkeys(note.remedy for note in notes))
         return Check("watch", "warn", f"{', '.join(note.code for note in notes)}: {cause}", case.program_in(remedy))

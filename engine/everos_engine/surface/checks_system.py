@@ -10,16 +10,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everos_engine.surface.checkup import Check, Verdict
+from everos_engine.errors import SettingsError
+from everos_engine.surface.checkup import Check, Verdict, notes_of
 from everos_engine.surface.paint import ago, plural, quoted, size
 from everos_engine.surface.permission import blocked, may, permit
-from everos_engine.system import limits
+from everos_engine.surface.vitals import number
+from everos_engine.system import ceiling, limits
 
 if TYPE_CHECKING:
     from everos_engine.surface.checkup import Case
 
 LEAST_DESCRIPTORS, GOOD_DESCRIPTORS = 64, 256
-"""The engine needs up to 48 beside a pinned index; below four times that, queries and ingest begin to wait for each other."""
+"""The engine needs up to 48 beside a pinned index, and one needs some to start; with few, work waits for descriptors."""
+MOST_DESCRIPTORS = 1 << 20
+"""What an unlimited limit counts as."""
+DESCRIPTOR_NOTES = "descriptor"
+"""How the codes of the guard's notes begin."""
 LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = 128 << 20, 512 << 20
 LEAST_DISK_BYTES, GOOD_DISK_BYTES = 32 << 20, 256 << 20
 LEAST_INODES, GOOD_INODES = 200, 2000
@@ -104,22 +110,40 @@ def check_mounts(case: Case) -> Check:
 
 
 def check_descriptors(case: Case) -> Check:
-    """The descriptor limit holds what the engine may need; it raises the soft limit to the hard one by itself."""
-    soft, hard = _limit_of(case.engine.pid) or limits.descriptors()
-    whose = f"the engine's (pid {case.engine.pid})" if case.engine.pid else "this shell's"
-    count = case.engine.descriptors.get("count")
-    held = f", {count} open" if isinstance(count, int) else ""
-    cause = f"{whose} limit is {'none' if hard == limits.UNLIMITED else f'{hard:,}'}{held}"
-    if hard == limits.UNLIMITED or hard >= GOOD_DESCRIPTORS:
-        return Check("descriptors", "ok", cause)
+    """The limit holds what the engine may need, and the running one stays under its budget.
+
+    The hard limit counts: an engine raises the soft one to it when it starts.
+    """
+    hard = (_limit_of(case.engine.pid) or limits.descriptors())[1]
+    limit = MOST_DESCRIPTORS if hard == limits.UNLIMITED else hard
+    told = [note for note in notes_of(case) if note.code.startswith(DESCRIPTOR_NOTES)]
+    sample = case.engine.descriptors
+    whose = f"the engine's limit is {limit:,}" if case.engine.pid else f"this shell's limit is {limit:,}"
     good = 4 * GOOD_DESCRIPTORS
-    how = f"start the engine from a new shell after `ulimit -n {good}` (as root where that is refused), or with LimitNOFILE={good} in its unit"
-    remedy = f"{how}; {case.restart()}" if case.engine.pid else how
-    if hard < LEAST_DESCRIPTORS:
+    raising = f"start the engine from a new shell after `ulimit -n {good}` (as root where that is refused), or with LimitNOFILE={good} in its unit"
+    remedy = f"{raising}; {case.restart()}" if case.engine.pid else raising
+    try:
+        most = ceiling.cap_of(case.settings.lancedb, limit=limit)
+    except SettingsError as error:
+        return Check("descriptors", "fail", f"{whose}: the engine would not start: {case.tell(str(error))}", remedy)
+    pinned = case.settings.lancedb.descriptor_mode == "pinned"
+    needed = ceiling.ceiling_of(case.settings.lancedb, cap_bytes=most, pinned=pinned)
+    count = (
+        f"{number(sample.get('count')):,.0f} open, at most {number(sample.get('peak')):,.0f} so far; " if sample else ""
+    )
+    cause = f"{count}{whose}, the engine needs up to {needed:,}"
+    if limit < LEAST_DESCRIPTORS:
+        return Check("descriptors", "fail", cause, remedy)
+    if told:
+        words = "; ".join(f"{note.code}: {case.tell(note.message)}" for note in told)
         return Check(
-            "descriptors", "fail", f"{cause} (soft {soft:,}); the engine needs up to {LEAST_DESCRIPTORS}", remedy
+            "descriptors", "warn", f"{words}; {cause}", case.program_in("; ".join(note.remedy for note in told))
         )
-    return Check("descriptors", "warn", f"{cause} (soft {soft:,}); {GOOD_DESCRIPTORS} leave it room", remedy)
+    if limit < max(GOOD_DESCRIPTORS, ceiling.HEADROOM * needed):
+        return Check(
+            "descriptors", "warn", f"{cause}: {max(GOOD_DESCRIPTORS, ceiling.HEADROOM * needed)} leave it room", remedy
+        )
+    return Check("descriptors", "ok", cause)
 
 
 def check_inotify(case: Case) -> Check:

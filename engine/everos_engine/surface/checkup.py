@@ -130,6 +130,11 @@ class Case:
         return self.command("sync")
 
 
+def notes_of(case: Case) -> list[Note]:
+    """What the running engine says of itself; of one that is gone nothing is known."""
+    return list(case.books.notes) if case.books is not None and case.engine.running else []
+
+
 def open_case(settings: Settings, *, program: str, offline: bool) -> Case:
     """Look at the tree, the database and the engine once, for all checks."""
     now = time.time()

@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true")
     explain = add("explain", _explain, "why one path is or is not searchable, and what to do")
     explain.add_argument("path", metavar="PATH")
+    explain.add_argument("--rows", action="store_true", help="count its rows in the index itself too")
     explain.add_argument("--json", action="store_true")
     doctor = add("doctor", _doctor, "check everything; 0 all ok, 1 a warning, 2 a failure")
     doctor.add_argument("checks", nargs="*", metavar="CHECK", help="only these checks, by name")
@@ -155,7 +156,7 @@ def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface.explain_text import as_text  # noqa: PLC0415
     from everos_engine.surface.paint import paint_for  # noqa: PLC0415
 
-    found = explain(settings, arguments.path, program=program(settings, arguments))
+    found = explain(settings, arguments.path, program=program(settings, arguments), rows=arguments.rows)
     if arguments.json:
         print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
     else:

@@ -85,10 +85,29 @@ class Explanation:
     index_rows: int | None = None
 
 
-def explain(settings: Settings, asked: str, *, program: str = "everos-engine") -> Explanation:
-    """Explain one path, absolute, relative to the root, or to the working directory. Never raises for the path's state."""
+def explain(settings: Settings, asked: str, *, program: str = "everos-engine", rows: bool = False) -> Explanation:
+    """Explain one path, absolute, relative to the root, or to the working directory. Never raises for the path's state.
+
+    ``rows`` also counts them in LanceDB, which takes a second; None where the table does not open.
+    """
     evidence = gather(settings, asked, program=program)
-    return Explanation(evidence, judge(evidence))
+    return Explanation(evidence, judge(evidence), _index_rows(evidence) if rows else None)
+
+
+def _index_rows(evidence: Evidence) -> int | None:
+    change, place = evidence.known.change, evidence.place
+    kind = place.kind if place is not None else "" if change is None else change.kind
+    key = place.md_path if place is not None else evidence.key
+    if not kind or key is None:
+        return 0
+    import asyncio  # noqa: PLC0415 - only here
+
+    from everos_engine.stores.index import count_of  # noqa: PLC0415 - imports LanceDB
+
+    try:
+        return asyncio.run(count_of(evidence.settings.lancedb_directory, kind, key))
+    except (RuntimeError, OSError, ValueError):
+        return None
 
 
 def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
