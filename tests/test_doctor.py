@@ -144,7 +144,7 @@ def test_cause_1_bad_yaml_is_named_with_its_line_and_mended_by_an_edit(shell: Sh
     told = shell.explain(FACTS)
     assert (told["verdict"], told["code"]) == ("failed", "damaged")
     assert re.match(r"line \d", str(told["cause"]))
-    assert "2 last good rows stay" in str(told["cause"])
+    assert "still searchable: 2 last good rows" in str(told["cause"])
     check = shell.doctor("failed")["failed"]
     assert (check["verdict"], FACTS in str(check["cause"])) == ("warn", True)
     path.write_text(GOOD)  # "... and save"

@@ -151,7 +151,7 @@ async def test_a_bad_entry_and_a_damaged_file_are_told_apart(settings: Settings,
         await engine.settle()
         found = explain(settings, FACTS)
         assert (found.judgement.verdict, found.judgement.code) == ("failed", "damaged")
-        assert "1 last good row" in found.judgement.cause
+        assert "still searchable: 1 last good row" in found.judgement.cause
         assert "line" in found.judgement.cause
 
 

@@ -89,7 +89,7 @@ def _queue(seen: Evidence) -> str:
 
 def _error(found: Explanation) -> str:
     change = found.evidence.known.change
-    if change is None or not change.error or change.error == found.judgement.cause:
+    if change is None or not change.error or change.error.split(";", 1)[0] in found.judgement.cause:
         return ""
     return change.error
 

@@ -87,7 +87,7 @@ def _gone(seen: Evidence) -> Judgement | None:
 
 def _file(seen: Evidence) -> Judgement | None:
     """The file itself cannot be read."""
-    last = f"; its {plural(seen.known.rows, 'last good row')} stay searchable" if seen.known.rows else ""
+    last = _kept(seen)
     if seen.disk.state == "too_large" and seen.disk.fingerprint is not None:
         has, most = seen.disk.fingerprint.size, seen.settings.max_file_bytes
         cause = f"the file has {has:,} bytes ({size(has)}), more than max_file_bytes={most}{last}"
@@ -111,22 +111,21 @@ def _file(seen: Evidence) -> Judgement | None:
 
 def _content(seen: Evidence) -> Judgement | None:
     """The file is damaged, or has bad entries, whatever the queue says."""
-    rows = seen.known.rows
     error, document = seen.disk.error, seen.disk.document
     if seen.disk.state == "damaged" and isinstance(error, BadFile):
-        kept = f"; its {plural(rows, 'last good row')} stay searchable" if rows else ""
         where = f"line {error.line}: " if error.line is not None else ""
-        cause = f"{where}{error.args[0]}{kept}"
+        cause = f"{where}{error.args[0]}{_kept(seen)}"
         following = f"nothing until the file changes; then {_then(seen)}"
-        return Judgement("failed", "damaged", cause, f"{error.remedy}, and save", following)
+        return Judgement("failed", "damaged", cause, f"{_plain(error.remedy)}, and save", following)
     if document is not None and document.problems and _settled(seen):
         first = document.problems[0]
         more = f" (and {len(document.problems) - 1} more)" if len(document.problems) > 1 else ""
-        cause = (
-            f"line {first.line}: entry {first.entry_id!r}: {first.message}{more}; the file's other entries are indexed"
-        )
+        cause = f"line {first.line}: entry {first.entry_id!r}: {first.message}{more}"
+        others = len(document.entries)
+        cause += f"; {plural(others, 'other entry is', 'other entries are')} indexed" if others else _kept(seen)
+        verdict: Verdict = "partly" if others or seen.known.rows else "failed"
         return Judgement(
-            "partly", "bad_entries", cause, first.remedy, f"nothing until the file changes; then {_then(seen)}"
+            verdict, "bad_entries", cause, _plain(first.remedy), f"nothing until the file changes; then {_then(seen)}"
         )
     return None
 
@@ -223,6 +222,16 @@ def _settled(seen: Evidence) -> bool:
     return (
         change is not None and print_ is not None and change.fingerprint == tuple(print_) and change.status != "pending"
     )
+
+
+def _kept(seen: Evidence) -> str:
+    """What of the file can still be found."""
+    return f"; still searchable: {plural(seen.known.rows, 'last good row')}" if seen.known.rows else ""
+
+
+def _plain(remedy: str) -> str:
+    """A parser's remedy: what it puts in backticks is no command."""
+    return remedy.replace("`", "'")
 
 
 def _sync(seen: Evidence) -> str:

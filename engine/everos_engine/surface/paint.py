@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CODES = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
 MOST_COLUMNS = 110
 _COMMAND = re.compile(r"`[^`]+`")
+_ESCAPE = re.compile(r"\x1b\[\d+m")
 _UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}
 _PLAIN = set(string.ascii_letters + string.digits + "_-./ ~%+=:,@")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -38,8 +39,12 @@ class Paint:
         whole = _COMMAND.sub(lambda match: match[0].replace(" ", "\0"), text)
         lines: list[str] = []
         for part in whole.splitlines() or [""]:
-            lines += textwrap.wrap(part, max(40, self.columns - indent), **_UNBROKEN) or [""]
-        return "\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]).replace("\0", " ")
+            lead = "x" * len(_ESCAPE.sub("", first)) if not lines else " " * indent
+            lines += textwrap.wrap(
+                part, max(40, self.columns), initial_indent=lead, subsequent_indent=" " * indent, **_UNBROKEN
+            ) or [lead]
+        lines[0] = first + lines[0][len(_ESCAPE.sub("", first)) :]
+        return "\n".join(lines).replace("\0", " ")
 
 
 def paint_for(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Paint:
