@@ -90,18 +90,21 @@ def vitals(settings: Settings) -> Vitals:
         return Vitals(0, "hidden")
     if pid is None:
         return Vitals(None, "absent")
-    stopped = process_state(pid) in {"T", "t"}
     for _ in range(TRIES):
         try:
             pulse = ask(settings.engine_directory / "control.sock", "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
         except TimeoutError:
-            return Vitals(pid, "stopped" if stopped else "silent")
+            return Vitals(pid, "stopped" if _is_stopped(pid) else "silent")
         except (OSError, ValueError):
             pulse = None
         if pulse is not None:
             return Vitals(pid, "answers", pulse)
         time.sleep(PAUSE_SECONDS)  # it may have taken the lock a moment ago, and listen in a moment
-    return Vitals(pid, "stopped" if stopped else "mute")
+    return Vitals(pid, "stopped" if _is_stopped(pid) else "mute")
+
+
+def _is_stopped(pid: int) -> bool:
+    return process_state(pid) in {"T", "t"}
 
 
 def process_state(pid: int) -> str:
