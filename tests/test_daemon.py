@@ -1,0 +1,126 @@
+"""The daemon as a process: one per root, commands beside it, signals, and a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from writer import FACTS, fact, facts, put
+
+ENGINE = [sys.executable, "-m", "everos_engine"]
+
+
+def environment(root: Path, **more: str) -> dict[str, str]:
+    own = {"EVEROS_ROOT": str(root), "EVEROS_EMBEDDER__KIND": "none", "XDG_CONFIG_HOME": str(root)}
+    return {**os.environ, **own, **more}
+
+
+@contextmanager
+def running(root: Path, *flags: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*ENGINE, "run", *flags]
+    with subprocess.Popen(command, env=environment(root, **more), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "engine_started" in line:
+                    break
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def command(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*ENGINE, *words], env=environment(root, **more), capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_engine_well(number: signal.Signals, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "one")))
+    with running(root) as process:
+        process.send_signal(number)
+        _, log = process.communicate(timeout=60)
+        assert (process.returncode, "engine_stopped" in log, "Traceback" in log) == (0, True, False)
+    assert "not running" in command(root, "status").stdout
+
+
+def test_a_second_run_names_the_first_and_leaves_it_alone(root: Path) -> None:
+    with running(root) as process:
+        second = command(root, "run")
+        assert second.returncode == 2
+        assert f"pid {process.pid}" in second.stderr
+        assert process.poll() is None
+
+
+def test_commands_beside_a_running_engine_hand_their_work_over(root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "heron"), fact(2, "otter", timestamp="yesterday")))
+    flags = {"EVEROS_WATCH__MODE": "off", "EVEROS_SCAN_INTERVAL_SECONDS": "3600"}
+    with running(root, **flags):
+        first = command(root, "sync")
+        assert first.returncode == 1
+        assert f"{FACTS}: failed retryable=FALSE" in first.stdout
+        path.write_text(facts(fact(1, "heron"), fact(2, "badger")))
+        named = command(root, "sync", FACTS)
+        assert (named.returncode, named.stdout) == (0, f"{FACTS}: done\n")
+        found = json.loads(command(root, "search", "badger", "--json").stdout)
+        assert [hit["entry_id"] for hit in found] == ["af_20250227_00000002"]
+        assert command(root, "fix", "--apply").returncode == 0
+        outside = command(root, "sync", "/etc/hosts.md")
+        assert outside.returncode == 2
+        assert "outside the memory root" in outside.stderr
+        path.unlink()
+        assert command(root, "sync", FACTS).stdout == f"{FACTS}: gone, its rows are removed\n"
+
+
+def test_log_lines_are_json_where_asked(root: Path) -> None:
+    with running(root, "--log-format", "json") as process:
+        process.terminate()
+        _, log = process.communicate(timeout=60)
+    assert all(json.loads(line)["record"]["level"]["name"] for line in log.splitlines())
+
+
+def test_a_signal_ends_the_engine_in_the_midst_of_work_and_nothing_is_lost(root: Path) -> None:
+    for number in range(300):
+        put(root, f"users/u1/.atomic_facts/{number}.md", facts(fact(number, f"word{number}")))
+    with running(root) as process:
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    assert command(root, "sync").returncode == 0
+    assert json.loads(command(root, "status", "--json").stdout)["rows"] == {"atomic_fact": 300}
+
+
+STUCK = """
+import os, signal, sys, threading, time, trio
+from everos_engine import load, run, settings
+from everos_engine.surface import daemon
+class Stuck:
+    async def __aenter__(self): return None
+    async def __aexit__(self, *_):
+        with trio.CancelScope(shield=True): await trio.sleep(60)
+daemon.open_engine = lambda _: Stuck()
+daemon.show_status = None
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+if sys.argv[1] == "twice": threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+run(load({"memory.root": sys.argv[2], "shutdown_grace_seconds": float(sys.argv[3])}, environment={}))
+"""
+
+
+@pytest.mark.parametrize(("times", "grace"), [("twice", "40"), ("once", "1")])
+def test_a_second_signal_or_the_end_of_grace_stops_at_once(times: str, grace: str, root: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, times, str(root), grace], capture_output=True, check=False, timeout=60
+    )
+    assert done.returncode == 130
+    assert time.monotonic() - began < 35
