@@ -1,10 +1,10 @@
-"""The workflow: `nox` runs lint, types, tests and a bounded fuzz run."""
+"""The workflow: `nox` runs lint, types, tests, and bounded fuzz and stress runs."""
 
 from __future__ import annotations
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "fuzz"]
+nox.options.sessions = ["lint", "types", "tests", "fuzz", "stress"]
 nox.options.reuse_existing_virtualenvs = True
 
 
@@ -33,6 +33,14 @@ def tests(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     session.install("-q", "-e", ".[test]")
     session.run("python", "fuzz/run.py", *session.posargs)
+
+
+@nox.session
+def stress(session: nox.Session) -> None:
+    """File descriptors; `nox -s stress -- --minutes 10` for the long form with every limit."""
+    session.install("-q", "-e", ".[test,plots]")
+    session.run("python", "-m", "pytest", "-q", "fuzz/test_slope.py", "fuzz/test_planted.py")
+    session.run("python", "fuzz/stress.py", *session.posargs)
 
 
 @nox.session

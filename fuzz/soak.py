@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import random
 import subprocess
@@ -32,8 +33,10 @@ FILES, ENTRIES = 60, 5
 PAUSE_SECONDS = 0.08
 """Between two changes of the tree."""
 END_SECONDS = 180.0
-RSS_NEEDS_SECONDS = 60.0
-"""A process is warm after half a minute of this traffic; of a shorter run the memory's slope is told, not judged."""
+SESSION_BUDGET_BYTES = 12 << 20
+"""Low, so that a short run has rotations enough for its memory to level off."""
+SLOPES_NEED_SECONDS = 60.0
+"""A process is warm after half a minute of this traffic; of a shorter run the slopes are told, not judged."""
 
 
 @dataclass(slots=True)
@@ -138,9 +141,8 @@ def soak(limit: int, mode: str, minutes: float, *, child: Path = CHILD, seed: in
         told, meter, log = _live(forest, limit, mode, minutes, child)
     run = Run(meter.seconds, meter.counts, meter.rss, limit, _budget(told))
     counts, rss = slope(run.seconds, run.counts), slope(run.seconds, run.rss_bytes)
-    faults = tuple(
-        _faults(told, meter.peak, limit, log, counts=counts, rss=rss if run.seconds[-1] >= RSS_NEEDS_SECONDS else None)
-    )
+    judged = {"descriptors": counts, "RSS bytes": rss} if run.seconds[-1] >= SLOPES_NEED_SECONDS else {}
+    faults = tuple(_faults(told, meter.peak, limit, log, slopes=judged))
     verdict = Verdict(limit, mode, faults, meter.peak, told, counts, rss)
     facts = {
         "passed": not faults, "faults": faults, "limit": limit, "mode": mode, "minutes": minutes, "peak": meter.peak,
@@ -150,7 +152,7 @@ def soak(limit: int, mode: str, minutes: float, *, child: Path = CHILD, seed: in
     return verdict
 
 
-TOLD = ("changes", "searches", "rows", "fds")
+TOLD = ("changes", "searches", "rows", "fds", "session_bytes")
 
 
 def _live(forest: Forest, limit: int, mode: str, minutes: float, child: Path) -> tuple[dict[str, object], Meter, str]:
@@ -159,15 +161,19 @@ def _live(forest: Forest, limit: int, mode: str, minutes: float, child: Path) ->
         "memory.root": str(forest.root),
         "scan_interval_seconds": 5.0,
         "lancedb.descriptor_mode": mode,
-        "lancedb.index_cache_size_bytes": "auto" if mode == "pinned" else 16 << 20,
+        "lancedb.index_cache_size_bytes": "auto" if mode == "pinned" else 4 << 20,
+        "lancedb.session_most_bytes": SESSION_BUDGET_BYTES,
         "lancedb.optimize_after_commits": 6,
         "lancedb.optimize_idle_seconds": 0.2,
         "lancedb.keep_versions_seconds": 60,
     }
+    environment = os.environ | {"MALLOC_ARENA_MAX": "2"}
     command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", sys.executable, str(child), json.dumps(flags)]
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None
@@ -210,9 +216,7 @@ def _budget(told: Mapping[str, object]) -> int | None:
     return int(fds["soft_budget"]) if isinstance(fds, dict) and "soft_budget" in fds else None
 
 
-def _faults(
-    told: Mapping[str, object], peak: int, limit: int, log: str, *, counts: Slope, rss: Slope | None
-) -> list[str]:
+def _faults(told: Mapping[str, object], peak: int, limit: int, log: str, *, slopes: Mapping[str, Slope]) -> list[str]:
     """Everything that is not as it should be, in words."""
     if not told:
         return ["the engine ended or hung: " + " | ".join(log.splitlines()[-3:])]
@@ -225,10 +229,11 @@ def _faults(
         found.append(f"{peak} descriptors: at the limit of {limit}")
     if "os error 24" in log or "Too many open files" in log:
         found.append("the log tells of EMFILE")
-    if counts.rises:
-        found.append(f"descriptors rise by {counts.per_minute:.2f} a minute, surely more than {counts.low:.2f}")
-    if rss is not None and rss.rises:
-        found.append(f"RSS rises by {rss.per_minute:.0f} bytes a minute, surely more than {rss.low:.0f}")
+    found += [
+        f"{name} rise by {slope.per_minute:.2f} a minute, surely more than {slope.low:.2f}"
+        for name, slope in slopes.items()
+        if slope.rises
+    ]
     return found
 
 
@@ -238,10 +243,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="for all limits together")
     parser.add_argument("--limit", type=int, action="append", help="only this one, in mode reopen; may be repeated")
     chosen = parser.parse_args(arguments)
-    plan = [(limit, "reopen") for limit in chosen.limit] if chosen.limit else list(PLAN)
+    return run_plan([(limit, "reopen") for limit in chosen.limit] if chosen.limit else PLAN, chosen.minutes)
+
+
+def run_plan(plan: Sequence[tuple[int, str]], minutes: float) -> int:
+    """Each limit and mode in turn, an equal share of the time each; 1 where one fails."""
     failed = False
     for limit, mode in plan:
-        verdict = soak(limit, mode, chosen.minutes / len(plan))
+        verdict = soak(limit, mode, minutes / len(plan))
         print(verdict.line(), flush=True)
         failed = failed or bool(verdict.faults)
     return int(failed)

@@ -15,6 +15,7 @@ import trio
 
 from everos_engine import load, open_engine
 from everos_engine.engine import Engine
+from everos_engine.loops import guard
 from everos_engine.search import Mode
 from everos_engine.settings import Settings
 from everos_engine.stores import queue
@@ -25,8 +26,17 @@ from everos_engine.text import kinds
 SEARCHERS = 3
 PAUSE_SECONDS = 0.05
 SETTLE_SECONDS = 120.0
+BYTES_REST_SECONDS = 5.0
+"""Between two rotations for the Session's bytes; a minute in a daemon, less here so that a short run sees many."""
 MODES: tuple[Mode, ...] = ("fts", "vector", "hybrid")
 WORDS = [f"word{number}" for number in range(400)]
+
+
+class Forgetful(list[tuple[str, ...]]):
+    """The fake's list of calls would be the one thing here that grows."""
+
+    def append(self, _call: tuple[str, ...]) -> None:
+        return
 
 
 @dataclass(slots=True)
@@ -40,7 +50,10 @@ class Tally:
 async def serve(settings: Settings) -> dict[str, object]:
     """Run until told to stop; what is to be judged."""
     tally = Tally()
-    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+    guard.BYTES_REST_SECONDS = BYTES_REST_SECONDS
+    embedder = FakeEmbedder()
+    embedder.calls = Forgetful()
+    async with open_engine(settings, embedder=embedder) as engine:
         async with trio.open_nursery() as nursery:
             for seed in range(SEARCHERS):
                 nursery.start_soon(search, engine, tally, random.Random(seed))
