@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import trio
 import trio.lowlevel
-import trio.testing
 
 from everos_engine.errors import SettingsError
 from everos_engine.settings import DescriptorMode, LanceDBSettings, load
+from everos_engine.stores.generation import Generations
 from everos_engine.stores.index import Index, Model, Row, open_index
 from everos_engine.system import fds
 from everos_engine.system.asyncio_thread import open_asyncio_thread
@@ -99,6 +99,30 @@ async def test_what_is_written_across_a_rotation_is_seen_by_the_new_session(tmp_
         assert len(await index.rows("letter")) == 30
 
 
+async def test_writers_of_several_generations_at_once_leave_nobody_blind(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+
+        async def later(function: Callable[..., Awaitable[object]], *args: object) -> None:
+            await trio.sleep(chance.random() / 50)
+            await function(*args)
+
+        async def rotate() -> None:
+            index.rotate()
+
+        for number in range(25):
+            async with trio.open_nursery() as nursery:
+                for writer in (1000, 2000):
+                    nursery.start_soon(later, index.commit, "letter", [row(writer + number, f"word{number}")], [])
+                nursery.start_soon(later, index.optimize, "letter")
+                for _ in range(3):
+                    nursery.start_soon(later, rotate)
+                    nursery.start_soon(later, found, index, "anything")
+            assert await found(index, f"word{number}") == {f"e{1000 + number}", f"e{2000 + number}"}
+        assert index.generations_open == 1
+
+
 @pytest.mark.parametrize("mode", ["reopen", "pinned"])
 async def test_only_the_plain_path_pins_indexes_and_a_rotation_lets_go_of_all_of_them(
     tmp_path: Path, mode: DescriptorMode
@@ -120,15 +144,18 @@ async def test_only_the_plain_path_pins_indexes_and_a_rotation_lets_go_of_all_of
         assert index.session_bytes() > 0
 
 
-async def test_a_reader_keeps_its_session_until_it_is_done(tmp_path: Path) -> None:
-    async with opened(tmp_path / "lance") as index:
-        await index.create("letter", NO_VECTORS)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(index.optimize, "letter")
-            await trio.lowlevel.checkpoint()
-            index.rotate()
-            assert index.generations_open == 2
-        assert index.generations_open == 1
+def test_a_reader_keeps_its_session_until_it_is_done() -> None:
+    generations = Generations()
+    with generations.using() as early, generations.using():
+        early.session = object()
+        generations.rotate()
+        assert (generations.open, early.session is None) == (2, False)
+        with generations.using() as late:
+            assert late is generations.current
+            assert late is not early
+    assert (generations.open, early.session) == (1, None)
+    generations.rotate()
+    assert generations.open == 1
 
 
 @pytest.mark.parametrize("source", ["environment", "file"])

@@ -166,12 +166,16 @@ async def _stop_when_cancelled(stop: threading.Event) -> None:
 async def _check(desk: Desk, laid_on: tuple[int, int]) -> None:
     """The watches are on the root there is, and there is one for each directory."""
     due, added = time.monotonic() + LOOK_SECONDS, 0
-    short_before = 0
+    short_before, exhausted_before = 0, desk.exhaustion.value
     while True:
         await trio.sleep(LOOK_SECONDS)
         desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         if _identity(desk.settings.root) != laid_on:
             raise _Replaced
+        if desk.exhaustion.value != exhausted_before:
+            if desk.pressure.value <= 0:
+                continue  # there is no descriptor to look with
+            raise _Replaced  # directories that appeared meanwhile may have got no watch
         if time.monotonic() < due and added == desk.progress.directories_added:
             continue
         added = desk.progress.directories_added

@@ -184,7 +184,7 @@ class Index:
                 try:
                     table, incarnation = await self.write(self._create, generation, kind, model)
                 finally:
-                    self._written(generation, kind)
+                    self._written(kind, None)
                 self._unmade.discard(kind)
                 generation.tables[kind] = table
                 self._lives[kind] = _Life(incarnation, model.name, dimension=model.dimension)
@@ -317,11 +317,11 @@ class Index:
             try:
                 yield table
             finally:
-                self._written(generation, kind)
+                self._written(kind, table)
 
-    def _written(self, generation: Generation, kind: str) -> None:
-        """A handle does not see what another one commits: after a write on an old generation, open anew."""
-        if generation.retired:
+    def _written(self, kind: str, table: AsyncTable | None) -> None:
+        """A handle does not see what another one commits: where the current one is not the writer's, open anew."""
+        if table is None or self._generations.current.tables.get(kind) is not table:
             self._moved[kind] = self._moved.get(kind, 0) + 1
             self._generations.current.tables.pop(kind, None)
 
