@@ -411,7 +411,7 @@ def test_cause_13_an_embedder_that_is_down_is_named_until_it_answers(shell: Shel
     with shell.running(wait=False):
         path = shell.root / FACTS
         deadline = time.monotonic() + 30
-        while shell.explain(path)["code"] != "delayed":
+        while shell.explain(path)["code"] != "embedder_down":
             assert time.monotonic() < deadline, shell.explain(path)
         assert "503" in str(shell.explain(path)["cause"])
         checks = shell.doctor("embedder", "backlog")
@@ -447,6 +447,19 @@ def test_cause_15_an_embedder_of_another_width_is_named_with_the_setting(shell: 
     assert "8 wide, and embedder.dimension is 16" in str(check["cause"])
     shell.follow(check)
     assert shell.verdict("embedder") == "ok"
+    assert shell.explain(FACTS)["verdict"] == "searchable"
+
+
+def test_cause_15_vectors_of_another_model_are_named_and_made_again(shell: Shell, service: Service) -> None:
+    in_step(with_service(shell, service))
+    assert shell.verdict("embedder") == "ok"
+    service.dimension = 12
+    check = shell.doctor("embedder")["embedder"]
+    assert check["verdict"] == "warn"
+    assert "atomic_fact are of another model" in str(check["cause"])
+    shell.follow(check)
+    assert shell.verdict("embedder") == "ok"
+    assert shell.verdict("index") == "ok"
     assert shell.explain(FACTS)["verdict"] == "searchable"
 
 

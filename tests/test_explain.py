@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import trio
 
-from everos_engine.engine import open_engine
+from everos_engine.engine import open_engine, open_queue
+from everos_engine.loops.observe import observe_paths
 from everos_engine.settings import Settings, load
+from everos_engine.stores import queue
 from everos_engine.surface.explain import Explanation, as_json, explain
 from everos_engine.surface.explain_text import as_text
 from everos_engine.surface.paint import Paint, commands_in
@@ -188,3 +191,37 @@ def test_every_file_of_a_kind_has_an_explanation(settings: Settings, root: Path)
         place = kinds.recognise(key, note_globs=settings.note.globs)
         assert place is not None
         assert as_json(explain(settings, key))["kind"] == place.kind
+
+
+async def test_a_file_that_was_saved_again_at_once_has_time_to_settle(settings: Settings, root: Path) -> None:
+    path = put(root, FACTS, GOOD)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+    path.write_text(GOOD + "\n")
+    database = open_queue(settings)
+    now = time.time_ns() // 1_000_000
+    observations = observe_paths(settings, [FACTS])
+    database.write(
+        lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now, settle_milliseconds=60_000)
+    )
+    database.close()
+    found = explain(settings, FACTS)
+    assert (found.judgement.verdict, found.judgement.code) == ("waiting", "settling")
+    assert "may still be being written" in found.judgement.cause
+
+
+def test_a_root_that_is_gone_is_said_to_be_gone(settings: Settings, root: Path) -> None:
+    put(root, FACTS, GOOD)
+    root.rename(root.with_name("elsewhere"))
+    assert told(settings, root / FACTS) == ("unknown", "root_missing")
+
+
+@pytest.mark.parametrize("name", ["é.md", "it's.md", "a\nb.md", os.fsdecode(b"\xff.md"), "`x`.md", "%23#?.md"])
+def test_odd_names_are_explained_and_their_commands_are_for_them(plain: Settings, root: Path, name: str) -> None:
+    path = put(root, f"users/u1/episode/{name}", GOOD)
+    found = explain(plain, str(path))
+    text = as_text(found, Paint())
+    assert all(ord(letter) >= 32 or letter == "\n" for letter in text)
+    text.encode()
+    followed(found)
+    assert (root / "users/u1/episodes" / name).read_text() == GOOD

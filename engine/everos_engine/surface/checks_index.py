@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import trio
 
 from everos_engine.errors import EngineError
+from everos_engine.stores.database import Database
 from everos_engine.supervise import alone
 from everos_engine.surface.checkup import Check
 from everos_engine.surface.paint import plural, quoted, shown
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from everos_engine.stores.index import Examination
     from everos_engine.surface.checkup import Case
 
@@ -111,25 +114,56 @@ def check_embedder(case: Case) -> Check:
         return Check("embedder", "ok", f"{settings.kind}, not asked (--offline)")
     started = time.monotonic()
     try:
-        model, width = trio.run(_ask, case)
+        model, probe = trio.run(_ask, case)
     except BaseExceptionGroup as group:
         return _mute(case, alone(group))
     except (EngineError, trio.TooSlowError, ImportError) as error:
         return _mute(case, error)
-    seconds = time.monotonic() - started
+    seconds, width = time.monotonic() - started, len(probe)
     cause = f"{case.tell(model)} answers in {seconds * 1000:,.0f} ms, {width} wide"
     if settings.dimension and width != settings.dimension:
         cause = f"{case.tell(model)} answers {width} wide, and embedder.dimension is {settings.dimension}: its vectors are refused"
         variable = "EVEROS_EMBEDDER__DIMENSION"
         remedy = f"`export {variable}={width}` (or embedder.dimension in the settings file), then {_then(case)}"
         return Check("embedder", "fail", cause, remedy)
+    others = _of_another_model(case, model, probe)
+    if others:
+        told = f"{cause}; but the vectors of {', '.join(others)} are of another model, and are made again"
+        return Check(
+            "embedder",
+            "warn",
+            told,
+            f"set embedder.kind, url and model back; or let it embed all of them, {_then(case)}",
+        )
     if seconds > SLOW_SECONDS:
         return Check("embedder", "warn", f"{cause}: slow", "look at the service; indexing goes at its pace")
     return Check("embedder", "ok", cause)
 
 
-async def _ask(case: Case) -> tuple[str, int]:
-    """One call: (model, width). The width is taken as it comes, so that a wrong one can be named."""
+def _of_another_model(case: Case, model: str, probe: Sequence[float]) -> list[str]:
+    """Kinds whose vectors another model made: the probe sentence got another vector then. None without an answer to that."""
+    import numpy as np  # noqa: PLC0415 - only where vectors are compared
+
+    from everos_engine.embed.protocol import similar  # noqa: PLC0415
+    from everos_engine.stores import embeddings  # noqa: PLC0415
+
+    cache = case.settings.engine_directory / "embeddings.db"
+    if case.books is None or not case.books.incarnations or not cache.exists():
+        return []
+    database = Database(cache, readonly=True)
+    try:
+        known = database.read(embeddings.models)
+    finally:
+        database.close()
+    now = np.asarray(probe, dtype=np.float32)
+    same = {
+        f"{name}#{at}" for at, name, seen in known if name == model and seen.shape == now.shape and similar(seen, now)
+    }
+    return [kind for kind, (_, _, made_by) in case.books.incarnations.items() if made_by not in same]
+
+
+async def _ask(case: Case) -> tuple[str, list[float]]:
+    """One call: (model, vector of the probe sentence). The width is taken as it comes, so that a wrong one can be named."""
     from everos_engine.embed import open_embedder  # noqa: PLC0415 - only where it is asked
     from everos_engine.embed.protocol import PROBE_SENTENCE  # noqa: PLC0415
 
@@ -138,7 +172,7 @@ async def _ask(case: Case) -> tuple[str, int]:
         async with open_embedder(settings) as embedder:
             assert embedder is not None, "kind none was answered before"  # noqa: S101 - an invariant
             vectors = await embedder.embed([PROBE_SENTENCE])
-            return embedder.model, int(vectors.shape[1])
+            return embedder.model, [float(value) for value in vectors[0]]
 
 
 def _mute(case: Case, error: BaseException) -> Check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from everos_engine.loops.brake import WHY
+from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.stores import inspection
 from everos_engine.stores.database import Database
 from everos_engine.surface.checkup import Check, notes_of
@@ -203,9 +203,10 @@ def check_held(case: Case) -> Check | None:
     if not held:
         return Check("held", "ok", "no deletion is held")
     total, since = sum(one.count for one in held), min(one.since for one in held)
-    why = "; ".join(f"{one.count:,} because {WHY.get(one.reason, one.reason)}" for one in held)
+    why = "; ".join(f"{one.count:,} because {WHY[one.reason]}" for one in held)
+    remedy = "; ".join(dict.fromkeys(REMEDY[one.reason] for one in held))
     cause = f"{plural(total, 'deletion')} held for {ago(max(0.0, case.now_seconds - since / 1000))}: {why}"
-    return Check("held", "warn", cause, f"bring the files back; or, if they are to go, {case.command('release')}")
+    return Check("held", "warn", cause, case.program_in(remedy))
 
 
 def _first_line(text: str | None) -> str:

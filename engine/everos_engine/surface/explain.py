@@ -38,12 +38,16 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What the queue and the ledger know; ``orphaned`` where the claim's owner is dead."""
+    """What the queue and the ledger know; ``orphaned`` where the claim's owner is dead.
+
+    ``outage`` is (milliseconds since the epoch, reason) while the embedder does not serve.
+    """
 
     change: inspection.Change | None = None
     held: inspection.Held | None = None
     entries: dict[str, bytes] | None = None
     last_scan_milliseconds: int | None = None
+    outage: tuple[int, str] | None = None
     table_known: bool = False
     orphaned: bool = False
     trouble: str | None = None
@@ -201,6 +205,7 @@ def _remember(settings: Settings, key: str | None) -> Remembered:
             held=held[0] if held else None,
             entries=ledger.known(tx, [key])[key],
             last_scan_milliseconds=None if scan is None else int(scan),
+            outage=queue.outage(tx),
             table_known=change is not None and change.kind in ledger.incarnations(tx),
             orphaned=change is not None and change.owner is not None and _dead(settings, change.owner),
         )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from everos_engine.errors import BadFile
-from everos_engine.loops.brake import WHY
+from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.surface.paint import ago, plural, quoted, shown, size
 from everos_engine.surface.permission import blocked, permit
 from everos_engine.surface.rules import BY_NAME
 
 if TYPE_CHECKING:
+    from everos_engine.stores.inspection import Change
     from everos_engine.surface.explain import Evidence
 
 Verdict = Literal["searchable", "partly", "waiting", "failed", "held", "excluded", "missing", "unknown"]
@@ -32,11 +33,20 @@ class Judgement:
 
 def judge(seen: Evidence) -> Judgement:
     """The first cause that applies, from the outermost: rule, brake, disk, content, queue, index."""
-    for look in (_rule, _trouble, _brake, _gone, _file, _content, _queue, _failed):
+    for look in (_root, _rule, _trouble, _brake, _gone, _file, _content, _queue, _failed):
         found = look(seen)
         if found is not None:
             return found
     return _at_rest(seen)
+
+
+def _root(seen: Evidence) -> Judgement | None:
+    root = os.fspath(seen.settings.root)
+    if os.path.isdir(root):
+        return None
+    cause = f"the memory root {shown(root)} is not there, and the index with it"
+    remedy = f"mount it or move it back; `{seen.program} doctor root` looks again"
+    return Judgement("unknown", "root_missing", cause, remedy, "nothing until the root is back; nothing is deleted")
 
 
 def _rule(seen: Evidence) -> Judgement | None:
@@ -64,8 +74,8 @@ def _brake(seen: Evidence) -> Judgement | None:
     if held is None or seen.disk.state != "gone":
         return None
     since = ago((seen.now_milliseconds - held.since) / 1000)
-    cause = f"the file is gone, and the brake has held its deletion for {since}: {WHY.get(held.reason, held.reason)}"
-    remedy = f"put the files back, or, if they are to go, `{seen.program} release`"
+    cause = f"the file is gone, and the brake has held its deletion for {since}: {WHY[held.reason]}"
+    remedy = REMEDY[held.reason].replace("`everos-engine ", f"`{seen.program} ")
     rows = plural(seen.known.rows, "row")
     return Judgement("held", "held", cause, remedy, f"its {rows} stay searchable until the file is back or released")
 
@@ -144,13 +154,27 @@ def _queue(seen: Evidence) -> Judgement | None:
     if change is None or change.status != "pending":
         return None
     if change.not_before > seen.now_milliseconds:
-        due = ago((change.not_before - seen.now_milliseconds) / 1000)
-        cause = f"its last attempt failed: {change.error or 'no reason kept'}"
-        tries = f"attempt {change.retry_count + 1} of {seen.settings.worker_max_retry + 1}"
-        remedy = f"wait; or, once the cause is mended, `{_sync(seen)}`"
-        return _waiting(seen, "delayed", cause, f"{tries} is due in {due}", remedy)
+        return _later(seen, change)
     ahead = f"behind {plural(change.ahead, 'older change')}" if change.ahead else "first in the line"
     return _waiting(seen, "pending", f"it waits in the queue, {ahead}", _turn(seen))
+
+
+def _later(seen: Evidence, change: Change) -> Judgement:
+    """It waits for a set time: to settle, for the embedder, or for its next attempt."""
+    due = ago((change.not_before - seen.now_milliseconds) / 1000)
+    if change.error is None:
+        cause = "it was saved a moment ago, and may still be being written"
+        return _waiting(seen, "settling", cause, f"it is taken up in {due}")
+    remedy = f"wait; or, once the cause is mended, `{_sync(seen)}`"
+    if seen.known.outage is not None and seen.engine.running:
+        since = ago((seen.now_milliseconds - seen.known.outage[0]) / 1000)
+        cause = f"the embedder has not served for {since}: {seen.known.outage[1]}"
+        following = "it is taken up when the embedder answers, and no attempt is used up"
+        return _waiting(
+            seen, "embedder_down", cause, following, f"mend the embedder: `{seen.program} doctor embedder`; {remedy}"
+        )
+    tries = f"attempt {change.retry_count + 1} of {seen.settings.worker_max_retry + 1}"
+    return _waiting(seen, "delayed", f"its last attempt failed: {change.error}", f"{tries} is due in {due}", remedy)
 
 
 def _failed(seen: Evidence) -> Judgement | None:
@@ -243,6 +267,8 @@ def _scan(seen: Evidence) -> str:
     if seen.engine.state == "absent":
         return "nothing until an engine runs"
     last, interval = seen.known.last_scan_milliseconds, seen.settings.scan_interval_seconds
+    if seen.engine.watch.get("polling"):
+        interval = min(interval, seen.settings.watch.poll_interval_seconds)
     if last is None:
         return "the first scan of the tree will see it"
     left = interval - (seen.now_milliseconds - last) / 1000

@@ -158,7 +158,8 @@ def _plain(settings: Settings, key: str) -> Exclusion:
 
 def _moved(settings: Settings, path: str, key: str) -> str:
     """The command that moves a file to a key; "" where something is there already, or the file is not."""
-    target = os.path.join(settings.root, key)
+    literal = "\\x" in path  # else an escape in the key stands for a byte of the name
+    target = os.path.join(settings.root, key) if literal else files.path_of(settings.root, key)
     same = os.path.lexists(target) and os.path.samefile(path, target) if os.path.lexists(path) else False
     if not os.path.lexists(path) or (os.path.lexists(target) and not same):
         return ""

@@ -145,13 +145,13 @@ def memory_available() -> int | None:
     bounds = []
     with suppress(OSError):
         bounds.append(parse_meminfo(Path("/proc/meminfo").read_text(encoding="utf-8")).get("MemAvailable"))
-    for most, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, most, used, cache in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, now = _number(most), _number(used)
+        limit, now = _number(f"{folder}/{most}"), _number(f"{folder}/{used}")
         if limit is not None and now is not None:
-            bounds.append(max(0, limit - now))
+            bounds.append(max(0, limit - now + _statistic(f"{folder}/memory.stat", cache)))
     known = [bound for bound in bounds if bound is not None]
     return min(known) if known else None
 
@@ -198,6 +198,16 @@ def _least(*sysctls: str) -> tuple[int | None, str]:
     told = [(_number("/proc/sys/" + name.replace(".", "/")), name) for name in sysctls]
     known = [(number, name) for number, name in told if number is not None]
     return min(known, key=lambda one: one[0]) if known else (None, "")
+
+
+def _statistic(path: str, name: str) -> int:
+    """One number of a file of ``name number`` lines; 0 where it is not told."""
+    with suppress(OSError, ValueError):
+        for line in Path(path).read_text(encoding="ascii").splitlines():
+            word, _, value = line.partition(" ")
+            if word == name:
+                return int(value)
+    return 0
 
 
 def _number(path: str) -> int | None:
