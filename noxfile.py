@@ -44,6 +44,12 @@ def stress(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    session.install("-q", "-e", ".")
+    session.run("python", "tests/bench/run.py", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     session.install("-q", "build")
     session.run("python", "-m", "build")

@@ -36,6 +36,7 @@ SUITES: dict[str, tuple[Callable[[], Sequence[str]], Callable[[int], Sequence[st
         lambda: _script("tree_machine.py", "--operations", 200, "--seed", 1),
         lambda seed: _script("tree_machine.py", "--operations", 1000, "--seed", seed),
     ),
+    "faults": (lambda: _script("faults.py", "--most", 4), lambda _: _script("faults.py")),
     "claimers": (
         lambda: _script("two_claimers.py", "--seconds", 4),
         lambda _: _script("two_claimers.py", "--seconds", 30),

@@ -1,0 +1,286 @@
+"""Fails the n-th call of each door until a run needs none more, and checks after each that nothing is lost.
+
+    python fuzz/faults.py [door...] [--most N]
+
+Doors: writes and syncs of SQLite's files (through a VFS), LanceDB commits (before, and after they took effect), reads of
+the tree (EIO from the system's calls), and the embedder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import apsw
+import trio
+from tree_machine import Mismatch, Operation, Writer, rows_of
+from tree_model import Account
+
+from everos_engine.engine import Engine, open_engine
+from everos_engine.errors import Transient
+from everos_engine.settings import load
+from everos_engine.testing import FakeEmbedder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FACTS, SKILL, NOTE = "users/u1/.atomic_facts/one.md", "agents/a1/skills/bake/SKILL.md", "notes/one.md"
+FIRST: Sequence[Operation] = [
+    ("write", (FACTS,), 1),
+    ("append", (FACTS,), 2),
+    ("write", (SKILL,), 3),
+    ("write", (NOTE,), 4),
+    ("write", ("notes/goes.md",), 5),
+    ("write", ("users/u1/episodes/moves.md",), 6),
+]
+THEN: Sequence[Operation] = [
+    ("edit_entry", (FACTS,), 11),
+    ("reference", (SKILL.replace("SKILL.md", "references/a.md"),), 12),
+    ("delete", ("notes/goes.md",), 13),
+    ("rename", ("users/u1/episodes/moves.md", "users/u1/episodes/moved.md"), 14),
+    ("copy", (NOTE, "notes/copy.md"), 15),
+    ("write", ("users/u1/user.md",), 16),
+]
+SETTLE_SECONDS = 60
+TRIES = 6
+
+
+@dataclass
+class Trap:
+    """Counts the calls of one door while it is set, and springs once, at the n-th."""
+
+    door: str = ""
+    at: int = 0
+    count: int = 0
+
+    def springs(self, door: str) -> bool:
+        if not self.at or door != self.door:
+            return False
+        self.count += 1
+        return self.count == self.at
+
+    @property
+    def sprung(self) -> bool:
+        return self.count >= self.at
+
+
+TRAP = Trap()
+BASE = apsw.vfs_names()[0]
+
+
+class _File(apsw.VFSFile):
+    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 - SQLite's name
+        if TRAP.springs("sqlite"):
+            raise apsw.FullError
+        super().xWrite(data, offset)
+
+    def xSync(self, flags: int) -> None:  # noqa: N802 - SQLite's name
+        if TRAP.springs("sqlite"):
+            raise apsw.IOError
+        super().xSync(flags)
+
+
+class _Disk(apsw.VFS):
+    """The default file system for SQLite, with the trap in its files."""
+
+    def __init__(self) -> None:
+        super().__init__("trapped", BASE, makedefault=True)
+
+    def xOpen(self, name: apsw.URIFilename | str | None, flags: list[int]) -> apsw.VFSFile:  # noqa: N802 - SQLite's name
+        return _File(BASE, name, flags)
+
+
+@contextmanager
+def sqlite_door(_engine: Engine, _root: Path) -> Iterator[None]:
+    yield  # the engine's files were opened through the trapped disk
+
+
+class _Bridge:
+    """LanceDB's bridge with the trap in its writes."""
+
+    def __init__(self, inner: object, *, after: bool) -> None:
+        self.inner, self.after = inner, after
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    async def write(self, function: Callable[..., Awaitable[object]], *args: object, deadline_seconds: float) -> object:
+        springs = TRAP.springs("bridge")
+        if springs and not self.after:
+            message = "the trap: not done"
+            raise Transient(message)
+        result = await self.inner.write(function, *args, deadline_seconds=deadline_seconds)  # type: ignore[attr-defined]
+        if springs:
+            message = "the trap: done, but nobody was told"
+            raise Transient(message)
+        return result
+
+
+@contextmanager
+def _bridge(engine: Engine, *, after: bool) -> Iterator[None]:
+    index = engine.desk.index
+    inner = index.bridge
+    index.bridge = _Bridge(inner, after=after)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        index.bridge = inner
+
+
+@contextmanager
+def commit_door(engine: Engine, _root: Path) -> Iterator[None]:
+    with _bridge(engine, after=False):
+        yield
+
+
+@contextmanager
+def outcome_door(engine: Engine, _root: Path) -> Iterator[None]:
+    with _bridge(engine, after=True):
+        yield
+
+
+@contextmanager
+def read_door(_engine: Engine, root: Path) -> Iterator[None]:
+    """EIO from the system's calls about the tree, not about the engine's own files."""
+    kept = {name: getattr(os, name) for name in ("open", "stat", "scandir", "listdir")}
+
+    def trapped(call: Callable[..., object]) -> Callable[..., object]:
+        def wrapper(path: object = ".", *args: object, **options: object) -> object:
+            if isinstance(path, str) and path.startswith(f"{root}/") and "/.index" not in path and TRAP.springs("read"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            return call(path, *args, **options)
+
+        return wrapper
+
+    for name, call in kept.items():
+        setattr(os, name, trapped(call))
+    try:
+        yield
+    finally:
+        for name, call in kept.items():
+            setattr(os, name, call)
+
+
+class TrappedEmbedder(FakeEmbedder):
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if TRAP.springs("embedder"):
+            message = "the trap: no answer"
+            raise Transient(message)
+        return await super().embed(texts)
+
+
+@contextmanager
+def embedder_door(_engine: Engine, _root: Path) -> Iterator[None]:
+    yield  # the engine has a trapped embedder
+
+
+DOORS = {
+    "sqlite": sqlite_door,
+    "commit": commit_door,
+    "outcome": outcome_door,
+    "read": read_door,
+    "embedder": embedder_door,
+}
+
+
+BEHIND = {name: "bridge" if name in {"commit", "outcome"} else name for name in DOORS}
+
+
+async def once(door: str, at: int) -> bool:
+    """One run with the n-th call failing; False where there was no n-th. Raises Mismatch where something is lost."""
+    with tempfile.TemporaryDirectory(prefix="everos-fault-") as name:
+        root = Path(os.path.realpath(name)) / "root"
+        root.mkdir()
+        flags = {
+            "memory.root": str(root),
+            "note.globs": ["notes/*.md"],
+            "worker_retry_backoff_seconds": 0.01,
+            "brake_ratio": 1.0,
+        }
+        settings = load(flags, environment={}, user_file=root / "none")
+        writer, account = Writer(root), Account()
+        async with open_engine(settings, embedder=TrappedEmbedder()) as engine:
+            _do(writer, account, FIRST)
+            await engine.settle()
+            with DOORS[door](engine, root):
+                TRAP.door, TRAP.at, TRAP.count = BEHIND[door], at, 0
+                _do(writer, account, THEN)
+                await _settled(engine)
+                sprung, TRAP.at = TRAP.sprung, 0
+            await _settled(engine)
+            standing = await engine.desk.database.aread(
+                lambda tx: dict(tx.execute("SELECT md_path, status FROM md_change_state"))  # type: ignore[arg-type]
+            )
+            wrong = account.check(await rows_of(engine), standing)
+        if wrong:
+            raise Mismatch("\n".join(wrong))
+    return sprung
+
+
+def _do(writer: Writer, account: Account, operations: Sequence[Operation]) -> None:
+    held, TRAP.at = TRAP.at, 0  # the writer's own calls do not count
+    for operation in operations:
+        if not writer.apply(operation):
+            message = f"{operation} does not apply"
+            raise AssertionError(message)
+        account.saw(writer.tree.states())
+    TRAP.at = held
+
+
+async def _settled(engine: Engine) -> None:
+    """In step, however often a sweep is refused on the way."""
+    for _ in range(TRIES):
+        with trio.move_on_after(SETTLE_SECONDS) as scope:
+            try:
+                await engine.settle()
+            except Transient:
+                continue
+            return
+        if scope.cancelled_caught:
+            message = f"not settled within {SETTLE_SECONDS} s: {await engine.status()}"
+            raise Mismatch(message)
+    message = f"refused {TRIES} times after one fault"
+    raise Mismatch(message)
+
+
+def main() -> int:
+    """Run it; exit status 1 where a fault cost anything."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("door", nargs="*", help=f"of {', '.join(DOORS)}")
+    parser.add_argument(
+        "--most", type=int, default=0, help="at most so many faults a door, spread; 0: each of the first 300"
+    )
+    parser.add_argument("--at", type=int, default=0, help="just this one")
+    arguments = parser.parse_args()
+    _disk = _Disk()
+    for door in arguments.door or DOORS:
+        at, faults = arguments.at or 1, 0
+        while at <= 300:  # noqa: PLR2004 - reads go on for as long as the engine looks at its tree
+            try:
+                sprung = trio.run(once, door, at)
+            except Exception as error:
+                print(f"faults: {door}: the {at}. call: {error!r}", file=sys.stderr)
+                print(f"again: python fuzz/faults.py {door} --at {at}", file=sys.stderr)
+                return 1
+            if not sprung or arguments.at:
+                break
+            faults += 1
+            at += 1 if not arguments.most else max(1, at * 2 // arguments.most)
+        print(f"faults: {door}: {faults} faults, up to the {at - 1}. call: nothing lost", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    from loguru import logger
+
+    logger.remove()
+    sys.exit(main())
