@@ -84,8 +84,8 @@ def test_frontmatter_answers_or_refuses(data: bytes) -> None:
         return
     assert isinstance(front, Frontmatter)
     assert lines[front.first_line - 1 :] == front.body
-    assert front.values.keys() == front.lines.keys()
-    assert all(1 < line < front.first_line for line in front.lines.values())
+    assert front.values.keys() == front.places.keys()
+    assert all(1 < line < front.first_line for line, _ in front.places.values())
     json.dumps(front.values, ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -124,9 +124,9 @@ def test_entries_are_where_they_are_said_to_be(data: bytes) -> None:
         assert lines[block.line : end - 1] == block.lines
         assert f"/entry:{block.entry_id}" in lines[end - 1]
         said = markdown.fields(block)
-        for value, line in said.inline.values():
+        for value, line, _ in said.inline.values():
             assert lines[line - 1].rstrip().endswith(value)
-        for name, (_, line) in said.sections.items():
+        for name, (_, line, _) in said.sections.items():
             assert name in lines[line - 1]
 
 

@@ -111,6 +111,10 @@ def complaint(job: Job) -> str | None:
         return str(job.error)
     if not job.problems:
         return None
-    told = [f"line {p.line}: entry {p.entry_id!r}: {p.message}; {p.remedy}" for p in job.problems[:20]]
+    told = [f"{_at(p)}: entry {p.entry_id!r}: {p.message}; {p.remedy}" for p in job.problems[:20]]
     more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []  # noqa: PLR2004 - same 20
     return "\n".join([*told, *more])
+
+
+def _at(problem: Problem) -> str:
+    return f"line {problem.line}" + (f", column {problem.column}" if problem.column else "")

@@ -16,8 +16,9 @@ MOST_BYTES = 64 << 10
 MOST_DEPTH = 16
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _END = re.compile(r"^(?:---|\.\.\.)[ \t]*$")
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")
+_INT = re.compile(r"[-+]?[0-9]+\Z")
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?\Z")
+_NOT_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _WORDS: dict[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
@@ -28,10 +29,10 @@ REMEDY = "mend the frontmatter and save"
 
 @dataclass(frozen=True, slots=True)
 class Frontmatter:
-    """``values`` by key, each key's 1-based line, and the lines that follow (``first_line`` is their first's number)."""
+    """``values`` by key, each value's 1-based line and column, and the lines that follow (``first_line`` is their first's number)."""
 
     values: dict[str, object]
-    lines: dict[str, int]
+    places: dict[str, tuple[int, int]]
     body: list[str]
     first_line: int
     present: bool
@@ -52,18 +53,25 @@ def split(lines: list[str]) -> Frontmatter:
     raise BadFile(message, remedy="close it with a line `---`", line=1)
 
 
-def _parse(text: str) -> tuple[dict[str, object], dict[str, int]]:
+def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
     if len(text.encode()) > MOST_BYTES:
         message = f"the frontmatter is larger than {MOST_BYTES} bytes"
         raise BadFile(message, remedy="move the text below the frontmatter", line=1)
+    if wrong := _NOT_YAML.search(text):
+        line, column = _place(text, wrong.start())
+        message = f"the character U+{ord(wrong[0]):04X} is not allowed in YAML"
+        raise BadFile(message, remedy="remove it, or write it as an escape in double quotes", line=line, column=column)
     loader = _LOADER(text)
     try:
-        return _build(loader)
+        return _build(loader, text)
+    except _Refused as error:
+        line, column = _place(text, error.index)
+        raise BadFile(str(error), remedy=REMEDY, line=line, column=column) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 2, mark.column + 1) if mark else (1, None)
+        at = _place(text, mark.index) if mark else (1, 1)
         message = f"malformed YAML: {error.problem or error.context}"
-        raise BadFile(message, remedy=REMEDY, line=line, column=column) from None
+        raise BadFile(message, remedy=REMEDY, line=at[0], column=at[1]) from None
     except yaml.YAMLError as error:
         message = f"malformed YAML: {error}".split("\n", 1)[0]
         raise BadFile(message, remedy=REMEDY, line=1) from None
@@ -71,9 +79,14 @@ def _parse(text: str) -> tuple[dict[str, object], dict[str, int]]:
         loader.dispose()
 
 
-def _build(loader: yaml.SafeLoader) -> tuple[dict[str, object], dict[str, int]]:  # noqa: C901 - one arm an event
+def _place(text: str, index: int) -> tuple[int, int]:
+    """Line and column in the file, 1-based, of an index into its frontmatter; YAML itself counts more characters as line ends."""
+    return text.count("\n", 0, index) + 2, index - text.rfind("\n", 0, index)
+
+
+def _build(loader: yaml.SafeLoader, text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:  # noqa: C901 - one arm an event
     root: object = None
-    places: dict[str, int] = {}
+    places: dict[str, tuple[int, int]] = {}
     stack: list[tuple[dict[str, object] | list[object], list[str]]] = []
     documents = 0
 
@@ -86,14 +99,15 @@ def _build(loader: yaml.SafeLoader) -> tuple[dict[str, object], dict[str, int]]:
         if isinstance(container, list):
             container.append(value)
         elif pending:
-            container[pending.pop()] = value
+            key = pending.pop()
+            container[key] = value
+            if len(stack) == 1:
+                places[key] = _place(text, event.start_mark.index)
         else:
             key = _key(event)
             if key in container:
-                raise _refused(event, f"the key {key!r} is there twice")
+                raise _Refused(event, f"the key {key!r} is there twice")
             pending.append(key)
-            if len(stack) == 1:
-                places[key] = event.start_mark.line + 2
 
     while True:
         event = loader.get_event()
@@ -102,16 +116,16 @@ def _build(loader: yaml.SafeLoader) -> tuple[dict[str, object], dict[str, int]]:
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
-                raise _refused(event, "there is more than one YAML document")
+                raise _Refused(event, "there is more than one YAML document")
         elif isinstance(event, yaml.AliasEvent):
-            raise _refused(event, "aliases are not allowed")
+            raise _Refused(event, "aliases are not allowed")
         elif isinstance(event, yaml.ScalarEvent):
             _check(event)
             put(_scalar(event) if _is_value(stack) else event.value, event)
         elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             _check(event)
             if len(stack) >= MOST_DEPTH:
-                raise _refused(event, f"nested deeper than {MOST_DEPTH}")
+                raise _Refused(event, f"nested deeper than {MOST_DEPTH}")
             container: dict[str, object] | list[object] = {} if isinstance(event, yaml.MappingStartEvent) else []
             put(container, event)
             stack.append((container, []))
@@ -131,15 +145,15 @@ def _is_value(stack: list[tuple[dict[str, object] | list[object], list[str]]]) -
 
 def _key(event: yaml.Event) -> str:
     if not isinstance(event, yaml.ScalarEvent):
-        raise _refused(event, "a key must be a string")
+        raise _Refused(event, "a key must be a string")
     return str(event.value)
 
 
 def _check(event: yaml.Event) -> None:
     if getattr(event, "anchor", None):
-        raise _refused(event, "anchors are not allowed")
+        raise _Refused(event, "anchors are not allowed")
     if getattr(event, "tag", None) not in {None, "!"}:
-        raise _refused(event, f"the tag {event.tag} is not allowed")
+        raise _Refused(event, f"the tag {event.tag} is not allowed")
 
 
 def _scalar(event: yaml.ScalarEvent) -> object:
@@ -148,7 +162,7 @@ def _scalar(event: yaml.ScalarEvent) -> object:
         return text
     if text in _WORDS:
         return _WORDS[text]
-    if len(text) < 20 and _INT.match(text):  # noqa: PLR2004 - longest int64
+    if len(text) <= 20 and _INT.match(text):  # noqa: PLR2004 - longest int64 with its sign
         number = int(text)
         return number if -_INT64 <= number < _INT64 else text
     if len(text) < 64 and _FLOAT.match(text):  # noqa: PLR2004 - no float is written longer
@@ -157,6 +171,7 @@ def _scalar(event: yaml.ScalarEvent) -> object:
     return text
 
 
-def _refused(event: yaml.Event, message: str) -> BadFile:
-    mark = event.start_mark
-    return BadFile(message, remedy=REMEDY, line=mark.line + 2, column=mark.column + 1)
+class _Refused(Exception):
+    def __init__(self, event: yaml.Event, message: str) -> None:
+        super().__init__(message)
+        self.index: int = event.start_mark.index

@@ -11,10 +11,9 @@ from everos_engine.errors import BadFile
 
 MOST_ID_CHARACTERS = 200
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
-_MARKER = re.compile(r"[ \t]*<!--[ \t]*(/?)entry:(.*?)[ \t]*-->[ \t]*\Z")
 _INLINE = re.compile(r"\*\*([A-Za-z_][A-Za-z0-9_]*)\*\*:[ \t]*(.*)\Z")
-_SECTION = re.compile(r"###[ \t]+(.+?)[ \t]*#*[ \t]*\Z")
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*\Z")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?=[ \t]|\Z)")
+_SECTION_LEVEL = 3
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -29,10 +28,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """An entry's inline values and sections, with the line each starts at."""
+    """An entry's inline values and sections, with the line and column each starts at."""
 
-    inline: dict[str, tuple[str, int]]
-    sections: dict[str, tuple[str, int]]
+    inline: dict[str, tuple[str, int, int]]
+    sections: dict[str, tuple[str, int, int]]
 
 
 def decode(data: bytes) -> list[str]:
@@ -41,8 +40,8 @@ def decode(data: bytes) -> list[str]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line, column = _place(data[: error.start])
-        message = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        line, column = _place(error.object[: error.start])  # the object has no BOM any more
+        message = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
         raise BadFile(message, remedy="save the file as UTF-8", line=line, column=column) from None
     at = text.find("\0")
     if at >= 0:
@@ -65,7 +64,7 @@ def outside_fences(lines: list[str], first_line: int) -> Iterator[tuple[int, str
                 yield number, line, 0
         else:
             yield number, line, opened
-            closing = line.strip(" ").rstrip()
+            closing = line.strip(" \t")
             if len(line) - len(line.lstrip(" ")) <= 3 and len(closing) >= len(fence) and set(closing) == {fence[0]}:  # noqa: PLR2004 - CommonMark
                 fence = ""
 
@@ -76,13 +75,13 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
     current: Block | None = None
     fence_inside = 0
     for number, line, fence in outside_fences(lines, first_line):
-        marker = None if fence or "<!--" not in line else _MARKER.match(line)
+        marker = None if fence else _marker(line)
         if marker is None:
             if current is not None:
                 current.lines.append(line)
                 fence_inside = fence
             continue
-        closing, entry_id = bool(marker[1]), marker[2].strip()
+        closing, entry_id = marker
         if not closing:
             if current is not None:
                 message = f"entry {entry_id!r} opens inside entry {current.entry_id!r} of line {current.line}"
@@ -109,27 +108,48 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
     return found
 
 
+def _marker(line: str) -> tuple[bool, str] | None:
+    """(whether it closes, entry id) of an entry marker, which has its line to itself. Linear in the line, as a regex is not."""
+    text = line.strip(" \t")
+    if not (text.startswith("<!--") and text.endswith("-->") and len(text) >= 7):  # noqa: PLR2004 - both ends
+        return None
+    inner = text[4:-3].strip(" \t")
+    closing = inner.startswith("/")
+    inner = inner[1:] if closing else inner
+    return (closing, inner[len("entry:") :].strip()) if inner.startswith("entry:") else None
+
+
+def _heading(line: str) -> tuple[int, str] | None:
+    """(level, title) of an ATX heading without its closing sequence."""
+    match = _HEADING.match(line)
+    if match is None:
+        return None
+    title = line[match.end() :].strip(" \t")
+    bare = title.rstrip("#")
+    return len(match[1]), bare.rstrip(" \t") if not bare or bare[-1] in " \t" else title
+
+
 def fields(block: Block) -> Fields:
     """Inline ``**key**: value`` lines before the first section, and ``### Name`` sections, of one entry."""
-    inline: dict[str, tuple[str, int]] = {}
-    sections: dict[str, tuple[str, int]] = {}
+    inline: dict[str, tuple[str, int, int]] = {}
+    sections: dict[str, tuple[str, int, int]] = {}
     name, start, gathered = "", 0, list[str]()
 
     def close() -> None:
         if name and name not in sections:
-            sections[name] = ("\n".join(gathered).strip("\n").rstrip(), start)
+            sections[name] = ("\n".join(gathered).strip("\n").rstrip(), start, 1)
 
     for number, line, fence in outside_fences(block.lines, block.line + 1):
-        section = None if fence else _SECTION.match(line)
-        if section:
+        heading = None if fence or not line.startswith("###") else _heading(line)
+        if heading and heading[0] == _SECTION_LEVEL and heading[1]:
             close()
-            name, start, gathered = section[1], number, []
+            name, start, gathered = heading[1], number, []
         elif name:
             gathered.append(line)
         elif not fence:
             match = _INLINE.match(line)
             if match and match[1] not in inline:
-                inline[match[1]] = (match[2].strip(), number)
+                inline[match[1]] = (match[2].strip(), number, match.start(2) + 1)
     close()
     return Fields(inline, sections)
 
@@ -137,8 +157,8 @@ def fields(block: Block) -> Fields:
 def headings(lines: list[str], first_line: int) -> Iterator[tuple[int, int, str, str]]:
     """(line number, level, title, line) of each line outside fences that is an ATX heading; level 0 for the others."""
     for number, line, fence in outside_fences(lines, first_line):
-        match = None if fence else _HEADING.match(line)
-        yield (number, len(match[1]), (match[2] or "").strip(), line) if match else (number, 0, "", line)
+        heading = None if fence else _heading(line)
+        yield (number, *heading, line) if heading else (number, 0, "", line)
 
 
 def _place(before: bytes) -> tuple[int, int]:

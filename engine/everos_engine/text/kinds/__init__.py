@@ -27,7 +27,7 @@ _DEFAULTS = {"default_app": "default", "default_project": "default"}
 def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
     """What ``path`` (relative to the root, with ``/``) is; None where no kind wants it.
 
-    Hidden files, editor temporaries (``~`` or ``#`` in front) and everything below ``.index`` are of no kind.
+    Hidden files, apps and projects, editor temporaries (``~`` or ``#`` in front) and everything below ``.index`` are of no kind.
     """
     if not path.endswith(".md"):
         return None
@@ -38,6 +38,8 @@ def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
     if match is None:
         return _note(path, note_globs)
     app, project, user, profile, daily, _, agent, case, _, reference = match.groups()
+    if app is not None and (app[0] == "." or project[0] == "."):
+        return None  # a trash, a version store: not what somebody wrote for us
     app_id, project_id = _DEFAULTS.get(app or "default_app", app), _DEFAULTS.get(project or "default_project", project)
     if user is not None:
         return Place(path, "user_profile" if profile else _DAILY[daily], app_id, project_id, "user", user)

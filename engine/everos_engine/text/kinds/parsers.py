@@ -14,14 +14,20 @@ from everos_engine.text.kinds.tables import INLINE, KINDS, Field
 from everos_engine.text.markdown import Block, blocks, fields, headings
 
 _INT64 = 1 << 63
+_WHOLE = re.compile(r"[-+]?[0-9]{1,19}")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_ITEM = re.compile(
+    r"""[ \t]*(?:"(?P<double>(?:[^"\\]|\\.)*)"|'(?P<single>(?:[^'\\]|\\.)*)'|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
+)
+_ESCAPE = re.compile(r"\\(.)")
 _MILLISECOND_MOST = 253_402_300_799_999
 """The last millisecond of the year 9999, the last a datetime holds."""
 
 
 class _BadValue(Exception):
-    def __init__(self, message: str, line: int) -> None:
+    def __init__(self, message: str, place: tuple[int, int]) -> None:
         super().__init__(message)
-        self.line = line
+        self.line, self.column = place
 
 
 def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
@@ -42,22 +48,22 @@ def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> D
         try:
             entries.append(_daily_entry(place, block))
         except _BadValue as error:
-            problems.append(Problem(block.entry_id, str(error), "mend the entry and save", error.line))
+            problems.append(Problem(block.entry_id, str(error), "mend the entry and save", error.line, error.column))
     return Document(tuple(entries), tuple(problems))
 
 
 def _daily_entry(place: Place, block: Block) -> Entry:
     kind = KINDS[place.kind]
     said = fields(block)
-    owner, owner_line = said.inline.get("owner_id", (place.owner_id, block.line))
+    owner, *at = said.inline.get("owner_id", (place.owner_id, block.line, 1))
     if owner != place.owner_id:
         message = f"owner_id {owner!r} is not the owner of this path, {place.owner_id!r}"
-        raise _BadValue(message, owner_line)
+        raise _BadValue(message, (at[0], at[1]))
     values = _common(place, block.entry_id)
     for field in (*INLINE, *kind.inline):
-        values[field.column] = _typed(field, said.inline.get(field.source), block.line)
+        values[field.column] = _typed(field, said.inline.get(field.source), (block.line, 1))
     for field in kind.own:
-        values[field.column] = _typed(field, said.sections.get(field.source), block.line, section=True)
+        values[field.column] = _typed(field, said.sections.get(field.source), (block.line, 1), section=True)
     return _entry(place, block.entry_id, block.line, values)
 
 
@@ -95,7 +101,7 @@ def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Do
     """One row per heading section, named by its heading path; text before the first heading is ``intro``."""
     title = front.values.get("title")
     fallback = place.md_path.rsplit("/", 1)[-1].removesuffix(".md")
-    used: set[str] = set()
+    used: dict[str, int] = {}
     entries: list[Entry] = []
     path: list[tuple[int, str]] = []
     start, gathered = front.first_line, list[str]()
@@ -105,11 +111,11 @@ def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Do
         if not content and not path:
             return
         slug = "/".join(_slug(name) for _, name in path) or "intro"
-        entry_id, again = slug, 1
+        entry_id = slug
         while entry_id in used:
-            again += 1
-            entry_id = f"{slug}-{again}"
-        used.add(entry_id)
+            used[slug] += 1
+            entry_id = f"{slug}-{used[slug]}"
+        used[entry_id] = 1
         values = _common(place, entry_id)
         values |= {"title": title if isinstance(title, str) else fallback, "content": content}
         values["heading"] = " › ".join(name for _, name in path) or None
@@ -141,7 +147,7 @@ def _entry(place: Place, entry_id: str, line: int, values: dict[str, object]) ->
     kind = KINDS[place.kind]
     full = {name: values.get(name) for name in kind.columns}
     text = "\n".join(str(full[column]) for column in kind.embed_columns if full[column])
-    return entry(entry_id, line=line, values=full, embed_text=text)
+    return entry(entry_id, line=line, values=full, embed_text=text if text.strip() else "")
 
 
 def _common(place: Place, entry_id: str) -> dict[str, object]:
@@ -155,31 +161,31 @@ def _common(place: Place, entry_id: str) -> dict[str, object]:
 
 
 def _one_problem(entry_id: str, error: _BadValue) -> Document:
-    return Document((), (Problem(entry_id, str(error), "mend the frontmatter and save", error.line),))
+    return Document((), (Problem(entry_id, str(error), "mend the frontmatter and save", error.line, error.column),))
 
 
 def _from_front(place: Place, front: Frontmatter, values: dict[str, object]) -> None:
     owner = front.values.get(f"{place.owner_type}_id", place.owner_id)
     if owner != place.owner_id:
         message = f"{place.owner_type}_id {owner!r} is not the owner of this path, {place.owner_id!r}"
-        raise _BadValue(message, front.lines.get(f"{place.owner_type}_id", 1))
+        raise _BadValue(message, front.places.get(f"{place.owner_type}_id", (1, 1)))
     for field in KINDS[place.kind].own:
         found = front.values.get(field.source)
-        values[field.column] = _from_yaml(field, found, front.lines.get(field.source, 1))
+        values[field.column] = _from_yaml(field, found, front.places.get(field.source, (1, 1)))
 
 
-def _from_yaml(field: Field, value: object, line: int) -> object:
+def _from_yaml(field: Field, value: object, place: tuple[int, int]) -> object:
     if value is None:
-        return _typed(field, None, line)
+        return _typed(field, None, place)
     if field.type == "strings":
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
         message = f"{field.source} must be a list of strings"
-        raise _BadValue(message, line)
+        raise _BadValue(message, place)
     if isinstance(value, (dict, list, bool)) or (field.type == "string" and not isinstance(value, str)):
         message = f"{field.source} must be a {field.type}, not {json.dumps(value, ensure_ascii=False)[:80]}"
-        raise _BadValue(message, line)
-    return _typed(field, (str(value), line), line)
+        raise _BadValue(message, place)
+    return _typed(field, (str(value), *place), place)
 
 
 def _milliseconds(front: Frontmatter) -> datetime | None:
@@ -188,23 +194,25 @@ def _milliseconds(front: Frontmatter) -> datetime | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MILLISECOND_MOST:
         message = f"profile_timestamp_ms must be milliseconds since 1970, not {value!r}"
-        raise _BadValue(message, front.lines.get("profile_timestamp_ms", 1))
+        raise _BadValue(message, front.places.get("profile_timestamp_ms", (1, 1)))
     return datetime.fromtimestamp(value // 1000, UTC).replace(microsecond=value % 1000 * 1000)
 
 
-def _typed(field: Field, found: tuple[str, int] | None, entry_line: int, *, section: bool = False) -> object:
+def _typed(
+    field: Field, found: tuple[str, int, int] | None, entry_place: tuple[int, int], *, section: bool = False
+) -> object:
     """The value of a field, or None where it is absent or null and may be."""
-    text, line = found or ("", entry_line)
+    text, *place = found or ("", *entry_place)
     if not text.strip() or (text in {"null", "None", "~"} and not section):
         if field.required:
             message = f"`### {field.source}` is missing or empty" if section else f"{field.source} is missing or empty"
-            raise _BadValue(message, line)
+            raise _BadValue(message, (place[0], place[1]))
         return None
     try:
         return _CONVERT[field.type](text)
     except (ValueError, OverflowError):
         message = f"{field.source} must be {_WANTED[field.type]}, not {text[:80]!r}"
-        raise _BadValue(message, line) from None
+        raise _BadValue(message, (place[0], place[1])) from None
 
 
 def _timestamp(text: str) -> datetime:
@@ -213,6 +221,8 @@ def _timestamp(text: str) -> datetime:
 
 
 def _float(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(text)
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(text)
@@ -220,15 +230,24 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    if len(text) > 20 or not -_INT64 <= int(text) < _INT64:  # noqa: PLR2004 - longest int64 with its sign
+    if not _WHOLE.fullmatch(text) or not -_INT64 <= int(text) < _INT64:
         raise ValueError(text)
     return int(text)
 
 
 def _strings(text: str) -> list[str]:
+    """The items of ``[a, "b, c", 'd']``, without their quotes; empty ones are dropped."""
     if not (text.startswith("[") and text.endswith("]")):
         raise ValueError(text)
-    return [item for item in (part.strip().strip("'\"") for part in text[1:-1].split(",")) if item]
+    items: list[str] = []
+    at, end = 1, len(text) - 1
+    while at < end:
+        match = _ITEM.match(text, at, end)
+        if match is None:
+            raise ValueError(text)
+        items.append(_ESCAPE.sub(r"\1", match["double"] or match["single"] or "") or (match["plain"] or "").strip())
+        at = match.end()
+    return [item for item in items if item]
 
 
 _CONVERT: Mapping[str, Callable[[str], object]] = {
