@@ -118,6 +118,7 @@ class Driver:
             "EVEROS_EMBEDDER__MODEL": "fuzz",
             "EVEROS_EMBEDDER__BATCH_SIZE": str(BATCH),
             "EVEROS_EMBEDDER__CONCURRENCY": str(concurrency),
+            "EVEROS_BRAKE_RATIO": "1",
             "EVEROS_SCAN_INTERVAL_SECONDS": "5",
         }
 

@@ -374,6 +374,7 @@ class _Run:
             "memory.root": str(root),
             "note.globs": ["notes/**/*.md", "notes/*.md"],
             "worker_retry_backoff_seconds": 0.01,
+            "brake_ratio": 1.0,  # what this writer deletes is meant to be gone
             "lancedb.optimize_after_commits": 8,
             "lancedb.optimize_idle_seconds": 0.05,
         }
