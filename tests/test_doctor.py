@@ -213,6 +213,20 @@ def test_cause_6_a_directory_that_may_not_be_read_is_given_permission(shell: She
     assert person.explain(FACTS)["verdict"] == "searchable"
 
 
+def test_cause_6_an_index_that_may_not_be_written_is_given_permission(shell: Shell) -> None:
+    person = in_step(unprivileged(shell))
+    folder = shell.root / ".index" / "engine"
+    folder.chmod(0o500)
+    put(shell.root, FACTS, facts(fact(3, "a third")))
+    check = person.doctor("permissions")["permissions"]
+    assert check["verdict"] == "fail"
+    assert str(folder) in str(check["cause"])
+    person.follow(check)
+    assert person.verdict("permissions") == "ok"
+    in_step(person)
+    assert person.explain(FACTS)["verdict"] == "searchable"
+
+
 def unprivileged(shell: Shell) -> Shell:
     """The same person without root's power to read everything."""
     if os.geteuid() == 0:

@@ -12,8 +12,10 @@ import trio
 
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings, load
-from everos_engine.surface import status
+from everos_engine.surface import doctor, status
 from everos_engine.surface.paint import Paint
+from everos_engine.system.control import serve_control
+from everos_engine.system.locks import EngineLock
 from everos_engine.testing import FakeEmbedder
 from writer import FACTS, fact, facts, put
 
@@ -91,7 +93,7 @@ async def test_status_is_cheap_and_imports_nothing_heavy(settings: Settings, roo
     assert min(spent) < 0.25
 
 
-async def test_a_stopped_engine_is_named_and_a_stalled_loop_too(settings: Settings, root: Path) -> None:
+async def test_a_stopped_engine_is_named(settings: Settings, root: Path) -> None:
     put(root, FACTS, facts(fact(1, "the heron eats fish")))
     command = [sys.executable, "-m", "everos_engine", "--root", str(root), "run", "--log-format", "text"]
     environment = {**os.environ, "EVEROS_EMBEDDER__KIND": "none"}
@@ -113,6 +115,24 @@ async def test_a_stopped_engine_is_named_and_a_stalled_loop_too(settings: Settin
             process.send_signal(signal.SIGCONT)
             process.terminate()
             await process.wait()
+
+
+async def test_a_stalled_loop_is_named_by_status_and_doctor(settings: Settings) -> None:
+    settings.engine_directory.mkdir(parents=True)
+    loops = {
+        "scan": {"beat_seconds_ago": 1.0, "allowance_seconds": 60.0, "stalled": False},
+        "work": {"beat_seconds_ago": 300.0, "allowance_seconds": 60.0, "stalled": True},
+    }
+    with EngineLock(settings.engine_directory / "engine.lock"):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_control, settings.control_socket, lambda _: {"pid": os.getpid(), "loops": loops})
+            found = await trio.to_thread.run_sync(status.snapshot, settings)
+            (check,) = await trio.to_thread.run_sync(doctor.examine, settings, ["engine"])
+            nursery.cancel_scope.cancel()
+    assert "stalled: work has not moved for 5 min" in status.as_text(found)
+    assert fits(status.as_json(found), SHAPE)
+    assert (check.verdict, "work for 5 min" in check.cause, "scan" in check.cause) == ("fail", True, False)
+    assert f"kill {os.getpid()}" in check.remedy
 
 
 async def read_on(stream: trio.abc.ReceiveStream) -> None:

@@ -120,7 +120,8 @@ def check_embedder(case: Case) -> Check:
     except (EngineError, trio.TooSlowError, ImportError) as error:
         return _mute(case, error)
     seconds, width = time.monotonic() - started, len(probe)
-    cause = f"{case.tell(model)} answers in {seconds * 1000:,.0f} ms, {width} wide"
+    loading = ", loading included" if settings.kind == "local" else ""
+    cause = f"{case.tell(model)} answers in {seconds * 1000:,.0f} ms{loading}, {width} wide"
     if settings.dimension and width != settings.dimension:
         cause = f"{case.tell(model)} answers {width} wide, and embedder.dimension is {settings.dimension}: its vectors are refused"
         variable = "EVEROS_EMBEDDER__DIMENSION"
@@ -135,7 +136,7 @@ def check_embedder(case: Case) -> Check:
             told,
             f"set embedder.kind, url and model back; or let it embed all of them, {_then(case)}",
         )
-    if seconds > SLOW_SECONDS:
+    if seconds > SLOW_SECONDS and settings.kind == "http":
         return Check("embedder", "warn", f"{cause}: slow", "look at the service; indexing goes at its pace")
     return Check("embedder", "ok", cause)
 

@@ -79,6 +79,8 @@ def check_index_writable(case: Case) -> Check:
         if path.exists() and not may(os.fspath(path), os.W_OK | (os.X_OK if path.is_dir() else 0)):
             cause = f"{case.show(os.fspath(path))} may not be written by uid {os.geteuid()}"
             index = settings.root / ".index"
+            if path.stat().st_uid == os.geteuid():
+                return Check("permissions", "fail", cause, f"give it back: {case.shell('chmod', '-R', 'u+rwX', index)}")
             owner = f"{os.geteuid()}:{os.getegid()}"
             remedy = f"run doctor as the engine's user; if that was it, `{sudo()}{quoted('chown', '-R', owner, index)}`"
             return Check("permissions", "fail", cause, remedy)
