@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from everos_engine.errors import EngineError
 from everos_engine.settings import describe, load
+from everos_engine.surface import arguments as grammar
 from everos_engine.surface.paint import ago, shown
 
 if TYPE_CHECKING:
@@ -45,78 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    top = argparse.ArgumentParser(
-        prog="everos-engine", description="Keeps a LanceDB index in step with a tree of markdown."
+    return grammar.build(
+        {
+            "run": _run,
+            "sync": _sync,
+            "search": _search,
+            "status": _status,
+            "explain": _explain,
+            "settings": _settings,
+            "fds": _fds,
+            "fds calibrate": _calibrate,
+            "doctor": _doctor,
+            "fix": _fix,
+            "release": _release,
+        }
     )
-    top.add_argument("--root", help="the memory root (else EVEROS_ROOT, the settings file, ~/.everos)")
-    top.set_defaults(at=None)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: object, help_text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=help_text, description=help_text)
-        added.add_argument("--root", default=argparse.SUPPRESS, help="the memory root")
-        added.set_defaults(command=command)
-        return added
-
-    run = add("run", _run, "watch the memory root and keep its index in step")
-    run.add_argument("at", nargs="?", metavar="ROOT", help="the memory root")
-    run.add_argument("--log-format", choices=["auto", "text", "json"])
-    run.add_argument("--poll", action="store_true", help="sweep often instead of listening for file events")
-    sync = add("sync", _sync, "bring the index in step once, or just these paths, and say what became of them")
-    sync.add_argument("paths", nargs="*", metavar="PATH")
-    sync.add_argument("--audit", action="store_true", help="compare every file by content, whatever its times say")
-    status = add("status", _status, "the queue, the watermark and the rows, in numbers")
-    status.add_argument("--json", action="store_true")
-    explain = add("explain", _explain, "why one path is or is not searchable, and what to do")
-    explain.add_argument("path", metavar="PATH")
-    explain.add_argument("--rows", action="store_true", help="count its rows in the index itself too")
-    explain.add_argument("--json", action="store_true")
-    doctor = add("doctor", _doctor, "check everything; 0 all ok, 1 a warning, 2 a failure")
-    doctor.add_argument("checks", nargs="*", metavar="CHECK", help="only these checks, by name")
-    doctor.add_argument("--json", action="store_true")
-    doctor.add_argument(
-        "--bundle",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="write an archive for a bug report, without memory content",
-    )
-    doctor.add_argument("--offline", action="store_true", help="make no call to the embedder")
-    fix = add("fix", _fix, "list what failed; --apply tries the retryable ones again")
-    fix.add_argument("--apply", action="store_true")
-    add("release", _release, "apply the deletions that are held because they looked like an accident")
-    search = add("search", _search, "search the memory")
-    search.add_argument("query", nargs="+", metavar="QUERY")
-    search.add_argument("--kind")
-    search.add_argument("--owner")
-    search.add_argument("--app")
-    search.add_argument("--project")
-    search.add_argument("--limit", type=_positive, default=10)
-    search.add_argument("--mode", choices=["fts", "vector", "hybrid"])
-    search.add_argument("--json", action="store_true")
-    fds = add("fds", _fds, "the engine's file descriptors by class, against its limit, budgets and ceiling")
-    fds.add_argument("--watch", action="store_true", help="again every second, until interrupted")
-    fds.add_argument("--json", action="store_true")
-    calibrate = fds.add_subparsers(metavar="WHAT").add_parser(
-        "calibrate", help="measure on this machine what each cap of the index cache costs, and offer the setting to use"
-    )
-    calibrate.add_argument(
-        "--quick", action="store_true", help="fewer caps and cycles: an impression, in half a minute"
-    )
-    calibrate.add_argument(
-        "--output", default="everos-calibration", metavar="DIR", help="for calibration.json and .png"
-    )
-    calibrate.set_defaults(command=_calibrate)
-    add("settings", _settings, "every setting and its value here")
-    return top
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        message = "must be at least 1"
-        raise argparse.ArgumentTypeError(message)
-    return number
 
 
 def _run(settings: Settings, _arguments: argparse.Namespace) -> int:

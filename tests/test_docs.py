@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from everos_engine.surface.cli import main
+
+DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS))
+import generate  # noqa: E402 - beside the pages it writes
+
+
+def test_the_generated_pages_are_those_of_the_code() -> None:
+    stale = subprocess.run(
+        [sys.executable, DOCS / "generate.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert (stale.returncode, stale.stdout) == (0, "")
+
+
+def test_an_event_without_a_meaning_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    events, notes = generate.found()
+    assert "engine_started" in events
+    assert {"watch_limit", "instance_limit", "watch_failed"} <= notes  # said by a variable
+    monkeypatch.setattr(generate, "found", lambda: ({**events, "a_new_event": (set(), set())}, notes))
+    with pytest.raises(SystemExit, match=r"docs/events\.toml: say under \[events\] what 'a_new_event' means"):
+        generate.events_page()
+
+
+def test_an_event_that_cannot_be_told_from_the_source_is_refused() -> None:
+    call = ast.parse("logger.info(words())").body[0].value.args[0]  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit, match=r"loops\.py:1: cannot tell the event"):
+        generate._words(call, {}, Path("loops.py"))
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("everos-engine ")
