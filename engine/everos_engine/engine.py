@@ -13,7 +13,8 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import OutsideRoot, Transient, Unavailable
+from everos_engine.errors import OutsideRoot, Unavailable
+from everos_engine.loops.agree import agree
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.guard import guard
@@ -27,7 +28,7 @@ from everos_engine.search import Filter, Mode, Result
 from everos_engine.search import search as search_index
 from everos_engine.stores import embeddings, held, ledger, queue
 from everos_engine.stores.database import Database
-from everos_engine.stores.index import Index, Model, open_index
+from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import alone, keep
 from everos_engine.system import ceiling, fds, files, locks, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 2
-START_PATIENCE_SECONDS = 5.0
-"""How long a start waits for the embedder to say which model it is; the worker sees to it later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,8 @@ class Engine:
         found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake)
         self._desk.progress.last_scan_milliseconds = now_milliseconds()
         await self.reach(found.lsn)
+        while (again := await desk.database.aread(queue.rebuilding)) is not None:
+            await self.reach(again)  # a table was begun anew meanwhile: what it held is not searchable before that
         return await self.status()
 
     async def sync(self, paths: Sequence[str] = ()) -> list[Outcome]:
@@ -178,14 +179,14 @@ async def open_engine(
             open_asyncio_thread() as bridge,
             _open_vectors(settings, embedder) as vectors,
         ):
-            with _databases(settings) as database, watching_the_loop() as blocks:
+            with _databases(settings, may_replace=True) as database, watching_the_loop() as blocks:
                 index = _index(settings, bridge)
                 desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
                 index.on_exhausted = desk.exhaust
                 try:
                     desk.brake.arm()
                     await _recover(desk)
-                    await _agree(desk)
+                    await agree(desk)
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(keep, "work", lambda: work(desk))
                         nursery.start_soon(_wake_ups, desk)
@@ -291,8 +292,8 @@ async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncI
 
 
 @contextmanager
-def _databases(settings: Settings) -> Iterator[Database]:
-    database = open_queue(settings, may_replace=True)
+def _databases(settings: Settings, *, may_replace: bool = False) -> Iterator[Database]:
+    database = open_queue(settings, may_replace=may_replace)
     try:
         yield database
     finally:
@@ -318,64 +319,6 @@ async def _recover(desk: Desk) -> None:
     count = await trio.to_thread.run_sync(reap, limiter=desk.database.limiter)
     if count:
         logger.info("cascade_recovered_orphan_processing count={}", count)
-
-
-async def _agree(desk: Desk) -> None:
-    """Make ledger and index agree: a table that is gone, replaced, restored or half written heals by itself."""
-    remembered = await desk.database.aread(ledger.incarnations)
-    lives = await desk.index.lives()
-    model = await _model_now(desk) if lives else None
-    for kind in kinds.KINDS:
-        life, known = lives.get(kind), remembered.get(kind)
-        if life is None and known is None:
-            continue
-        if life is None or known is None or life[0] != known[0] or (model is not None and life[2] != model.name):
-            await _void(desk, kind, life, model)
-        elif life[1] != known[1]:
-            await _reconcile(desk, kind, life)
-
-
-async def _model_now(desk: Desk) -> Model | None:
-    """The model that answers today; None while it does not answer, then the first commit will tell."""
-    try:
-        with trio.move_on_after(START_PATIENCE_SECONDS):
-            return await desk.vectors.model()
-    except Transient as error:
-        logger.warning("embedder_silent error={!r}", str(error))
-    return None
-
-
-async def _void(desk: Desk, kind: str, life: tuple[str, int, str] | None, model: Model | None) -> None:
-    """The ledger speaks of another table than the one there is: start the kind again from markdown."""
-    if life is not None:
-        chosen = model or Model(life[2], desk.index.dimension_of(kind))
-        life = (await desk.index.create(kind, chosen), 0, chosen.name)
-
-    def note(tx: Transaction) -> int:
-        ledger.void(tx, kind)
-        ledger.forget(tx, kind)
-        if life is not None:
-            ledger.remember(tx, kind, life[0], version=life[1], model=life[2])
-        return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds())
-
-    count = await desk.database.awrite(note)
-    logger.warning("index_replaced kind={} requeued={}", kind, count)
-
-
-async def _reconcile(desk: Desk, kind: str, life: tuple[str, int, str]) -> None:
-    """The table is not of the version we left: compare every key, and queue the files that differ."""
-    rows, known = await desk.index.keys(kind), await desk.database.aread(lambda tx: ledger.hashes(tx, kind))
-    differing = {key for key in rows.keys() | known.keys() if rows.get(key) != known.get(key)}
-
-    def note(tx: Transaction) -> int:
-        ledger.doubt(tx, [(path, entry_id, kind) for path, entry_id in differing])
-        ledger.remember(tx, kind, life[0], version=life[1], model=life[2])
-        paths = sorted({path for path, _ in differing})
-        return queue.requeue_paths(tx, paths, kind, now_milliseconds=now_milliseconds())
-
-    count = await desk.database.awrite(note)
-    if differing:
-        logger.info("index_reconciled kind={} keys={} requeued={}", kind, len(differing), count)
 
 
 async def _control(desk: Desk) -> None:

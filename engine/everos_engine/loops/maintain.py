@@ -13,7 +13,6 @@ from everos_engine.stores import embeddings, ledger
 
 if TYPE_CHECKING:
     from everos_engine.loops.desk import Desk
-    from everos_engine.stores.database import Transaction
 
 LONG_SECONDS = 3600.0
 ALLOWANCE_SECONDS = 60.0
@@ -43,6 +42,7 @@ def _patience(desk: Desk) -> float:
 
 async def _optimize(desk: Desk, kind: str) -> None:
     try:
+        incarnation = desk.index.incarnation_of(kind)
         version = await desk.index.optimize(kind)
     except Transient as error:
         desk.starved(error)
@@ -50,11 +50,7 @@ async def _optimize(desk: Desk, kind: str) -> None:
         return
     logger.debug("optimized kind={} version={}", kind, version)
 
-    def note(tx: Transaction) -> None:
-        incarnation, _, model = ledger.incarnations(tx)[kind]
-        ledger.remember(tx, kind, incarnation, version=version, model=model)
-
-    await desk.database.awrite(note)
+    await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, incarnation, version=version))
 
 
 async def _prune(desk: Desk) -> None:

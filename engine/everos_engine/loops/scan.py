@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
 
 from everos_engine.errors import Transient
+from everos_engine.loops.agree import begin_anew
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.observe import AUDIT_POSITION, Sweep, audit, sweep
-from everos_engine.stores import held, ledger, queue
+from everos_engine.stores import held, queue
 
 if TYPE_CHECKING:
-    from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Held
 
 SWEEP_ALLOWANCE_SECONDS = 600.0
@@ -162,13 +163,7 @@ async def _heal_lost_tables(desk: Desk) -> None:
     lost = await trio.to_thread.run_sync(desk.index.lost_kinds)
     for kind in lost:
         desk.index.forget(kind)
-
-        def note(tx: Transaction, kind: str = kind) -> int:
-            ledger.void(tx, kind)
-            ledger.forget(tx, kind)
-            return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds())
-
-        count = await desk.database.awrite(note)
+        count = await desk.database.awrite(partial(begin_anew, kind=kind))
         logger.warning("index_removed kind={} requeued={}", kind, count)
     if lost:
         desk.wake_up()

@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from contextlib import aclosing, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 from loguru import logger
@@ -18,6 +18,7 @@ from trio_util import AsyncValue
 
 from everos_engine.embed.gate import WAITING
 from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Transient, Unavailable, exhausted
+from everos_engine.loops.agree import heal
 from everos_engine.loops.brake import WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.job import Job, Unsettled, complaint, looks_torn, note_written, put_off, refuse, unsettled
@@ -54,6 +55,13 @@ async def work(desk: Desk) -> None:
     finally:
         with trio.CancelScope(shield=True):
             await desk.database.awrite(lambda tx: queue.recover(tx, [desk.owner]))
+
+
+class Written(NamedTuple):
+    """A commit: to which life of the table, and its version then."""
+
+    incarnation: str
+    version: int
 
 
 class _Worker:
@@ -260,26 +268,27 @@ class _Worker:
             by_kind[job.claim.kind].append(job)
         for kind, of_kind in by_kind.items():
             writing = [job for job in of_kind if job.error is None and (job.plan.upserts or job.plan.deletes)]
-            version = None
+            written = None
             if writing:
                 try:
-                    version = await self._write(kind, writing)
+                    written = await self._write(kind, writing)
                 except Transient as error:
                     for job in writing:
                         job.error = error
+                    await heal(self.desk, kind)
             for job in of_kind:
                 if isinstance(job.error, Transient) and self.desk.starved(job.error):
                     job.error = Exhausted(str(job.error))
                 if job.put_off is not None and self.desk.starved(job.put_off):
                     job.put_off = Exhausted(str(job.put_off))
-            await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, v=version: self._mark(tx, k, o, v))  # type: ignore[misc]
+            await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, w=written: self._mark(tx, k, o, w))  # type: ignore[misc]
             self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
             self.desk.progress.applied += len(of_kind)
-            if version is not None:
+            if written is not None:
                 self.desk.progress.commits[kind] = self.desk.progress.commits.get(kind, 0) + 1
 
-    async def _write(self, kind: str, jobs: list[Job]) -> int | None:
-        """One commit to the kind's table; its new version, or None where only unknown keys of no table were deleted."""
+    async def _write(self, kind: str, jobs: list[Job]) -> Written | None:
+        """One commit to the kind's table, or None where only unknown keys of no table were deleted."""
         index, database = self.desk.index, self.desk.database
         rows = [
             Row(job.claim.md_path, entry.entry_id, entry.content_hash, entry.values, job.vectors.get(entry.embed_text))
@@ -302,7 +311,8 @@ class _Worker:
                 ledger.intend(tx, job.claim.md_path, kind, touched)
 
         await database.awrite(intend)
-        return await index.commit(kind, rows, deletes)
+        incarnation = index.incarnation_of(kind)
+        return Written(incarnation, await index.commit(kind, rows, deletes))
 
     async def _new_life(self, kind: str, model: Model) -> None:
         """A table for ``model``; whatever the kind had goes, and its files come again with their cached vectors."""
@@ -319,8 +329,12 @@ class _Worker:
         logger.info("table_created kind={} model={} requeued={}", kind, model.name, count)
         self.desk.wake_up()
 
-    def _mark(self, tx: Transaction, kind: str, jobs: list[Job], version: int | None) -> None:
+    def _mark(self, tx: Transaction, kind: str, jobs: list[Job], written: Written | None) -> None:
         now = now_milliseconds()
+        if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
+            for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
+                job.error = job.error or Transient(f"the table {kind!r} began anew", counts_as_retry=False)
+            written = None
         for job in jobs:
             if isinstance(job.error, Transient):
                 self._try_later(tx, job, job.error, now)
@@ -353,9 +367,8 @@ class _Worker:
                 now_milliseconds=now,
             )
             logger.warning("change_failed path={!r} error={!r}", job.claim.md_path, message)
-        if version is not None:
-            incarnation, _, model = ledger.incarnations(tx)[kind]
-            ledger.remember(tx, kind, incarnation, version=version, model=model)
+        if written is not None:
+            ledger.moved_on(tx, kind, written.incarnation, version=written.version)
 
     def _try_later(self, tx: Transaction, job: Job, error: Transient, now: int) -> None:
         settings, gate = self.desk.settings, self.desk.vectors.gate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
-import lancedb
 import numpy as np
-import pyarrow as pa
 import trio
-from lancedb.index import FTS
-from lancedb.query import MatchQuery, MultiMatchQuery
 
-from everos_engine.errors import Exhausted, Fatal, Transient, exhausted
-from everos_engine.stores.generation import Generation, Generations
+os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
+
+import lancedb  # noqa: E402
+import pyarrow as pa  # noqa: E402
+from lancedb.index import FTS  # noqa: E402
+from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402
+
+from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402
+from everos_engine.stores.generation import Generation, Generations  # noqa: E402
 
 if TYPE_CHECKING:
     from lancedb import AsyncConnection, AsyncTable
@@ -39,6 +43,8 @@ DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
 VECTOR_INDEX_ROWS = 200_000
 """Below this many rows an exact scan of 512-wide vectors answers in tens of milliseconds, so none is built."""
+_PLACE = re.compile(r",? /\S+\.rs:\d+(:\d+)?")
+"""Where in the library's source an error was made."""
 KEY_COLUMNS = ("md_path", "entry_id", "content_hash")
 _ARROW = {
     "string": pa.string(),
@@ -168,6 +174,11 @@ class Index:
         life = self._lives.get(kind)
         return None if life is None else life.model
 
+    def incarnation_of(self, kind: str) -> str:
+        """The identity of the table's present life; empty where there is none."""
+        life = self._lives.get(kind)
+        return "" if life is None else life.incarnation
+
     def dimension_of(self, kind: str) -> int:
         """Width of the vectors in the kind's table; 0 where it has none."""
         return self._lives[kind].dimension
@@ -222,6 +233,20 @@ class Index:
         """Let go of a table that is gone; the next commit makes another."""
         self._lives.pop(kind, None)
         self._generations.current.tables.pop(kind, None)
+
+    async def check(self, kind: str) -> None:
+        """Open a kind's table and read its keys and one search of it, where there is one. Raises Transient where that fails."""
+        place = self.directory / f"{kind}.lance"
+        if place.exists() and not place.is_dir():
+            message = f"{place} is no directory"
+            raise Transient(message)
+        await self.keys(kind)
+        await self.search_text(kind, "check", where="", limit=1)
+
+    async def discard(self, kind: str) -> None:
+        """Remove a kind's table, whatever is left of it."""
+        self.forget(kind)
+        await trio.to_thread.run_sync(_remove, self.directory / f"{kind}.lance")
 
     def open_kinds(self) -> list[str]:
         """Kinds that have a table."""
@@ -421,7 +446,6 @@ def open_index(
     bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path, cap_bytes: int
 ) -> Index:
     """The index of one memory root, its cache capped; connects when first used."""
-    os.environ.setdefault("LANCEDB_LOG", "error")
     warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
     return Index(bridge, settings, kinds, directory, cap_bytes)
 
@@ -432,6 +456,11 @@ def uri_of(directory: Path, mode: DescriptorMode) -> str:
     Unquoted, ``%``, ``#`` and ``?`` in a URI would open another folder.
     """
     return "file-object-store://" + quote(os.fspath(directory)) if mode == "reopen" else os.fspath(directory)
+
+
+def _remove(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.unlink(missing_ok=True)
 
 
 def text_literal(text: str) -> str:
@@ -522,7 +551,7 @@ class _sorted:  # noqa: N801 - a context manager used as a verb
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, (RecursionError, NotImplementedError)):
-            first_line = str(error).strip().split("\n", 1)[0][:400]
+            first_line = _PLACE.sub("", str(error).strip().split("\n", 1)[0])[:400]
             message = f"LanceDB: {first_line}"
             raise (Exhausted if exhausted(error) else Transient)(message) from error
 
@@ -552,7 +581,6 @@ class Examination:
 
 async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Examination]:
     """Look at every table there is, on a connection of its own and on the asyncio loop at hand. Changes nothing."""
-    os.environ.setdefault("LANCEDB_LOG", "error")
     present = [kind for kind in kinds if (directory / f"{kind}.lance").is_dir()]
     if not present:
         return []
@@ -565,7 +593,6 @@ async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Exami
 
 async def count_of(directory: Path, kind: str, md_path: str) -> int:
     """Rows of one path in the table itself, counted as ``examine`` looks; 0 where there is no table."""
-    os.environ.setdefault("LANCEDB_LOG", "error")
     if not (directory / f"{kind}.lance").is_dir():
         return 0
     connection = await lancedb.connect_async(uri_of(directory, mode="reopen"))

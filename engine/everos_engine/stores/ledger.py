@@ -117,6 +117,12 @@ def remember(tx: Transaction, kind: str, incarnation: str, *, version: int, mode
     _many(tx, sql, [(kind, incarnation, version, model)])
 
 
+def moved_on(tx: Transaction, kind: str, incarnation: str, *, version: int) -> None:
+    """Note the newest version of a table, if it is still in the same life."""
+    sql = "UPDATE incarnation SET version = ? WHERE kind = ? AND incarnation = ?"
+    _many(tx, sql, [(version, kind, incarnation)])
+
+
 def forget(tx: Transaction, kind: str) -> None:
     """Forget a table's identity: there is none any more."""
     _many(tx, "DELETE FROM incarnation WHERE kind = ?", [(kind,)])

@@ -496,6 +496,13 @@ def watermark(tx: Transaction) -> int:
     return newest(tx) if oldest is None else cast("int", oldest) - 1
 
 
+def rebuilding(tx: Transaction) -> int | None:
+    """The newest lsn of the changes that wait because their table began anew; None where none does."""
+    sql = "SELECT max(lsn) FROM md_change_state WHERE status IN ('pending', 'processing') AND source = 'rebuild'"
+    ((lsn,),) = tx.execute(sql)
+    return cast("int | None", lsn)
+
+
 def ready(tx: Transaction) -> int:
     """How many changes could be claimed now."""
     sql = "SELECT count(*) FROM md_change_state WHERE status = 'pending' AND not_before = 0"
