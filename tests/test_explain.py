@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import trio
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from everos_engine.engine import open_engine, open_queue
 from everos_engine.loops.observe import observe_paths
@@ -225,3 +229,79 @@ def test_odd_names_are_explained_and_their_commands_are_for_them(plain: Settings
     text.encode()
     followed(found)
     assert (root / "users/u1/episodes" / name).read_text() == GOOD
+
+
+PARTS = st.sampled_from(
+    [
+        "users",
+        "u1",
+        "episodes",
+        ".atomic_facts",
+        "x.md",
+        "user.md",
+        "..",
+        ".",
+        "",
+        "~x.md",
+        ".index",
+        "SKILL.md",
+        "/",
+        "é",
+    ]
+) | st.text(min_size=1, max_size=300)
+
+
+@given(parts=st.lists(PARTS, min_size=1, max_size=7), absolute=st.booleans())
+@example(parts=["a\0b.md"], absolute=False)
+@example(parts=["users", "u1", "episodes", "x" * 300 + ".md"], absolute=True)
+@hypothesis.settings(
+    max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_whatever_is_asked_there_is_an_answer(plain: Settings, root: Path, parts: list[str], *, absolute: bool) -> None:
+    asked = os.path.join(root, *parts) if absolute else os.path.join(*parts)
+    found = explain(plain, asked)
+    assert found.judgement.verdict in {"excluded", "missing", "waiting", "unknown"}
+    assert json.loads(json.dumps(as_json(found)))["cause"]
+    as_text(found, Paint()).encode()
+    assert list(root.iterdir()) == []
+
+
+FILES = st.dictionaries(
+    st.sampled_from([f"users/u1/.atomic_facts/{letter}.md" for letter in "abcd"]),
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["good", "bad", "empty"])), max_size=4),
+    min_size=1,
+)
+
+
+@given(before=FILES, after=FILES)
+@hypothesis.settings(
+    max_examples=15, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+async def test_the_verdict_agrees_with_the_index(settings: Settings, root: Path, before: dict, after: dict) -> None:
+    """Searchable is what the index holds as the file says, and nothing else, after any edits."""
+    shutil.rmtree(root)
+    root.mkdir()
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        for tree in (before, after):
+            for key, entries in tree.items():
+                put(root, key, facts(*(written(number, sort) for number, sort in entries)))
+            await engine.settle()
+        rows = await engine.desk.index.rows("atomic_fact") if "atomic_fact" in engine.desk.index.open_kinds() else []
+        indexed = {(row["md_path"], row["entry_id"]): row["content_hash"] for row in rows}
+    for key in before | after:
+        place = kinds.recognise(key)
+        assert place is not None
+        document = kinds.parse(place, {key: (root / key).read_bytes()})
+        said = {(key, entry.entry_id): entry.content_hash.hex() for entry in document.entries}
+        held = {at: indexed[at] for at in indexed if at[0] == key}
+        verdict = explain(settings, key).judgement.verdict
+        assert (verdict == "searchable") == (bool(said) and not document.problems and said == held)
+        assert (verdict == "excluded") == (not said and not document.problems)
+        assert (verdict in {"partly", "failed"}) == bool(document.problems)
+
+
+def written(number: int, sort: str) -> str:
+    entry = fact(number, f"fact {number}")
+    if sort == "bad":
+        return entry.replace("2025-02-27T", "soon")
+    return "" if sort == "empty" else entry

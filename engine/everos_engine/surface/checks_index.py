@@ -12,7 +12,7 @@ import trio
 from everos_engine.errors import EngineError
 from everos_engine.stores.database import Database
 from everos_engine.supervise import alone
-from everos_engine.surface.checkup import Check
+from everos_engine.surface.checkup import Check, read_books
 from everos_engine.surface.paint import plural, quoted, shown
 from everos_engine.text import kinds
 
@@ -41,6 +41,8 @@ def check_index(case: Case) -> Check:
     from everos_engine.stores.index import examine  # noqa: PLC0415 - imports LanceDB
 
     tables = asyncio.run(asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
+    if case.engine.running:  # it may have made a table since the books were read
+        case = dataclasses.replace(case, books=read_books(case.engine_db))
     for judge in (_unopened, _foreign, _another, _miscounted):
         found = judge(case, tables)
         if found is not None:

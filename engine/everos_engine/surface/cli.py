@@ -102,7 +102,7 @@ def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
 
     found = explain(settings, arguments.path, program=program(settings, arguments), rows=arguments.rows)
     if arguments.json:
-        print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(found), indent=2))
     else:
         print(as_text(found, paint_for(sys.stdout)))
     return OK if found.judgement.verdict == "searchable" else TROUBLE
@@ -122,7 +122,7 @@ def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
         return OK
     checks = doctor.examine(settings, arguments.checks, program=program(settings, arguments), offline=arguments.offline)
     if arguments.json:
-        print(json.dumps(doctor.as_json(settings, checks), indent=2, ensure_ascii=False))
+        print(json.dumps(doctor.as_json(settings, checks), indent=2))
     else:
         print(doctor.as_text(checks, paint_for(sys.stdout)))
     return doctor.worst(checks)

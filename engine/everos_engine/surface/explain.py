@@ -162,7 +162,11 @@ def as_json(found: Explanation) -> dict[str, object]:
 
 
 def _absolute(settings: Settings, asked: str) -> str:
-    """A relative path is taken from the root; from the working directory where only that has such a file."""
+    """A relative path is taken from the root; from the working directory where only that has such a file.
+
+    No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
+    """
+    asked = asked.replace("\0", "\\x00")
     if os.path.isabs(asked):
         return os.path.normpath(asked)
     here, below = os.path.abspath(asked), os.path.normpath(os.path.join(settings.root, asked))

@@ -123,14 +123,13 @@ def _content(seen: Evidence) -> Judgement | None:
     """The file is damaged, or has bad entries, whatever the queue says."""
     error, document = seen.disk.error, seen.disk.document
     if seen.disk.state == "damaged" and isinstance(error, BadFile):
-        where = f"line {error.line}: " if error.line is not None else ""
-        cause = f"{where}{error.args[0]}{_kept(seen)}"
+        cause = f"{_where(error.line, error.column)}{error.args[0]}{_kept(seen)}"
         following = f"nothing until the file changes; then {_then(seen)}"
         return Judgement("failed", "damaged", cause, f"{_plain(error.remedy)}, and save", following)
     if document is not None and document.problems and _settled(seen):
         first = document.problems[0]
         more = f" (and {len(document.problems) - 1} more)" if len(document.problems) > 1 else ""
-        cause = f"line {first.line}: entry {first.entry_id!r}: {first.message}{more}"
+        cause = f"{_where(first.line, first.column)}entry {first.entry_id!r}: {first.message}{more}"
         others = len(document.entries)
         cause += f"; {plural(others, 'other entry is', 'other entries are')} indexed" if others else _kept(seen)
         verdict: Verdict = "partly" if others or seen.known.rows else "failed"
@@ -246,6 +245,12 @@ def _settled(seen: Evidence) -> bool:
     return (
         change is not None and print_ is not None and change.fingerprint == tuple(print_) and change.status != "pending"
     )
+
+
+def _where(line: int | None, column: int | None) -> str:
+    if line is None:
+        return ""
+    return f"line {line}: " if column is None else f"line {line}, column {column}: "
 
 
 def _kept(seen: Evidence) -> str:
