@@ -192,7 +192,7 @@ async def test_a_hanging_text_fails_alone_and_is_asked_alone_ever_after(autojump
             (hung,) = await batcher.embed(["HANG"])
         assert same(results[:-1], fake, texts)
         assert isinstance(results[-1], float)
-        assert results[-1] <= 2 * 2 + 0.1  # two rounds of patience
+        assert results[-1] <= 2 * 2 + 0.1  # two rounds of patience at most
         assert isinstance(hung, Transient)
         assert hung.counts_as_retry
         assert gate.down.value is None
@@ -205,6 +205,19 @@ async def test_a_hanging_text_fails_alone_and_is_asked_alone_ever_after(autojump
         assert results[-1] == 0  # nobody waited for it this time
         assert ("HANG",) in fake.calls[asked:]
         assert not [call for call in fake.calls[asked:] if "HANG" in call and len(call) > 1]
+
+
+async def test_edits_of_a_few_files_at_once_share_no_call_and_so_no_trouble(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    fake = FakeEmbedder()
+    async with batching(fake) as (batcher, gate), trio.open_nursery() as nursery:
+        await gate.identify()
+        nursery.start_soon(batcher.embed, ["HANG"])
+        began = trio.current_time()
+        assert same(await batcher.embed(["one", "two"]), fake, ["one", "two"])
+        assert trio.current_time() == began
+        nursery.cancel_scope.cancel()
 
 
 async def test_many_hanging_texts_keep_no_slot_from_the_others(autojump_clock: trio.testing.MockClock) -> None:

@@ -43,7 +43,7 @@ class _Wanted:
 
 
 class Batcher:
-    """While all calls are busy, texts gather; a free call takes as many as fit, a few of each file in turn.
+    """While calls are busy, texts gather; a free call takes as many as fit, a few of each file in turn.
 
     Three lanes, so that trouble never waits in front of what is well: first calls, parts of calls that were refused or slow, and
     single texts that were so before (suspects), which are asked alone and have the whole deadline.
@@ -61,6 +61,7 @@ class Batcher:
         self._patience_seconds = settings.hedge_seconds if gate.embedder.hedged else float("inf")
         self._least_patience_seconds = self._patience_seconds
         self._deadline_seconds = settings.deadline_seconds
+        self._is_paced = settings.calls_per_second > 0
         self._requests: deque[deque[_Wanted]] = deque()
         self._by_text: dict[str, _Wanted] = {}
         self._suspects: OrderedDict[int, None] = OrderedDict()
@@ -114,11 +115,15 @@ class Batcher:
         return wanted
 
     def _take(self) -> list[_Wanted]:
-        """The texts of the next call, a few of each request in turn."""
+        """The texts of the next call, a few of each request in turn; of one alone while there are calls to spare.
+
+        Few requests and free calls mean that somebody is editing: then none shares a call, nor its trouble, with another.
+        """
         batch: list[_Wanted] = []
-        while self._requests and len(batch) < self._batch_size:
+        alone = not self._is_paced and len(self._requests) <= 1 + self._first_lane.value // 2
+        while self._requests and len(batch) < self._batch_size and not (alone and batch):
             request = self._requests.popleft()
-            share = min(SHARE, len(request), self._batch_size - len(batch))
+            share = min(len(request) if alone else SHARE, len(request), self._batch_size - len(batch))
             batch += [request.popleft() for _ in range(share)]
             if request:
                 self._requests.append(request)
