@@ -124,3 +124,10 @@ def test_a_second_signal_or_the_end_of_grace_stops_at_once(times: str, grace: st
     )
     assert done.returncode == 130
     assert time.monotonic() - began < 35
+
+
+def test_a_search_that_cannot_find_anything_is_refused_with_the_reason(root: Path) -> None:
+    nothing = command(root, "search", "?!")
+    assert (nothing.returncode, "no word" in nothing.stderr) == (2, True)
+    unknown = command(root, "search", "x", "--kind", "nope")
+    assert (unknown.returncode, "choose one of episode" in unknown.stderr) == (2, True)

@@ -35,6 +35,10 @@ class OutsideRoot(EngineError):
     """A path a person named lies outside the memory root, or is of no kind the engine indexes."""
 
 
+class BadQuestion(EngineError):
+    """A search that cannot find anything: no word in it, or a kind there is none of."""
+
+
 class Transient(EngineError):
     """The world may be better in a moment: the work is done again after a backoff.
 

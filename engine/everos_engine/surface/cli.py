@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everos_engine.errors import EngineError
+from everos_engine.errors import BadQuestion, EngineError
 from everos_engine.settings import describe, load
 from everos_engine.surface import arguments as grammar
 from everos_engine.surface.paint import ago, shown
@@ -154,7 +154,14 @@ def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
 
 def _search(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface.oneshot import search  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.text.kinds import KINDS  # noqa: PLC0415 - not needed by --help
 
+    if arguments.kind not in {None, *KINDS}:
+        message = f"there is no kind {arguments.kind!r}: choose one of {', '.join(KINDS)}"
+        raise BadQuestion(message)
+    if not any(map(str.isalnum, "".join(arguments.query))):
+        message = "the query has no word in it: name what to look for"
+        raise BadQuestion(message)
     results = search(settings, arguments)
     if arguments.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
