@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,21 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("everos-engine ")
+
+
+def test_every_test_and_file_that_the_docs_name_exists() -> None:
+    repository = DOCS.parent
+    code = "".join(path.read_text() for folder in ("tests", "fuzz") for path in (repository / folder).rglob("*.py"))
+    tests = set(re.findall(r"def (test_\w+)", code))
+    pages = [*DOCS.rglob("*.md"), *repository.glob("*.md")]
+    text = "".join(path.read_text() for path in pages if "_build" not in path.parts)
+    named = {name for name in re.findall(r"`(test_\w+)`", text) if not (repository / "tests" / f"{name}.py").exists()}
+    assert named <= tests
+    roots = [repository, repository / "engine" / "everos_engine"]
+    files = set(
+        re.findall(
+            r"`((?:docs|tests|fuzz|examples|engine/everos_engine|loops|stores|embed|system|surface|text)/[\w/.-]+\.\w+)`",
+            text,
+        )
+    )
+    assert {name for name in files if not any((root / name).exists() for root in roots)} == set()
