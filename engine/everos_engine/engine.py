@@ -180,6 +180,7 @@ async def open_engine(
             _open_vectors(settings, embedder) as vectors,
         ):
             with _databases(settings, may_replace=True) as database, watching_the_loop() as blocks:
+                ceiling.check_limit(fds.limits()[1])
                 index = _index(settings, bridge)
                 desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
                 index.on_exhausted = desk.exhaust

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 BASE_DESCRIPTORS = 48
 """Most that the engine holds besides pinned indexes; a test runs it under `ulimit -n 64` and asserts this bound."""
+LEAST_LIMIT = 64
+"""Below this the engine's own descriptors exceed its hard budget, and no work would ever begin."""
 HEADROOM = 2
 """The limit must hold this many ceilings, as in the runbook."""
 MIB = 1 << 20
@@ -30,6 +32,16 @@ def cap_of(settings: LanceDBSettings, *, limit: int) -> int:
     if settings.descriptor_mode == "pinned":
         _check(settings, chosen, limit)
     return chosen
+
+
+def check_limit(limit: int) -> None:
+    """Raises SettingsError for a limit too low for the engine's own descriptors."""
+    if limit < LEAST_LIMIT:
+        message = (
+            f"RLIMIT_NOFILE is {limit}, and the engine itself needs up to {BASE_DESCRIPTORS} file descriptors: raise "
+            f"`ulimit -n` to {LEAST_LIMIT} at least, or to 256 to leave it room"
+        )
+        raise SettingsError(message)
 
 
 def ceiling_of(settings: LanceDBSettings, *, cap_bytes: int, pinned: bool) -> int:
