@@ -97,6 +97,13 @@ def test_an_engine_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic(roo
     assert "RLIMIT_NOFILE is 256: lower the cap to " in process.stderr
 
 
+def test_a_limit_too_low_for_the_engine_itself_is_refused(root: Path) -> None:
+    run = f"ulimit -n 50; exec {sys.executable} -m everos_engine run --root '{root}'"
+    process = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=False, timeout=60)
+    assert process.returncode == 2
+    assert "RLIMIT_NOFILE is 50, and the engine itself needs up to 48 file descriptors" in process.stderr
+
+
 def test_it_imports_neither_lancedb_nor_numpy(root: Path) -> None:
     script = (
         "import sys; from everos_engine.surface.cli import main; main(sys.argv[1:]);"

@@ -44,6 +44,7 @@ LAW_REMEDY = (
     "tested with, and report the new one"
 )
 EXHAUSTED_REMEDY = "see `everos-engine fds` for who holds them; raise `ulimit -n`, or lower lancedb.index_cache_size_bytes in mode pinned"
+OVER_REMEDY = f"{EXHAUSTED_REMEDY}; where others hold them for good, raise lancedb.hard_budget_share"
 
 
 async def guard(desk: Desk, *, proving: bool = True) -> None:
@@ -229,7 +230,7 @@ class Guard:
         if desk.pressure.value <= 0:
             hard = desk.settings.lancedb.hard_budget_share
             message = f"more than {hard:.0%} of the {limit} file descriptors are open: new work waits"
-            await desk.notes.say("descriptors_over_budget", message, EXHAUSTED_REMEDY)
+            await desk.notes.say("descriptors_over_budget", message, OVER_REMEDY)
         else:
             await desk.notes.over("descriptors_over_budget")
 
