@@ -18,6 +18,8 @@ from everos_engine.system.control import ask, serve_control, short_address
 from everos_engine.system.instrument import watching_the_loop
 from everos_engine.testing import FakeEmbedder
 
+PATIENCE_SECONDS = 10.0
+
 
 def echo(question: str) -> dict[str, object]:
     return {"asked": question}
@@ -35,7 +37,7 @@ async def listening(path: Path) -> None:
 
 
 async def asked(path: Path, question: str) -> dict[str, object] | None:
-    return await trio.to_thread.run_sync(lambda: ask(path, question))
+    return await trio.to_thread.run_sync(lambda: ask(path, question, deadline_seconds=PATIENCE_SECONDS))
 
 
 @pytest.mark.parametrize("name", ["c.sock", "d" * 120 + "/" + "e" * 120 + "/c.sock"])
@@ -114,7 +116,7 @@ async def test_many_ask_at_once_and_the_silent_ones_only_for_a_second(tmp_path: 
     found: list[object] = []
 
     async def one(number: int) -> None:
-        found.append(await trio.to_thread.run_sync(lambda: ask(path, str(number), deadline_seconds=10)))
+        found.append(await trio.to_thread.run_sync(lambda: ask(path, str(number), deadline_seconds=PATIENCE_SECONDS)))
 
     async with trio.open_nursery() as many:
         for number in range(100):
@@ -152,14 +154,14 @@ trio.run(main)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"full\n"
-        assert ask(path, "pulse") == {"asked": "pulse"}
+        assert ask(path, "pulse", deadline_seconds=PATIENCE_SECONDS) == {"asked": "pulse"}
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
             silent.connect(os.fspath(path))  # takes the descriptor that was spare
             before = cpu_ticks(process.pid)
             with pytest.raises(TimeoutError):
                 ask(path, "again", deadline_seconds=0.5)
             assert cpu_ticks(process.pid) - before <= 5  # it waits, and does not spin
-        assert ask(path, "again") == {"asked": "again"}
+        assert ask(path, "again", deadline_seconds=PATIENCE_SECONDS) == {"asked": "again"}
     finally:
         process.kill()
         process.wait()

@@ -352,6 +352,8 @@ class Index:
 
     async def _table(self, generation: Generation, kind: str) -> AsyncTable | None:
         """The table of a kind, opened once a generation; None where there is none, or one of an older schema."""
+        if kind in generation.tables:
+            return generation.tables[kind]
         async with generation.opening:
             if kind in self._unmade:
                 return None
