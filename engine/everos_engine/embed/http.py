@@ -94,7 +94,10 @@ class HttpEmbedder:
         except httpx.ConnectError as error:
             if exhausted(error):
                 raise Exhausted(f"no file descriptor for a connection to the embedding service: {error}") from None
-            message = f"the embedding service cannot be reached at {self._shown()}: {self._safe(str(error))}"
+            why = self._safe(str(error))
+            message = (
+                f"the embedding service cannot be reached at {self._shown()} ({why}): start it, or set embedder.url"
+            )
             raise Unavailable(message) from None
         except (httpx.HTTPError, httpx.StreamError) as error:
             message = f"the call to the embedding service broke off: {type(error).__name__}: {self._safe(str(error))}"
