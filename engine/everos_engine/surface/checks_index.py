@@ -56,7 +56,7 @@ def _unopened(case: Case, tables: list[Examination]) -> Check | None:
     if not broken:
         return None
     cause = f"table {broken[0].kind!r} does not open: {case.tell(shown(broken[0].error))}"
-    return Check("index", "fail", cause, _without(case, [table.kind for table in broken]))
+    return Check("index", "fail", cause, f"have it begun anew from markdown, with cached vectors: {case.again()}")
 
 
 def _foreign(case: Case, tables: list[Examination]) -> Check | None:
