@@ -149,7 +149,7 @@ def _lines(found: Snapshot, paint: Paint) -> list[str]:
         f"  max: {counts.lsn_max}",
         f"  last_processed: {counts.watermark}",
         f"  lag: {counts.lsn_max - counts.watermark}",
-        "rows:",
+        "rows:" if moment.rows else "rows: none",
         *(f"  {kind}: {count}" for kind, count in sorted(moment.rows.items())),
         *_waiting(found),
         f"last scan: {_ago(found.since(moment.last_scan))}",
@@ -217,7 +217,7 @@ def _outage(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:
 
 
 def _note(note: Note, paint: Paint) -> str:
-    return f"{paint('note:', 'yellow')} {note.message}; {note.remedy}"
+    return paint.wrap(f"{note.message}; {note.remedy}", indent=6, first=f"{paint('note:', 'yellow')} ")
 
 
 def _notes(found: Snapshot) -> list[Note]:
