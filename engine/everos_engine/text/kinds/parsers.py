@@ -12,6 +12,7 @@ from everos_engine.text.entries import Document, Entry, Place, Problem, entry
 from everos_engine.text.frontmatter import Frontmatter
 from everos_engine.text.kinds.tables import INLINE, KINDS, Field
 from everos_engine.text.markdown import Block, blocks, fields, headings
+from everos_engine.text.terms import terms
 
 _INT64 = 1 << 63
 _WHOLE = re.compile(r"[-+]?[0-9]{1,19}")
@@ -146,6 +147,7 @@ PARSERS: Mapping[str, Callable[[Place, Frontmatter, Mapping[str, str]], Document
 def _entry(place: Place, entry_id: str, line: int, values: dict[str, object]) -> Entry:
     kind = KINDS[place.kind]
     full = {name: values.get(name) for name in kind.columns}
+    full["terms"] = terms(str(full[column]) for column in kind.text_columns if full[column])
     text = "\n".join(str(full[column]) for column in kind.embed_columns if full[column])
     return entry(entry_id, line=line, values=full, embed_text=text if text.strip() else "")
 

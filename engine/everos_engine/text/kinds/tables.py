@@ -34,11 +34,11 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind: ``columns`` in table order, those with a full-text index, and those whose text is embedded."""
+    """One kind: ``columns`` in table order, those whose text is searched, and those whose text is embedded."""
 
     name: str
     own: tuple[Field, ...]
-    fts_columns: tuple[str, ...]
+    text_columns: tuple[str, ...]
     embed_columns: tuple[str, ...]
     inline: tuple[Field, ...] = ()
     extra: tuple[tuple[str, ColumnType], ...] = ()
@@ -47,7 +47,12 @@ class Kind:
     def columns(self) -> Mapping[str, str]:
         """Column -> type; md_path, entry_id, content_hash and vector are every table's."""
         own: dict[str, str] = {field.column: field.type for field in (*self.inline, *self.own)}
-        return {**_COMMON, **own, **dict(self.extra)}
+        return {**_COMMON, **own, **dict(self.extra), "terms": "string"}
+
+    @property
+    def fts_columns(self) -> tuple[str, ...]:
+        """Columns with a full-text index: the texts, and the words inside their identifiers."""
+        return (*self.text_columns, "terms")
 
 
 INLINE = (
@@ -61,14 +66,14 @@ _KINDS = (
     Kind(
         "episode",
         (Field("Subject", "subject"), Field("Summary", "summary"), Field("Content", "content", required=True)),
-        fts_columns=("subject", "content"),
+        text_columns=("subject", "content"),
         embed_columns=("subject", "content"),
     ),
-    Kind("atomic_fact", (Field("Fact", "fact", required=True),), fts_columns=("fact",), embed_columns=("fact",)),
+    Kind("atomic_fact", (Field("Fact", "fact", required=True),), text_columns=("fact",), embed_columns=("fact",)),
     Kind(
         "foresight",
         (Field("Foresight", "foresight", required=True), Field("Evidence", "evidence")),
-        fts_columns=("foresight", "evidence"),
+        text_columns=("foresight", "evidence"),
         embed_columns=("foresight", "evidence"),
         inline=(
             Field("start_time", "start_time", "timestamp"),
@@ -83,7 +88,7 @@ _KINDS = (
             Field("Approach", "approach", required=True),
             Field("KeyInsight", "key_insight"),
         ),
-        fts_columns=("task_intent", "approach", "key_insight"),
+        text_columns=("task_intent", "approach", "key_insight"),
         embed_columns=("task_intent", "approach", "key_insight"),
         inline=(Field("quality_score", "quality_score", "float"),),
     ),
@@ -99,14 +104,14 @@ _KINDS = (
             Field("created_at", "created_at", "timestamp"),
             Field("updated_at", "updated_at", "timestamp"),
         ),
-        fts_columns=("name", "description", "content", "references"),
+        text_columns=("name", "description", "content", "references"),
         embed_columns=("name", "description", "content"),
         extra=(("content", "string"), ("references", "string")),
     ),
     Kind(
         "user_profile",
         (Field("summary", "summary"),),
-        fts_columns=("summary", "explicit_info", "implicit_traits", "content"),
+        text_columns=("summary", "explicit_info", "implicit_traits", "content"),
         embed_columns=("summary", "explicit_info", "implicit_traits"),
         extra=(
             ("explicit_info", "string"),
@@ -118,7 +123,7 @@ _KINDS = (
     Kind(
         "note",
         (Field("title", "title"),),
-        fts_columns=("heading", "content"),
+        text_columns=("heading", "content"),
         embed_columns=("heading", "content"),
         extra=(("heading", "string"), ("content", "string")),
     ),

@@ -1,0 +1,25 @@
+"""The words inside identifiers: `run_standup` and `parseHTML` are one word to a tokenizer, and two to whoever searches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+MOST_CHARACTERS = 4096
+_COMPOUND = re.compile(r"\w+(?:[.:]\w+)*")
+_JOINT = re.compile(r"[_.:]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def terms(texts: Iterable[str]) -> str | None:
+    """The parts of every compound identifier in ``texts``, each once, in order, joined by blanks; None where there is none.
+
+    Compounds are joined by ``_``, ``.`` or ``:``, or by a change from small to capital letters. At most 4096 characters.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        for match in _COMPOUND.finditer(text):
+            parts = [part for part in _JOINT.split(match[0]) if len(part) > 1]
+            if len(parts) > 1 or (parts and parts[0] != match[0]):
+                found.update(dict.fromkeys(part.casefold() for part in parts if not part.isdigit()))
+    joined = " ".join(found)[:MOST_CHARACTERS]
+    return joined or None
