@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile(
     "ci",
-    max_examples=250,
+    max_examples=200,
     stateful_step_count=30,
     derandomize=True,
     database=None,

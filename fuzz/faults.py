@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import apsw
 import trio
+from scratch import SCRATCH
 from tree_machine import Mismatch, Operation, Writer, rows_of
 from tree_model import Account
 
@@ -197,7 +198,7 @@ BEHIND = {name: "bridge" if name in {"commit", "outcome"} else name for name in 
 
 async def once(door: str, at: int) -> bool:
     """One run with the n-th call failing; False where there was no n-th. Raises Mismatch where something is lost."""
-    with tempfile.TemporaryDirectory(prefix="everos-fault-") as name:
+    with tempfile.TemporaryDirectory(prefix="everos-fault-", dir=SCRATCH) as name:
         root = Path(os.path.realpath(name)) / "root"
         root.mkdir()
         flags = {

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from scratch import SCRATCH
 
 from everos_engine.stores import queue
 from everos_engine.stores.database import Database
@@ -85,7 +86,7 @@ class Known:
 class QueueMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.directory = tempfile.mkdtemp(prefix="everos-fuzz-")
+        self.directory = tempfile.mkdtemp(prefix="everos-fuzz-", dir=SCRATCH)
         self.database = Database(Path(self.directory) / "engine.db", schema=queue.SCHEMA)
         self.paths = {path: Known() for path in PATHS}
         self.holds: list[Hold] = []

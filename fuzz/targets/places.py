@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from scratch import SCRATCH
 
 from everos_engine.system import files
 from everos_engine.text import kinds
@@ -53,7 +54,7 @@ NAMES = st.one_of(
 def test_a_key_leads_back_to_its_file(names: list[bytes]) -> None:
     parts = [name.replace(b"/", b"").replace(b"\0", b"") for name in names]
     assume(all(part not in {b"", b".", b"..", b".index"} and len(part) < 200 for part in parts))
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as directory:
         root = Path(os.path.realpath(directory))
         path = os.path.join(os.fsencode(root), *parts) + b".md"
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -70,7 +71,7 @@ def test_a_key_leads_back_to_its_file(names: list[bytes]) -> None:
 @given(st.text(max_size=30))
 def test_a_path_outside_the_root_has_no_key(text: str) -> None:
     assume("\0" not in text)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as directory:
         root = Path(os.path.realpath(directory)) / "root"
         root.mkdir()
         (root.parent / "root2").mkdir()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+from scratch import SCRATCH
 
 from everos_engine import settings as module
 from everos_engine.errors import SettingsError
@@ -35,7 +36,7 @@ TOML = st.one_of(
 
 
 def answer(environment: dict[str, str], text: str | bytes) -> Settings | None:
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as directory:
         file = Path(directory) / "settings.toml"
         file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         try:
