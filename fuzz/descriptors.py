@@ -47,6 +47,8 @@ MIB = 1 << 20
 DEFAULT_CAP_BYTES = 16 * MIB
 LIMIT = 1024
 """Soft limit of descriptors the stress runs under: what most Linux systems give."""
+BUDGET = LIMIT // 2
+"""The guard's soft budget."""
 STEPS, ROUND = 24, 5
 MOST_TABLES, MOST_COLUMNS, MOST_ROWS = 3, 3, 160
 DIMENSION = 8
@@ -174,6 +176,8 @@ class DescriptorMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 2), query=st.booleans())
     def optimize(self, pick: int, *, query: bool) -> None:
         name, table = self.table(pick)
+        if sum(table.most_pinned() for table in self.tables.values()) > BUDGET:
+            self.rotate()  # as the guard does
         self.threaded.call(self.index.optimize, name)
         table.generations += 1
         table.built = True

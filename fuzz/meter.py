@@ -13,18 +13,18 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """Open descriptors of this process: all, and those of index files below a directory, unlinked ones included."""
+    """Open descriptors of a process: all, and those of index files below a directory, unlinked ones included."""
 
     total: int
     index: int
 
 
-def census(directory: Path) -> Census:
-    """List what this process holds now."""
+def census(directory: Path, pid: int | str = "self") -> Census:
+    """List what a process holds now."""
     prefix, total, index = os.path.realpath(directory), 0, 0
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir(f"/proc/{pid}/fd"):
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
         except FileNotFoundError:
             continue  # the listing's own
         total += 1
@@ -45,13 +45,15 @@ def rss_bytes(pid: int | str = "self") -> int:
 
 @dataclass(slots=True)
 class Meter:
-    """Samples a process from a thread until it is stopped; each sample is (seconds, descriptors, RSS bytes)."""
+    """Samples a process from a thread until it is stopped: descriptors, those of index files below a directory, RSS."""
 
     pid: int | str = "self"
     every_seconds: float = 0.01
     keep_seconds: float = 0.1
+    directory: Path | None = None
     seconds: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)
     peak: int = 0
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -67,6 +69,11 @@ class Meter:
         if self._thread is not None:
             self._thread.join()
 
+    def lasting(self, samples: int) -> int:
+        """The most index descriptors that stayed open over so many samples in a row; those of one read do not count."""
+        stretches = range(len(self.index) - samples + 1)
+        return max((min(self.index[start : start + samples]) for start in stretches), default=0)
+
     def _sample(self) -> None:
         """The peak of every look; of each tenth of a second one sample, its highest count."""
         began = kept = time.monotonic()
@@ -78,6 +85,7 @@ class Meter:
                 if now - kept >= self.keep_seconds:
                     self.seconds.append(now - began)
                     self.counts.append(highest)
+                    self.index.append(census(self.directory, self.pid).index if self.directory else 0)
                     self.rss.append(rss_bytes(self.pid))
                     self.peak = max(self.peak, highest)
                     kept, highest = now, 0

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from meter import Meter
-from results import Run, write_result
+from results import RESULTS, Run, write_result
 from slope import Slope, slope
 from soak_engine import WORDS
 
@@ -35,6 +35,10 @@ PAUSE_SECONDS = 0.08
 END_SECONDS = 180.0
 SESSION_BUDGET_BYTES = 12 << 20
 """Low, so that a short run has rotations enough for its memory to level off."""
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc gives memory back, so that RSS follows what is held; by default its arenas fill for an hour, leak or none."""
+LASTING_SAMPLES = 20
+"""Two seconds: a read of the index in mode `reopen` opens its files for milliseconds."""
 SLOPES_NEED_SECONDS = 60.0
 """A process is warm after half a minute of this traffic; of a shorter run the slopes are told, not judged."""
 
@@ -133,32 +137,45 @@ class Verdict:
         )
 
 
-def soak(limit: int, mode: str, minutes: float, *, child: Path = CHILD, seed: int = 1) -> Verdict:
-    """Run one engine under ``ulimit -n limit``, judge it, and leave a plot and a JSON line."""
-    with tempfile.TemporaryDirectory(prefix="everos-soak-") as folder:
-        forest = Forest(Path(folder).resolve(), random.Random(seed))
+def soak(
+    limit: int,
+    mode: str,
+    minutes: float,
+    *,
+    child: Sequence[str] = (str(CHILD),),
+    flags: Mapping[str, object] | None = None,
+    folder: Path = RESULTS,
+) -> Verdict:
+    """Run one engine under ``ulimit -n limit``, judge it, and leave a plot and a JSON line in ``folder``.
+
+    ``child`` is the script and its arguments, ``flags`` are settings beside those of every soak.
+    """
+    with tempfile.TemporaryDirectory(prefix="everos-soak-") as root:
+        forest = Forest(Path(root).resolve(), random.Random(1))
         forest.plant()
-        told, meter, log = _live(forest, limit, mode, minutes, child)
+        told, meter, log = _live(forest, limit, _settings(forest.root, mode) | dict(flags or {}), minutes, child)
     run = Run(meter.seconds, meter.counts, meter.rss, limit, _budget(told))
     counts, rss = slope(run.seconds, run.counts), slope(run.seconds, run.rss_bytes)
     judged = {"descriptors": counts, "RSS bytes": rss} if run.seconds[-1] >= SLOPES_NEED_SECONDS else {}
-    faults = tuple(_faults(told, meter.peak, limit, log, slopes=judged))
-    verdict = Verdict(limit, mode, faults, meter.peak, told, counts, rss)
+    faults = _faults(told, meter.peak, limit, log, slopes=judged)
+    if mode == "reopen" and meter.lasting(LASTING_SAMPLES):
+        faults.append(f"mode reopen holds {meter.lasting(LASTING_SAMPLES)} index descriptors open")
+    verdict = Verdict(limit, mode, tuple(faults), meter.peak, told, counts, rss)
     facts = {
         "passed": not faults, "faults": faults, "limit": limit, "mode": mode, "minutes": minutes, "peak": meter.peak,
         "count_slope": counts.as_json(), "rss_slope_bytes": rss.as_json(), **{key: told.get(key) for key in TOLD},
     }  # fmt: skip
-    write_result(f"soak-{limit}-{mode}", facts, run)
+    write_result(f"soak-{limit}-{mode}", facts, run, folder=folder)
     return verdict
 
 
 TOLD = ("changes", "searches", "rows", "fds", "session_bytes")
 
 
-def _live(forest: Forest, limit: int, mode: str, minutes: float, child: Path) -> tuple[dict[str, object], Meter, str]:
-    """What the child told at its end, what was measured of it, and its log."""
-    flags = {
-        "memory.root": str(forest.root),
+def _settings(root: Path, mode: str) -> dict[str, object]:
+    """Everything that happens seldom in a daemon's life happens often here."""
+    return {
+        "memory.root": str(root),
         "scan_interval_seconds": 5.0,
         "lancedb.descriptor_mode": mode,
         "lancedb.index_cache_size_bytes": "auto" if mode == "pinned" else 4 << 20,
@@ -167,8 +184,13 @@ def _live(forest: Forest, limit: int, mode: str, minutes: float, child: Path) ->
         "lancedb.optimize_idle_seconds": 0.2,
         "lancedb.keep_versions_seconds": 60,
     }
-    environment = os.environ | {"MALLOC_ARENA_MAX": "2"}
-    command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", sys.executable, str(child), json.dumps(flags)]
+
+
+def _live(
+    forest: Forest, limit: int, flags: Mapping[str, object], minutes: float, child: Sequence[str]
+) -> tuple[dict[str, object], Meter, str]:
+    """What the child told at its end, what was measured of it, and its log."""
+    command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", sys.executable, *child, json.dumps(flags)]
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
@@ -178,7 +200,7 @@ def _live(forest: Forest, limit: int, mode: str, minutes: float, child: Path) ->
         assert process.stdin is not None
         assert process.stdout is not None
         lines = _lines(process.stdout.readline)
-        meter = Meter(process.pid)
+        meter = Meter(process.pid, directory=forest.root)
         told: dict[str, object] = {}
         try:
             if "serving" in next(lines):

@@ -112,7 +112,7 @@ def tree_of(settings: Settings) -> dict[tuple[str, str], str]:
 
 
 def main(arguments: list[str]) -> None:
-    flags: Mapping[str, object] = json.loads(arguments[0])
+    flags: Mapping[str, object] = json.loads(arguments[-1])
     print(json.dumps(trio.run(serve, load(flags, environment={}))), flush=True)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,26 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_once_a_minute(sett
             await guard.look()
         assert engine.desk.index.rotations == before + 1
         assert len(await engine.search("heron")) == 1
+
+
+async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budget_too(
+    settings: Settings, root: Path
+) -> None:
+    tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
+    put(root, day(1), facts(fact(1, "heron")))
+    async with open_engine(tight, embedder=FakeEmbedder(), watching=False) as engine:
+        await engine.settle()
+        guard = Guard(engine.desk)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (guard.count() * 3 // 2, hard))
+        try:
+            assert len(await engine.search("heron")) == 1
+            before = engine.desk.index.rotations
+            await guard.look()
+            assert guard.count() > engine.desk.fds["soft_budget"]
+            assert engine.desk.index.rotations == before + 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_the_guard_costs_less_than_two_thousandths_of_a_core_at_500_descriptors(settings: Settings) -> None:

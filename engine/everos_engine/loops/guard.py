@@ -113,11 +113,11 @@ class Guard:
         self._classify(now, count)
         if heard or count >= limit:
             self._rotate(now, count, reason="exhausted")
-        elif count > soft:
-            if self.classes["lance_index"] + self.classes["deleted"]:  # else a rotation frees nothing but good caches
-                self._rotate(now, count, reason="over_budget")
-        else:
-            self._rest_seconds = FIRST_REST_SECONDS
+        elif count > soft and self.classes["lance_index"] + self.classes["deleted"]:
+            self._rotate(now, count, reason="over_budget")
+        else:  # without pinned indexes a rotation frees bytes only, also where the limit is so low that any count is over
+            if count <= soft:
+                self._rest_seconds = FIRST_REST_SECONDS
             too_many = desk.index.session_bytes() > desk.settings.lancedb.session_most_bytes
             if too_many and now - self._rotated_for_bytes >= BYTES_REST_SECONDS:
                 self._rotated_for_bytes = now
