@@ -46,6 +46,8 @@ def stress(session: nox.Session) -> None:
     """File descriptors; `nox -s stress -- --minutes 10` for the long form with every limit."""
     session.install("-q", "-e", ".[test,plots]")
     session.run("python", "-m", "pytest", "-q", "fuzz/test_slope.py", "fuzz/test_planted.py")
+    if session.posargs:
+        session.run("python", "-m", "pytest", "-q", "fuzz/test_soak.py")
     session.run("python", "fuzz/stress.py", *session.posargs)
 
 

@@ -6,11 +6,14 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+WRITING = threading.Lock()
+"""pyplot keeps its figures in one place for all threads."""
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -26,7 +29,12 @@ class Run:
 
 
 def write_result(name: str, facts: Mapping[str, object], run: Run, *, folder: Path = RESULTS) -> Path:
-    """Append the JSON line, draw the plot where matplotlib is installed; the folder."""
+    """Append the JSON line, draw the plot where matplotlib is installed; the folder. One thread at a time."""
+    with WRITING:
+        return _write(name, facts, run, folder)
+
+
+def _write(name: str, facts: Mapping[str, object], run: Run, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     line = {
         "name": name,

@@ -23,9 +23,9 @@ from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
 
-SEARCHERS = 3
+SEARCHERS, SHOWN = 3, 5
 PAUSE_SECONDS = 0.05
-SETTLE_SECONDS = 120.0
+SETTLE_SECONDS = 30.0
 BYTES_REST_SECONDS = 5.0
 """Between two rotations for the Session's bytes; a minute in a daemon, less here so that a short run sees many."""
 MODES: tuple[Mode, ...] = ("fts", "vector", "hybrid")
@@ -60,19 +60,22 @@ async def serve(settings: Settings) -> dict[str, object]:
             print("serving", flush=True)
             await trio.to_thread.run_sync(sys.stdin.read)
             nursery.cancel_scope.cancel()
-        with trio.fail_after(SETTLE_SECONDS):
-            status = await engine.settle()
+        with trio.move_on_after(SETTLE_SECONDS):
+            await engine.settle()
+        status = await engine.status()
         failed = await engine.desk.database.aread(queue.failed)
         indexed, described = await rows_of(engine), tree_of(settings)
         return {
             "searches": tally.searches,
-            "search_errors": tally.errors,
+            "search_errors": tally.errors[:SHOWN],
             "failed": [f"{outcome.md_path}: {outcome.error}" for outcome in failed],
             "pending": status.counts.pending + status.counts.processing,
             "rows": len(indexed),
-            "lost": sorted(map(str, described.keys() - indexed.keys())),
-            "left_over": sorted(map(str, indexed.keys() - described.keys())),
-            "stale": sorted(str(key) for key in indexed.keys() & described.keys() if indexed[key] != described[key]),
+            "lost": sorted(map(str, described.keys() - indexed.keys()))[:SHOWN],
+            "left_over": sorted(map(str, indexed.keys() - described.keys()))[:SHOWN],
+            "stale": sorted(str(key) for key in indexed.keys() & described.keys() if indexed[key] != described[key])[
+                :SHOWN
+            ],
             "changes": status.counts.lsn_max,
             "fds": engine.desk.fds,
             "session_bytes": [point.session_bytes for point in engine.desk.fds_history],

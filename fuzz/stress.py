@@ -15,7 +15,7 @@ import descriptors
 import soak
 
 BOUNDED_MINUTES, BOUNDED_PLAN = 1.0, ((64, "reopen"), (1024, "reopen"), (256, "pinned"))
-MACHINE_SHARE = 0.3
+MACHINE_SHARE = 0.2
 """Of the time for the state machine; the soaks need the rest to see a slope."""
 
 
