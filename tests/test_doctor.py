@@ -348,6 +348,20 @@ def test_cause_11_a_removed_index_directory_is_made_again(shell: Shell) -> None:
     assert shell.explain(FACTS)["verdict"] == "searchable"
 
 
+def test_cause_11_an_index_removed_under_a_running_engine_is_made_again(shell: Shell) -> None:
+    shell.environment["EVEROS_SCAN_INTERVAL_SECONDS"] = "3600"
+    with shell.running():
+        shutil.rmtree(shell.root / ".index" / "lancedb")
+        told = shell.explain(FACTS)
+        assert (told["verdict"], told["code"]) == ("waiting", "table_gone")
+        check = shell.doctor("index")["index"]
+        assert check["commands"] == told["commands"]
+        shell.follow(check)
+        assert shell.explain(FACTS)["verdict"] == "searchable"
+        assert shell.verdict("index") == "ok"
+    assert shell.engine("explain", "--rows", FACTS).stdout.count("2 counted in the index") == 1
+
+
 def test_cause_12_a_foreign_table_under_our_name_is_removed_and_made_again(shell: Shell) -> None:
     make = (
         "import sys, lancedb; from urllib.parse import quote; "

@@ -323,10 +323,14 @@ async def _recover(desk: Desk) -> None:
 
 
 async def _control(desk: Desk) -> None:
-    """Answers to other processes, from memory alone."""
+    """Answers to other processes, from memory alone; "look" asks for a sweep now."""
+
+    def look() -> dict[str, object]:
+        desk.look_again()
+        return {"looking": True}
 
     def answer(question: str) -> dict[str, object]:
-        known = {"pulse": desk.pulse, "history": desk.history}
+        known = {"pulse": desk.pulse, "history": desk.history, "look": look}
         if question in known:
             return known[question]()
         return {"error": f"unknown question {question!r}: ask one of {', '.join(known)}"}

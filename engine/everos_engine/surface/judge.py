@@ -195,11 +195,10 @@ def _at_rest(seen: Evidence) -> Judgement:
     plan, rows = seen.plan, seen.known.rows
     if seen.known.table_known and not seen.table_there:
         cause = f"the table of its kind is gone from {shown(str(seen.settings.lancedb_directory))}, with its {plural(rows, 'row')}"
-        restart = f"restart it: `{quoted('kill', str(seen.engine.pid))}`, then " if seen.engine.running else ""
-        again = f"`{seen.program} run`" if seen.engine.running else f"`{seen.program} sync`"
-        return Judgement(
-            "waiting", "table_gone", cause, f"{restart}{again}", "the next start of an engine makes it again"
+        following = (
+            "the next scan has it begun anew" if seen.engine.running else "the next start of an engine begins it anew"
         )
+        return Judgement("waiting", "table_gone", cause, f"now, `{seen.program} sync`", following)
     if plan is not None and (plan.upserts or plan.deletes):
         cause = f"the queue says done, but {plural(len(plan.upserts) + len(plan.deletes), 'entry', 'entries')} differ from the index"
         return _waiting(seen, "differs", cause, _scan(seen), f"`{_sync(seen)}`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,12 @@ from everos_engine.loops.observe import audit as audit_next
 from everos_engine.loops.observe import sweep
 from everos_engine.loops.scan import AUDIT_FILES
 from everos_engine.search import Filter
-from everos_engine.stores import held, queue
+from everos_engine.stores import held, ledger, queue
 from everos_engine.supervise import alone
 from everos_engine.surface.live import show_status
 from everos_engine.surface.logs import set_up
 from everos_engine.system import wake
+from everos_engine.system.control import ask
 from everos_engine.system.locks import running_pid
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from everos_engine.stores.queue import Outcome
 
 LOOK_SECONDS = 0.05
+LOOK_MOST_SECONDS = 60.0
+"""How long the running engine may take to see that a table is gone."""
 
 
 def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
@@ -47,7 +51,8 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
             await _reach(settings, database, lsn)
             return database.read(lambda tx: queue.outcomes(tx, keys))
         found = await sweep(settings, database, source="sync", brake=Brake(settings))
-        await _reach(settings, database, found.lsn)
+        newest = await _begun_anew(settings, database)
+        await _reach(settings, database, max(found.lsn, newest))
         return database.read(queue.failed)
 
     return _do(settings, own, hand_over)
@@ -154,6 +159,26 @@ def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable
         return trio.run(work)
     except BaseExceptionGroup as group:
         raise alone(group) from None
+
+
+async def _begun_anew(settings: Settings, database: Database) -> int:
+    """Where a table's folder was removed under the running engine, have it look now; the newest lsn once it has begun anew."""
+
+    def lost() -> set[tuple[str, str]]:
+        known = database.read(ledger.incarnations)
+        return {
+            (kind, life[0])
+            for kind, life in known.items()
+            if not (settings.lancedb_directory / f"{kind}.lance").is_dir()
+        }
+
+    gone = lost()
+    if gone:
+        with suppress(TimeoutError), trio.move_on_after(LOOK_MOST_SECONDS):
+            ask(settings.control_socket, "look")
+            while gone & lost():  # noqa: ASYNC110 - what another process does has no event here
+                await trio.sleep(LOOK_SECONDS)
+    return database.read(queue.newest)
 
 
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:
