@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import plistlib
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from everos_engine.surface.cli import main
+from everos_engine.settings import Settings
+from everos_engine.surface.cli import main, parser
 
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
@@ -60,3 +62,14 @@ def test_every_test_and_file_that_the_docs_name_exists() -> None:
         )
     )
     assert {name for name in files if not any((root / name).exists() for root in roots)} == set()
+
+
+def test_the_service_files_call_the_engine_as_it_wants_to_be_called() -> None:
+    services = DOCS.parent / "examples" / "service"
+    unit = (services / "everos-engine.service").read_text()
+    (started,) = re.findall(r"^ExecStart=(.+)$", unit, re.MULTILINE)
+    agent = plistlib.loads((services / "everos-engine.plist").read_bytes())
+    for command in (started.split(), agent["ProgramArguments"]):
+        assert parser().parse_args(command[1:]).command.__name__ == "_run"
+    (grace,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert min(int(grace), agent["ExitTimeOut"]) > Settings().shutdown_grace_seconds

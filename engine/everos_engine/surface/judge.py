@@ -125,7 +125,8 @@ def _content(seen: Evidence) -> Judgement | None:
     if seen.disk.state == "damaged" and isinstance(error, BadFile):
         cause = f"{_where(error.line, error.column)}{error.args[0]}{_kept(seen)}"
         following = f"nothing until the file changes; then {_then(seen)}"
-        return Judgement("failed", "damaged", cause, f"{_plain(error.remedy)}, and save", following)
+        remedy = _plain(error.remedy).removesuffix(" and save")
+        return Judgement("failed", "damaged", cause, f"{remedy}, and save", following)
     if document is not None and document.problems and _settled(seen):
         first = document.problems[0]
         more = f" (and {len(document.problems) - 1} more)" if len(document.problems) > 1 else ""
