@@ -29,10 +29,10 @@ def line(mode: str, cap: int | None, pinned: int, ceiling: int | None, *, safe: 
 
 @pytest.mark.parametrize("mode", ["pinned", "reopen"])
 async def test_a_trial_pins_descriptors_on_the_plain_path_alone(tmp_path: Path, mode: str) -> None:
-    plan = Plan(mode, 16 * MIB, 4, 100, 5, 8, WORDS, [(5, 60)])  # type: ignore[arg-type]
+    plan = Plan(mode, 16 * MIB, 4, 100, 5, 8, WORDS, [(5, 60, 1)])  # type: ignore[arg-type]
     trial = await run(plan, tmp_path / "lancedb")
     assert (trial.pinned > 0) is (mode == "pinned")
-    assert trial.pinned <= (4 * 4 - 1) * 2  # the law, for two columns
+    assert trial.pinned <= (4 * 4 - 1) * 3  # the law, for three columns
     assert trial.peak >= trial.base + trial.pinned
     assert (len(trial.per_cycle), len(trial.query_milliseconds), trial.exhausted) == (4, 5, False)
 
@@ -66,7 +66,7 @@ def test_the_shape_is_the_roots_own_where_it_has_enough_episodes(settings: Setti
     put(root, "users/u1/episodes/e.md", front + "".join(EPISODE.format(day) for day in range(25)))
     shape = shape_of(settings)
     assert shape.source.startswith("25 episodes of ")
-    assert set(shape.lengths) == {(2, 5)}
+    assert set(shape.lengths) == {(2, 5, 0)}
     assert "heron" in shape.words
 
 

@@ -116,7 +116,7 @@ def shape_of(settings: Settings) -> Shape:
     chance = random.Random(0)  # noqa: S311 - text to fill an index
     ranks = range(1, 5001)
     made = chance.choices([f"word{rank}" for rank in ranks], [1 / rank for rank in ranks], k=MOST_WORDS)
-    sizes = tuple((chance.randint(3, 8), *(chance.randint(30, 120) for _ in columns[1:])) for _ in range(200))
+    sizes = tuple((chance.randint(3, 8), *(chance.randint(30, 120) for _ in columns[1:-1]), 1) for _ in range(200))
     return Shape(tuple(made), sizes, "made-up episodes (the root has too few of its own)")
 
 
