@@ -189,7 +189,7 @@ async def test_the_pulse_of_an_engine_tells_of_every_loop(settings: Settings) ->
         engine.desk.beat("work", within_seconds=-1.0)
         assert engine.desk.pulse()["loops"]["work"]["stalled"]  # type: ignore[index]
         answer = await asked(settings.control_socket, "weather")
-        assert answer == {"error": "unknown question 'weather': ask one of pulse, history"}
+        assert answer == {"error": "unknown question 'weather': ask one of pulse, history, look"}
     assert ask(settings.control_socket, "pulse") is None
 
 
