@@ -19,6 +19,7 @@ import trio
 from harness import BOOK, Figure, child_cpu, engine_environment, timed
 
 from everos_engine.settings import Settings, load
+from everos_engine.system.locks import running_pid
 
 MODULE = [sys.executable, "-m", "everos_engine"]
 MEBI = 1 << 20
@@ -248,11 +249,16 @@ def idle_engine() -> Sequence[Figure]:
         environment = engine_environment(root) | {"EVEROS_EMBEDDER__KIND": "none"}
         process = subprocess.Popen([*MODULE, "run"], env=environment, stderr=subprocess.DEVNULL)
         try:
-            subprocess.run([*MODULE, "sync"], env=environment, check=False, capture_output=True)
+            while running_pid(root / ".index" / "engine" / "engine.lock") != process.pid:
+                time.sleep(0.05)  # else `sync` would be the engine
+            subprocess.run([*MODULE, "sync"], env=environment, check=True, capture_output=True)
             time.sleep(10)  # what a start leaves to do is done
             before, began = _cpu_of(process.pid), time.perf_counter()
             time.sleep(20)
             share = (_cpu_of(process.pid) - before) / (time.perf_counter() - began)
+            if process.poll() is not None:
+                message = f"the engine ended with {process.returncode}"
+                raise AssertionError(message)
         finally:
             process.terminate()
             process.wait(30)

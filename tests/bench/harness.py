@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sqlite3
 import statistics
 import sys
 import time
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+
+import apsw
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("lancedb", "apsw", "trio", "watchfiles", "numpy")
@@ -93,8 +94,8 @@ def machine() -> dict[str, str]:
             break
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return {
-        "machine": f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {versions}",
+        "machine": f"{model}, {os.cpu_count()} cores, {platform.system()} {'.'.join(platform.release().split('.')[:2])}",
+        "versions": f"Python {platform.python_version()}, SQLite {apsw.sqlite_lib_version()}, {versions}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
@@ -117,7 +118,11 @@ BOOK = Book()
 
 
 def told(figure: Figure) -> str:
-    return f"{figure.median:,.4g} {figure.unit}"
+    return f"{shown(figure.median)} {figure.unit}"
+
+
+def shown(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def table(figures: Sequence[Figure]) -> str:
@@ -125,8 +130,10 @@ def table(figures: Sequence[Figure]) -> str:
     rows = [("what", "median", "MAD", "n", "target", "")]
     for figure in figures:
         sign = "≥" if figure.least else "≤"
-        target = "" if figure.target is None else f"{sign} {figure.target:,.4g} {figure.unit}"
-        rows.append((figure.name, told(figure), f"{figure.mad:.2g}", str(len(figure.values)), target, figure.verdict))
+        target = "" if figure.target is None else f"{sign} {shown(figure.target)} {figure.unit}"
+        rows.append(
+            (figure.name, told(figure), f"{shown(figure.mad)}", str(len(figure.values)), target, figure.verdict)
+        )
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -152,7 +159,8 @@ def page(figures: Sequence[Figure]) -> str:
         "",
         "Written by `nox -s bench -- --update-docs`; do not edit. Each figure is a median with its median absolute",
         "deviation (MAD) over n measurements. CPU figures count all threads. Embeddings come from an instant fake",
-        "embedder, unless a line says otherwise, so that the figures are the engine's own.",
+        "embedder, unless a line says otherwise, so that the figures are the engine's own. Targets are for an idle",
+        "machine with two cores; other work on it moves wall times most.",
         "",
         f"- machine: {facts['machine']}",
         f"- versions: {facts['versions']}",
@@ -163,9 +171,9 @@ def page(figures: Sequence[Figure]) -> str:
     ]
     for figure in figures:
         sign = "≥" if figure.least else "≤"
-        target = "" if figure.target is None else f"{sign} {figure.target:,.4g} {figure.unit}"
+        target = "" if figure.target is None else f"{sign} {shown(figure.target)} {figure.unit}"
         name = f"{figure.name} ({figure.note})" if figure.note else figure.name
         lines.append(
-            f"| {name} | {told(figure)} | {figure.mad:.2g} | {len(figure.values)} | {target} | {figure.verdict} |"
+            f"| {name} | {told(figure)} | {shown(figure.mad)} | {len(figure.values)} | {target} | {figure.verdict} |"
         )
     return "\n".join(lines) + "\n"
