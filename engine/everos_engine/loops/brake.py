@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from everos_engine.errors import Fatal
+from everos_engine.errors import FULL, Exhausted, Fatal
 
 if TYPE_CHECKING:
     from everos_engine.settings import Settings
@@ -59,7 +59,10 @@ class Brake:
         lay_marker(self.settings)
 
     def trouble(self) -> Reason | None:
-        """What is wrong with the root as a whole. Raises Fatal where the index folder was removed under the engine."""
+        """What is wrong with the root as a whole.
+
+        Raises Fatal where the index folder was removed under the engine, Exhausted where no descriptor is left to look.
+        """
         if not self.inode:
             return None
         root = self.settings.root
@@ -67,6 +70,9 @@ class Brake:
             found = os.stat(root)
             names = os.listdir(root)
         except OSError as error:
+            if error.errno in FULL:
+                message = f"the memory root cannot be looked at: {error.strerror}"
+                raise Exhausted(message) from error
             gone = error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESTALE, errno.ENOTCONN}
             return "root_missing" if gone else "root_unreadable"
         if (found.st_dev, found.st_ino) != (self.device, self.inode):

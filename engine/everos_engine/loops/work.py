@@ -160,7 +160,11 @@ class _Worker:
             job.document = kinds.parse(place, reading.sources)
             job.problems = list(job.document.problems)
         except files.Vanished:
-            trouble = self.desk.brake.trouble()
+            try:
+                trouble = self.desk.brake.trouble()
+            except Exhausted as error:
+                job.error = error
+                return job
             if trouble not in {None, "root_empty"}:
                 job.error = Transient(f"not deleted: {WHY[trouble]}", counts_as_retry=False)
         except BadFile as error:
