@@ -37,6 +37,8 @@ FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
 CALM_SECONDS = 2.0
 """After an exhaustion new work waits until none was seen for so long."""
 BYTES_REST_SECONDS = 60.0
+PROVE_AFTER_SECONDS = 3.0
+"""The first changes after a start go before the self-test."""
 PROVE_AGAIN_SECONDS = 30.0
 LAW = "descriptor_law"
 LAW_REMEDY = (
@@ -52,7 +54,7 @@ async def guard(desk: Desk, *, proving: bool = True) -> None:
     watcher = Guard(desk)
     async with trio.open_nursery() as nursery:
         if proving:
-            nursery.start_soon(watcher.learn_law)
+            nursery.start_soon(watcher.learn_law, PROVE_AFTER_SECONDS)
         nursery.start_soon(watcher.measure_disk)
         with watcher.opened():
             while True:
@@ -132,8 +134,9 @@ class Guard:
             desk.reserve.take()
         self._publish(count)
 
-    async def learn_law(self) -> None:
+    async def learn_law(self, after_seconds: float = 0.0) -> None:
         """The law of the mode in force: proven once for each version of the library, and loudly missed."""
+        await trio.sleep(after_seconds)
         desk, mode = self.desk, self.desk.settings.lancedb.descriptor_mode
         law = _kept(await desk.database.aread(lambda tx: queue.get_meta(tx, LAW)))
         while law is None or (law.library, law.mode, law.holds) != (LIBRARY, mode, True):
