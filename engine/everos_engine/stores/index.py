@@ -232,7 +232,7 @@ class Index:
     def forget(self, kind: str) -> None:
         """Let go of a table that is gone; the next commit makes another."""
         self._lives.pop(kind, None)
-        self._generations.current.tables.pop(kind, None)
+        self.rotate()  # the Session's caches speak of files that are gone, and of versions that the next table has too
 
     async def check(self, kind: str) -> None:
         """Open a kind's table and read its keys and one search of it, where there is one. Raises Transient where that fails."""
