@@ -527,6 +527,17 @@ def test_cause_17_a_low_descriptor_limit_is_raised(shell: Shell) -> None:
     assert shell.verdict("descriptors") == "ok"
 
 
+def test_cause_17_a_cap_that_does_not_fit_the_limit_is_named_with_the_arithmetic(shell: Shell) -> None:
+    shell.environment |= {"EVEROS_LANCEDB__DESCRIPTOR_MODE": "pinned", "EVEROS_LANCEDB__INDEX_CACHE_SIZE_BYTES": "16MB"}
+    shell.before = "ulimit -n 1024"
+    check = shell.doctor("descriptors")["descriptors"]
+    assert check["verdict"] == "fail"
+    assert "the engine would not start" in str(check["cause"])
+    shell.before = ":"  # "... a new shell"
+    shell.follow(check)
+    assert shell.verdict("descriptors") == "ok"
+
+
 def test_cause_18_too_few_watches_are_raised(shell: Shell) -> None:
     for number in range(30):
         (shell.root / "users" / f"u{number}").mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ from everos_engine.system import ceiling, limits
 if TYPE_CHECKING:
     from everos_engine.surface.checkup import Case
 
-LEAST_DESCRIPTORS, GOOD_DESCRIPTORS = 64, 256
+GOOD_DESCRIPTORS = 256
 """The engine needs up to 48 beside a pinned index, and one needs some to start; with few, work waits for descriptors."""
 MOST_DESCRIPTORS = 1 << 20
 """What an unlimited limit counts as."""
@@ -121,20 +121,22 @@ def check_descriptors(case: Case) -> Check:
     told = [note for note in notes_of(case) if note.code.startswith(DESCRIPTOR_NOTES)]
     sample = case.engine.descriptors
     whose = f"the engine's limit is {limit:,}" if case.engine.pid else f"this shell's limit is {limit:,}"
-    good = 4 * GOOD_DESCRIPTORS
+    lancedb = case.settings.lancedb
+    pinned, asked = lancedb.descriptor_mode == "pinned", lancedb.index_cache_size_bytes
+    wanted = ceiling.ceiling_of(lancedb, cap_bytes=0 if isinstance(asked, str) else asked, pinned=pinned)
+    good = max(4 * GOOD_DESCRIPTORS, ceiling.HEADROOM * wanted)
     raising = f"start the engine from a new shell after `ulimit -n {good}` (as root where that is refused), or with LimitNOFILE={good} in its unit"
     remedy = f"{raising}; {case.restart()}" if case.engine.pid else raising
     try:
-        most = ceiling.cap_of(case.settings.lancedb, limit=limit)
+        most = ceiling.cap_of(lancedb, limit=limit)
     except SettingsError as error:
         return Check("descriptors", "fail", f"{whose}: the engine would not start: {case.tell(str(error))}", remedy)
-    pinned = case.settings.lancedb.descriptor_mode == "pinned"
-    needed = ceiling.ceiling_of(case.settings.lancedb, cap_bytes=most, pinned=pinned)
+    needed = ceiling.ceiling_of(lancedb, cap_bytes=most, pinned=pinned)
     count = (
         f"{number(sample.get('count')):,.0f} open, at most {number(sample.get('peak')):,.0f} so far; " if sample else ""
     )
     cause = f"{count}{whose}, the engine needs up to {needed:,}"
-    if limit < LEAST_DESCRIPTORS:
+    if limit < ceiling.LEAST_LIMIT:
         return Check("descriptors", "fail", cause, remedy)
     if told:
         words = "; ".join(f"{note.code}: {case.tell(note.message)}" for note in told)
