@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from everos_engine.errors import EngineError, Fatal
-from everos_engine.settings import Settings, load
+from everos_engine.settings import LanceDBSettings, Settings, load
 from everos_engine.surface import calibrate as calibrate_module
 from everos_engine.surface.calibrate import MIB, UNBOUNDED, Line, as_text, offer, shape_of, slope_of
 from everos_engine.surface.calibrate import calibrate as run_calibration
 from everos_engine.surface.cli import main
 from everos_engine.surface.trial import Plan, run
+from everos_engine.system.ceiling import cap_of
+from everos_engine.text.kinds import KINDS
 from writer import put
 
 WORDS = tuple(f"word{number}" for number in range(2000))
@@ -29,10 +31,11 @@ def line(mode: str, cap: int | None, pinned: int, ceiling: int | None, *, safe: 
 
 @pytest.mark.parametrize("mode", ["pinned", "reopen"])
 async def test_a_trial_pins_descriptors_on_the_plain_path_alone(tmp_path: Path, mode: str) -> None:
-    plan = Plan(mode, 16 * MIB, 4, 100, 5, 8, WORDS, [(5, 60, 1)])  # type: ignore[arg-type]
+    columns = len(KINDS["episode"].fts_columns)
+    plan = Plan(mode, 16 * MIB, 4, 100, 5, 8, WORDS, [(60,) * columns])  # type: ignore[arg-type]
     trial = await run(plan, tmp_path / "lancedb")
     assert (trial.pinned > 0) is (mode == "pinned")
-    assert trial.pinned <= (4 * 4 - 1) * 3  # the law, for three columns
+    assert trial.pinned <= (4 * plan.cycles - 1) * columns  # the law
     assert trial.peak >= trial.base + trial.pinned
     assert (len(trial.per_cycle), len(trial.query_milliseconds), trial.exhausted) == (4, 5, False)
 
@@ -53,6 +56,18 @@ def test_the_offer_is_reopen_and_for_pinned_the_largest_cap_that_fits_twice() ->
     assert (broken["lancedb.descriptor_mode"], broken["lancedb.index_cache_size_bytes"]) == ("pinned", 2 * MIB)
 
 
+@pytest.mark.parametrize("limit", [256, 400, 1024, 4096])
+def test_what_is_offered_for_pinned_is_taken_at_the_next_start(limit: int) -> None:
+    lines = [line("pinned", mib * MIB, 10, 50) for mib in (1, 2, 4, 8, 16)]
+    found = offer([*lines, line("reopen", 16 * MIB, 0, 48)], slope=37.0, limit=limit)
+    settings = LanceDBSettings(
+        descriptor_mode="pinned",
+        index_cache_size_bytes=int(str(found["pinned.index_cache_size_bytes"])),
+        descriptors_per_mebibyte=float(str(found["lancedb.descriptors_per_mebibyte"])),
+    )
+    assert cap_of(settings, limit=limit) == found["pinned.index_cache_size_bytes"]
+
+
 def test_the_table_is_the_runbooks() -> None:
     text = as_text([line("pinned", 4 * MIB, 52, 100, safe=256), line("pinned", None, 500, None, safe=None)])
     assert "| pinned | 4 MiB     | 100                | 2.0 ms | 4.0 ms | 3.0 ms | 256" in text[2]
@@ -66,7 +81,7 @@ def test_the_shape_is_the_roots_own_where_it_has_enough_episodes(settings: Setti
     put(root, "users/u1/episodes/e.md", front + "".join(EPISODE.format(day) for day in range(25)))
     shape = shape_of(settings)
     assert shape.source.startswith("25 episodes of ")
-    assert set(shape.lengths) == {(2, 5, 0)}
+    assert {lengths[:2] for lengths in shape.lengths} == {(2, 5)}
     assert "heron" in shape.words
 
 

@@ -139,7 +139,7 @@ def offer(lines: Sequence[Line], *, slope: float, limit: int) -> dict[str, objec
     fitting = [
         line.cap_bytes
         for line in lines
-        if line.mode == "pinned" and line.cap_bytes and line.ceiling and HEADROOM * line.ceiling <= limit
+        if line.mode == "pinned" and line.cap_bytes and _fits(line.cap_bytes, MARGIN * slope, limit)
     ]
     return {
         "lancedb.descriptor_mode": "reopen" if reopen.pinned == 0 else "pinned",
@@ -147,6 +147,11 @@ def offer(lines: Sequence[Line], *, slope: float, limit: int) -> dict[str, objec
         "lancedb.descriptors_per_mebibyte": round(MARGIN * slope, 1),
         "pinned.index_cache_size_bytes": max(fitting, default=0),
     }
+
+
+def _fits(cap_bytes: int, slope: float, limit: int) -> bool:
+    """Whether the engine will take the cap at its next start."""
+    return HEADROOM * (BASE_DESCRIPTORS + cap_bytes / MIB * slope) <= limit
 
 
 def as_text(lines: Sequence[Line]) -> list[str]:
