@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from derived import described, indexed
 from everos_engine.engine import Engine, open_engine
@@ -269,6 +270,32 @@ async def test_an_unmounted_part_of_the_tree_keeps_its_rows(root: Path, mounted:
         assert len(await indexed(engine)) == 5
         assert len(await engine.release()) == 3
         assert await indexed(engine) == described(settings)
+
+
+async def test_an_unmounted_root_keeps_every_row(tmp_path: Path) -> None:
+    root = tmp_path / "disk"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", root], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        plant(root, 12)
+        async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+            await engine.settle()
+            subprocess.run(["umount", "-l", root], check=True)
+            await engine.settle()
+            assert await held(engine) == {"root_replaced": 12}
+            status = await engine.status()
+            assert (status.counts.done, status.rows) == (12, {"atomic_fact": 12})
+            plant(root, 1, user="u9")  # somebody writes below the mount point
+            engine.desk.look_again()
+            with trio.fail_after(30):
+                while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
+                    await trio.sleep(0.05)
+            status = await engine.status()
+            assert (await held(engine), status.rows) == ({"root_replaced": 12}, {"atomic_fact": 12})
+            assert status.counts.failed_retryable == 0
+    finally:
+        subprocess.run(["umount", "-l", root], capture_output=True, check=False)
 
 
 def test_files_that_come_while_others_go_are_no_accident(tmp_path: Path) -> None:

@@ -44,7 +44,13 @@ async def agree(desk: Desk) -> None:
 
 
 async def heal(desk: Desk, kind: str) -> None:
-    """Begin a kind anew from markdown, with cached vectors, if its table cannot be read any more."""
+    """Begin a kind anew from markdown, with cached vectors, if its table cannot be read any more.
+
+    Raises Transient while the root is out of reach, and the table with it.
+    """
+    if await trio.to_thread.run_sync(desk.brake.is_lost):
+        message = "the memory root is not there: its index is written when it is back"
+        raise Transient(message, counts_as_retry=False)
     reason = await _damage(desk, kind)
     if reason is None:
         return

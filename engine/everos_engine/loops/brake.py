@@ -84,6 +84,10 @@ class Brake:
             return "marker_missing"
         return "root_empty" if not any(name != ".index" for name in names) else None
 
+    def is_lost(self) -> bool:
+        """Whether the root, and with it the index in it, is not the one we began with: what is missing proves nothing."""
+        return self.trouble() in {"root_missing", "root_unreadable", "root_replaced"}
+
     def is_too_much(self, count: int, *, known: int, now_seconds: float) -> bool:
         """Whether ``count`` of ``known`` files may not vanish now: too many at once, or too many in a row.
 

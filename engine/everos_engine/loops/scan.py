@@ -160,7 +160,7 @@ async def _say_held(desk: Desk) -> None:
 
 async def _heal_lost_tables(desk: Desk) -> None:
     """A table's folder that was removed under us: forget the table, and its files come again with cached vectors."""
-    lost = await trio.to_thread.run_sync(desk.index.lost_kinds)
+    lost = await trio.to_thread.run_sync(lambda: [] if desk.brake.is_lost() else desk.index.lost_kinds())
     for kind in lost:
         desk.index.forget(kind)
         count = await desk.database.awrite(partial(begin_anew, kind=kind))

@@ -276,10 +276,14 @@ class _Worker:
             if writing:
                 try:
                     written = await self._write(kind, writing)
-                except Transient as error:
+                except Transient as failure:
+                    error = failure
+                    try:
+                        await heal(self.desk, kind)
+                    except Transient as lost:
+                        error = lost
                     for job in writing:
                         job.error = error
-                    await heal(self.desk, kind)
             for job in of_kind:
                 if isinstance(job.error, Transient) and self.desk.starved(job.error):
                     job.error = Exhausted(str(job.error))
