@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ THEN: Sequence[Operation] = [
     ("copy", (NOTE, "notes/copy.md"), 15),
     ("write", ("users/u1/user.md",), 16),
 ]
+AT_ONCE: Sequence[Operation] = [("write", (FACTS,), 21), ("delete", ("notes/copy.md",), 22)]
+"""What is edited the moment a fault strikes: what was perhaps written must not stay behind."""
 SETTLE_SECONDS = 60
 TRIES = 6
 
@@ -62,11 +65,14 @@ class Trap:
     door: str = ""
     at: int = 0
     count: int = 0
+    then: Callable[[], None] = lambda: None
 
     def springs(self, door: str) -> bool:
         if not self.at or door != self.door:
             return False
         self.count += 1
+        if self.count == self.at:
+            self.then()
         return self.count == self.at
 
     @property
@@ -213,6 +219,7 @@ async def once(door: str, at: int) -> bool:
             _do(writer, account, FIRST)
             await engine.settle()
             with DOORS[door](engine, root):
+                TRAP.then = partial(_do, writer, account, AT_ONCE)
                 TRAP.door, TRAP.at, TRAP.count = BEHIND[door], at, 0
                 _do(writer, account, THEN)
                 await _settled(engine)
