@@ -131,3 +131,13 @@ def test_a_search_that_cannot_find_anything_is_refused_with_the_reason(root: Pat
     assert (nothing.returncode, "no word" in nothing.stderr) == (2, True)
     unknown = command(root, "search", "x", "--kind", "nope")
     assert (unknown.returncode, "choose one of episode" in unknown.stderr) == (2, True)
+
+
+def test_sync_beside_a_stopped_process_says_so_instead_of_waiting(root: Path) -> None:
+    with running(root, EVEROS_WATCH__MODE="off", EVEROS_SCAN_INTERVAL_SECONDS="3600") as process:
+        put(root, FACTS, facts(fact(1, "one")))
+        process.send_signal(signal.SIGSTOP)
+        done = command(root, "sync", FACTS)
+        assert (done.returncode, "does not answer" in done.stderr) == (2, True)
+        process.send_signal(signal.SIGCONT)
+        assert command(root, "sync").returncode == 0

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.queue import Outcome
 
 LOOK_SECONDS = 0.05
+SILENCE_SECONDS = 5.0
 LOOK_MOST_SECONDS = 60.0
 """How long the running engine may take to see that a table is gone."""
 
@@ -181,13 +182,25 @@ async def _begun_anew(settings: Settings, database: Database) -> int:
     return database.read(queue.newest)
 
 
+def _expect_answer(settings: Settings) -> None:
+    """Raise Transient where the running engine does not answer."""
+    try:
+        ask(settings.control_socket, "pulse", deadline_seconds=SILENCE_SECONDS)
+    except TimeoutError:
+        message = "the running engine does not answer (`everos-engine doctor` says why); everything is queued, and done when it moves again"
+        raise Transient(message) from None
+
+
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:
     """Wait for the running engine's watermark. Raises Transient if it goes away, or its embedder is down for too long."""
     patience_milliseconds = settings.embedder.outage_patience_seconds * 1000
     wake.send(settings.engine_directory / "wake.sock")
-    asked = time.monotonic()
+    asked = answered = time.monotonic()
     while database.read(queue.watermark) < lsn:
         await trio.sleep(LOOK_SECONDS)
+        if time.monotonic() - answered > SILENCE_SECONDS:
+            await trio.to_thread.run_sync(_expect_answer, settings)
+            answered = time.monotonic()
         if time.monotonic() - asked > 1:
             asked = time.monotonic()
             outage = database.read(queue.outage)
