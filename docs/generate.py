@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: settings, commands, log events and notes.
+"""Writes the pages that are made from the code: settings, commands, columns, log events and notes.
 
 python docs/generate.py [--check]
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from everos_engine.settings import choices, table
 from everos_engine.surface.cli import parser
+from everos_engine.text.kinds import tables
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "engine" / "everos_engine"
@@ -48,7 +49,12 @@ def main() -> int:
 
 def pages() -> dict[str, str]:
     """File name -> text of every generated page."""
-    return {"settings.md": settings_page(), "commands.md": commands_page(), "events.md": events_page()}
+    return {
+        "settings.md": settings_page(),
+        "commands.md": commands_page(),
+        "events.md": events_page(),
+        "columns.md": columns_page(),
+    }
 
 
 def settings_page() -> str:
@@ -140,6 +146,60 @@ def _arguments(command: argparse.ArgumentParser) -> list[str]:
         message = f"{command.prog}: give every argument a help text: {missing[0]}"
         raise SystemExit(message)
     return ["| argument | what |", "|---|---|", *rows] if rows else []
+
+
+ENTRIES = {"episode", "atomic_fact", "foresight", "agent_case"}
+"""Kinds whose entries stand between markers; the others take their fields from the frontmatter."""
+MADE = {
+    "id": "owner and entry id, for people",
+    "app_id": "the path; `default` where it has none",
+    "project_id": "the path; `default` where it has none",
+    "owner_type": "the path: `user` or `agent`",
+    "owner_id": "the path; where the file names an owner it must be the same",
+    "terms": "the words inside identifiers of the texts",
+}
+
+
+def columns_page() -> str:
+    """The columns of each kind's table, and where their values come from."""
+    lines = [
+        "# Columns",
+        "",
+        "What the table of each [kind](kinds.md) holds, and what a file must say for it. Every table has `md_path`, `entry_id`, `content_hash` and, with",
+        "an embedder, `vector`. Types: `strings` is a list, `timestamp` is kept in UTC. A field marked *required* makes the entry bad if it is missing.",
+        "",
+        "## Every kind",
+        "",
+        "| column | from |",
+        "|---|---|",
+        *(f"| `{column}` | {source} |" for column, source in MADE.items()),
+    ]
+    for kind in tables.KINDS.values():
+        inline = (*tables.INLINE, *kind.inline) if kind.name in ENTRIES else ()
+        sources = {field.column: f"`**{field.source}**:`{_must(field)}" for field in inline}
+        named = "`### {}`" if kind.name in ENTRIES else "frontmatter `{}`"
+        sources |= {field.column: named.format(field.source) + _must(field) for field in kind.own}
+        sources |= {column: "the file" for column, _ in kind.extra}
+        lines += [
+            "",
+            f"## `{kind.name}`",
+            "",
+            "| column | type | from | searched | embedded |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{column}` | {kind.columns[column]} | {source} | {_mark(column in kind.text_columns)} | {_mark(column in kind.embed_columns)} |"
+            for column, source in sources.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _must(field: tables.Field) -> str:
+    return ", *required*" if field.required else ""
+
+
+def _mark(given: bool) -> str:  # noqa: FBT001 - one word
+    return "yes" if given else ""
 
 
 def events_page() -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from everos_engine.settings import Settings
+from everos_engine.settings import Settings, load
 from everos_engine.surface.cli import main, parser
+from everos_engine.text import kinds
 
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
@@ -73,3 +74,17 @@ def test_the_service_files_call_the_engine_as_it_wants_to_be_called() -> None:
         assert parser().parse_args(command[1:]).command.__name__ == "_run"
     (grace,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
     assert min(int(grace), agent["ExitTimeOut"]) > Settings().shutdown_grace_seconds
+
+
+def test_the_file_shown_in_kinds_is_indexed_whole() -> None:
+    (shown,) = re.findall(r"```markdown\n(.*?)```", (DOCS / "kinds.md").read_text(), re.DOTALL)
+    place = kinds.recognise("users/ada/.atomic_facts/atomic_fact-2025-03-01.md")
+    assert place is not None
+    document = kinds.parse(place, {place.md_path: shown.encode()})
+    assert ([entry.entry_id for entry in document.entries], list(document.problems)) == (["af_20250301_00000001"], [])
+
+
+def test_the_settings_file_shown_is_taken(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```toml\n(.*?)```", (DOCS / "settings.md").read_text(), re.DOTALL)
+    (tmp_path / "everos-engine.toml").write_text(shown)
+    assert load({"memory.root": str(tmp_path)}, environment={}).note.globs == ("**/*.md",)
