@@ -66,6 +66,7 @@ def docs(session: nox.Session) -> None:
     )  # the fragments and their config hold
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
     session.run("sphinx-build", "-W", "-q", "-E", "-b", "doctest", "docs", "docs/_build/doctest", silent=True)
+    session.run("python", "docs/rehearse.py")
 
 
 @nox.session
