@@ -20,6 +20,7 @@ from everos_engine.loops.brake import Brake, without_moved
 from everos_engine.settings import Settings, load
 from everos_engine.stores.held import Reason
 from everos_engine.stores.queue import Vanished
+from everos_engine.surface.cli import main
 from everos_engine.testing import FakeEmbedder
 from writer import fact, facts, put
 
@@ -76,6 +77,17 @@ async def test_a_mass_delete_is_held_over_a_restart_and_applied_by_release(root:
         assert len(await engine.release()) == 60
         assert await indexed(engine) == described(settings)
         assert await held(engine) == {}
+
+
+def test_sync_says_that_deletions_are_held(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(root, "everos-engine.toml", '[embedder]\nkind = "none"\n')
+    paths = plant(root, 30)
+    assert main(["--root", str(root), "sync"]) == 0
+    assert capsys.readouterr().out == "in step: 30 files, 30 rows, 0 failed\n"
+    for path in paths[:25]:
+        path.unlink()
+    assert main(["--root", str(root), "sync"]) == 0
+    assert "30 rows, 0 failed, 25 deletions held: `everos-engine --root " in capsys.readouterr().out
 
 
 async def test_held_deletions_are_let_go_of_when_the_files_come_back(root: Path) -> None:

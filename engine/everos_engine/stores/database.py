@@ -61,7 +61,7 @@ class Database:
             message = f"{path}: {error}: no file descriptor is left"
             raise Exhausted(message) from error
         except (apsw.NotADBError, apsw.CorruptError) as error:
-            message = f"{path} is damaged ({error}): stop the engine, remove {path.parent} and start again; nothing but the queue and caches is lost, markdown is the truth"
+            message = f"{path} is damaged ({error}): stop the engine, remove it with its -wal and -shm, and start again: it is made again from markdown"
             raise Fatal(message) from error
 
     def _lay(self, schema: str, version: int, *, may_replace: bool) -> None:

@@ -80,7 +80,9 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
             print(f"{shown(path)}: its content had changed unseen, now in step")
         print(f"audit done: {len(found)} differed")
         return OK
-    return _report(sync(settings, arguments.paths), everything=bool(arguments.paths), settings=settings)
+    return _report(
+        sync(settings, arguments.paths), everything=bool(arguments.paths), settings=settings, arguments=arguments
+    )
 
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -134,7 +136,7 @@ def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.apply:
         from everos_engine.surface.oneshot import fix  # noqa: PLC0415 - imports LanceDB
 
-        return _report(fix(settings), everything=True, settings=settings)
+        return _report(fix(settings), everything=True, settings=settings, arguments=arguments)
     failed = status.failed(settings)
     for outcome in failed:
         _show(outcome)
@@ -194,7 +196,7 @@ def _settings(settings: Settings, _arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings) -> int:
+def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings, arguments: argparse.Namespace) -> int:
     """Say what became of each; 1 if anything is failed."""
     bad = [outcome for outcome in outcomes if outcome.status == "failed"]
     for outcome in outcomes if everything else bad:
@@ -203,8 +205,10 @@ def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings) ->
         from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
 
         found = status.snapshot(settings)
+        held = sum(one.count for one in found.moment.held) if found.moment else 0
+        waits = f", {held} deletions held: `{program(settings, arguments)} status` says why" if held else ""
         print(
-            f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(bad)} failed"
+            f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(bad)} failed{waits}"
         )
     return TROUBLE if bad else OK
 
