@@ -18,7 +18,7 @@ from everos_engine.engine import Engine
 from everos_engine.loops import guard
 from everos_engine.search import Mode
 from everos_engine.settings import Settings
-from everos_engine.stores import queue
+from everos_engine.stores import census
 from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
@@ -63,7 +63,7 @@ async def serve(settings: Settings) -> dict[str, object]:
         with trio.move_on_after(SETTLE_SECONDS):
             await engine.settle()
         status = await engine.status()
-        failed = await engine.desk.database.aread(queue.failed)
+        failed = await engine.desk.database.aread(census.failed)
         indexed, described = await rows_of(engine), tree_of(settings)
         return {
             "searches": tally.searches,

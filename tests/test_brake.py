@@ -19,7 +19,7 @@ from everos_engine.errors import Fatal, Transient
 from everos_engine.loops.brake import Brake, without_moved
 from everos_engine.settings import Settings, load
 from everos_engine.stores.held import Reason
-from everos_engine.stores.queue import Vanished
+from everos_engine.stores.sweeps import Vanished
 from everos_engine.surface.cli import main
 from everos_engine.testing import FakeEmbedder
 from writer import fact, facts, put

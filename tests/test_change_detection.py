@@ -16,7 +16,7 @@ import trio
 from derived import described, indexed
 from everos_engine.engine import Engine, open_engine
 from everos_engine.settings import Settings, load
-from everos_engine.stores import queue
+from everos_engine.stores import meta, queue
 from everos_engine.testing import FakeEmbedder
 from writer import FACTS, fact, facts, put
 
@@ -176,7 +176,7 @@ async def test_the_rolling_audit_reads_the_whole_tree_by_itself(root: Path) -> N
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         with trio.fail_after(30):
-            while await engine.desk.database.aread(lambda tx: queue.get_meta(tx, "last_audit")) is None:  # noqa: ASYNC110
+            while await engine.desk.database.aread(lambda tx: meta.get(tx, "last_audit")) is None:  # noqa: ASYNC110
                 await trio.sleep(0.2)
 
 

@@ -22,7 +22,7 @@ import trio
 
 from everos_engine.engine import open_engine
 from everos_engine.settings import load
-from everos_engine.stores.queue import Outcome
+from everos_engine.stores.census import Outcome
 from writer import FACTS, fact, facts, put
 
 GOOD = facts(fact(1, "the heron eats fish"), fact(2, "the otter sleeps"))

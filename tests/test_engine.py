@@ -17,7 +17,7 @@ from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import AlreadyRunning, OutsideRoot
 from everos_engine.search import Filter
 from everos_engine.settings import Settings, load
-from everos_engine.stores import queue
+from everos_engine.stores import census
 from everos_engine.testing import FakeEmbedder
 from writer import FACTS, fact, facts, put
 
@@ -25,7 +25,7 @@ CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 
 
 async def failures(engine: Engine) -> dict[str, str]:
-    listed = await engine.desk.database.aread(queue.failed)
+    listed = await engine.desk.database.aread(census.failed)
     return {outcome.md_path: str(outcome.error) for outcome in listed}
 
 

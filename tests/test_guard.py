@@ -24,7 +24,7 @@ from everos_engine.errors import SettingsError
 from everos_engine.loops.guard import Guard, share_of_breadth
 from everos_engine.loops.law import prove
 from everos_engine.settings import DescriptorMode, LanceDBSettings, Settings, load
-from everos_engine.stores import queue
+from everos_engine.stores import meta
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.system.control import ask
 from everos_engine.testing import FakeEmbedder
@@ -179,9 +179,9 @@ async def test_a_broken_law_is_said_and_a_proven_one_is_proven_once(settings: Se
         await guard.look()
         assert "descriptor_law_broken" not in desk.notes.now
         assert desk.fds["law"]["holds"]  # type: ignore[index]
-        kept = await desk.database.aread(lambda tx: queue.get_meta(tx, "descriptor_law"))
+        kept = await desk.database.aread(lambda tx: meta.get(tx, "descriptor_law"))
         await Guard(desk).learn_law()
-        assert await desk.database.aread(lambda tx: queue.get_meta(tx, "descriptor_law")) == kept
+        assert await desk.database.aread(lambda tx: meta.get(tx, "descriptor_law")) == kept
 
 
 async def test_a_session_that_holds_too_many_bytes_is_rotated_once_a_minute(settings: Settings, root: Path) -> None:

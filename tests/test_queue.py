@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everos_engine.stores import queue
+from everos_engine.stores import census, queue
 from everos_engine.stores.database import Database, Transaction
 from everos_engine.stores.queue import Observation
 
@@ -52,7 +52,7 @@ def test_a_mark_of_an_old_claim_changes_nothing(database: Database) -> None:
     database.write(lambda tx: queue.recover(tx, ["me"]))
     (new,) = database.write(claim)
     database.write(lambda tx: queue.mark_done(tx, old, ONE, racy=False, now_milliseconds=2))
-    assert database.read(queue.counts).processing == 1
+    assert database.read(census.counts).processing == 1
     assert new.claim_no != old.claim_no
 
 
@@ -67,7 +67,7 @@ def test_a_deleted_file_is_forgotten_and_may_come_back_with_its_old_fingerprint(
     database.write(lambda tx: record(tx, "a", ONE))
     (held,) = database.write(claim)
     database.write(lambda tx: queue.mark_done(tx, held, None, racy=False, now_milliseconds=2))
-    assert database.read(lambda tx: queue.outcomes(tx, ["a"]))[0].status is None
+    assert database.read(lambda tx: census.outcomes(tx, ["a"]))[0].status is None
     assert database.write(lambda tx: record(tx, "a", ONE)) == ["a"]
 
 
@@ -143,7 +143,7 @@ def test_no_edit_is_ever_lost_whatever_the_order(steps: list[tuple[str, int]]) -
             database.write(lambda tx: queue.recover(tx, ["me"]))
         else:
             settle(name, which)
-        counts = database.read(queue.counts)
+        counts = database.read(census.counts)
         assert counts.watermark <= counts.lsn_max
     database.write(lambda tx: queue.recover(tx, ["me"]))
     database.write(lambda tx: queue.requeue_failed(tx, now_milliseconds=1))

@@ -26,7 +26,7 @@ from everos_engine.loops.watch import watch
 from everos_engine.loops.work import work
 from everos_engine.search import Filter, Mode, Result
 from everos_engine.search import search as search_index
-from everos_engine.stores import embeddings, held, ledger, queue
+from everos_engine.stores import census, embeddings, held, ledger, meta, queue
 from everos_engine.stores.database import Database
 from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import alone, keep
@@ -39,9 +39,9 @@ from everos_engine.text import kinds
 if TYPE_CHECKING:
     from everos_engine.embed.protocol import Embedder
     from everos_engine.settings import Settings
+    from everos_engine.stores.census import Counts, Outcome
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Held
-    from everos_engine.stores.queue import Counts, Outcome
 
 
 SCHEMA_VERSION = 2
@@ -93,12 +93,12 @@ class Engine:
         """
         if not paths:
             await self.settle()
-            return await self._desk.database.aread(queue.failed)
+            return await self._desk.database.aread(census.failed)
         keys, lsn = await trio.to_thread.run_sync(
             enqueue, self._desk.settings, self._desk.database, paths, limiter=self._desk.database.limiter
         )
         await self.reach(lsn)
-        return await self._desk.database.aread(lambda tx: queue.outcomes(tx, keys))
+        return await self._desk.database.aread(lambda tx: census.outcomes(tx, keys))
 
     async def reach(self, lsn: int) -> None:
         """Wait until every change up to ``lsn`` is applied or dead-lettered.
@@ -138,7 +138,7 @@ class Engine:
         lay_marker(self._desk.settings)
         paths = await self._desk.database.awrite(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
         await self.reach(await self._desk.database.aread(queue.newest))
-        return await self._desk.database.aread(lambda tx: queue.outcomes(tx, paths))
+        return await self._desk.database.aread(lambda tx: census.outcomes(tx, paths))
 
     async def audit(self) -> list[str]:
         """Read every file again and index what differs from what was indexed, whatever its fingerprint; its paths."""
@@ -161,7 +161,7 @@ class Engine:
             lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds())
         )
         await self.reach(await self._desk.database.aread(queue.newest))
-        return await self._desk.database.aread(lambda tx: queue.outcomes(tx, paths))
+        return await self._desk.database.aread(lambda tx: census.outcomes(tx, paths))
 
 
 @asynccontextmanager
@@ -235,9 +235,9 @@ def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
 
 def status_of(tx: Transaction) -> Status:
     """The status, from the queue's database alone."""
-    last_scan = queue.get_meta(tx, "last_scan")
+    last_scan = meta.get(tx, "last_scan")
     scanned = None if last_scan is None else int(last_scan)
-    return Status(queue.counts(tx), ledger.rows_per_kind(tx), scanned, held.counts(tx))
+    return Status(census.counts(tx), ledger.rows_per_kind(tx), scanned, held.counts(tx))
 
 
 def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tuple[list[str], int]:

@@ -14,7 +14,7 @@ from everos_engine.errors import FULL, Exhausted, Fatal
 if TYPE_CHECKING:
     from everos_engine.settings import Settings
     from everos_engine.stores.held import Reason
-    from everos_engine.stores.queue import Vanished
+    from everos_engine.stores.sweeps import Vanished
 
 WINDOW_SECONDS = 30.0
 """What a tree lost within half a minute counts together: removed in many small steps, it is removed all the same."""

@@ -15,7 +15,7 @@ from loguru import logger
 from everos_engine.errors import Transient
 from everos_engine.loops.desk import Desk, Point, now_milliseconds, wait_moved
 from everos_engine.loops.law import Law, prove
-from everos_engine.stores import queue
+from everos_engine.stores import meta
 from everos_engine.stores.index import LIBRARY
 from everos_engine.system import ceiling, fds
 
@@ -138,7 +138,7 @@ class Guard:
         """The law of the mode in force: proven once for each version of the library, and loudly missed."""
         await trio.sleep(after_seconds)
         desk, mode = self.desk, self.desk.settings.lancedb.descriptor_mode
-        law = _kept(await desk.database.aread(lambda tx: queue.get_meta(tx, LAW)))
+        law = _kept(await desk.database.aread(lambda tx: meta.get(tx, LAW)))
         while law is None or (law.library, law.mode, law.holds) != (LIBRARY, mode, True):
             try:
                 law = await self._prove(mode)
@@ -162,7 +162,7 @@ class Guard:
         text = json.dumps(asdict(law))
 
         def keep(tx: Transaction) -> None:
-            queue.set_meta(tx, LAW, text)
+            meta.put(tx, LAW, text)
 
         await desk.database.awrite(keep)
         return law

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from everos_engine.stores import queue
+from everos_engine.stores import meta
 
 if TYPE_CHECKING:
     from everos_engine.stores.database import Database, Transaction
@@ -54,9 +54,9 @@ class Notes:
 
     async def _keep(self) -> None:
         text = json.dumps([asdict(note) for note in self.now.values()])
-        await self.database.awrite(lambda tx: queue.set_meta(tx, META, text))
+        await self.database.awrite(lambda tx: meta.put(tx, META, text))
 
 
 def kept(tx: Transaction) -> list[Note]:
     """The conditions that lasted when the engine last spoke."""
-    return [Note(**note) for note in json.loads(queue.get_meta(tx, META) or "[]")]
+    return [Note(**note) for note in json.loads(meta.get(tx, META) or "[]")]

@@ -15,7 +15,7 @@ import trio
 from everos_engine.errors import BadFile, Transient
 from everos_engine.loops.brake import WHY, Brake, without_moved
 from everos_engine.loops.desk import now_milliseconds
-from everos_engine.stores import held, queue
+from everos_engine.stores import held, meta, queue, sweeps
 from everos_engine.stores.queue import Observation, Source
 from everos_engine.system import files, limits
 from everos_engine.text import kinds
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from everos_engine.settings import Settings
     from everos_engine.stores.database import Database, Transaction
     from everos_engine.stores.held import Held, Reason
-    from everos_engine.stores.queue import Vanished
+    from everos_engine.stores.sweeps import Vanished
 
 MOUNTS = "mounts"
 AUDIT_POSITION = "audit_position"
@@ -101,7 +101,7 @@ def verify_racy(
     Git's rule: a file observed within a tick of its last change could change again and keep its fingerprint.
     """
     same, settled = set(), []
-    for seen, digest in database.read(lambda tx: queue.racy(tx, paths)):
+    for seen, digest in database.read(lambda tx: sweeps.racy(tx, paths)):
         place = kinds.recognise(seen.md_path, note_globs=settings.note.globs)
         if place is None:
             continue
@@ -114,7 +114,7 @@ def verify_racy(
             if not reading.racy:
                 settled.append((seen, digest))
     if settled:
-        database.write(lambda tx: queue.trust(tx, settled))
+        database.write(lambda tx: sweeps.trust(tx, settled))
     return frozenset(same)
 
 
@@ -123,16 +123,16 @@ def audit(settings: Settings, database: Database, *, after: str, limit: int) -> 
 
     (files read, paths queued, the path to go on after); None at the end of the tree.
     """
-    todo = database.read(lambda tx: queue.to_audit(tx, after, limit=limit))
+    todo = database.read(lambda tx: sweeps.to_audit(tx, after, limit=limit))
     differing = [seen for seen, digest in todo if _differs(settings, seen.md_path, digest)]
     now = now_milliseconds()
     end = todo[-1][0].md_path if len(todo) == limit else None
 
     def note(tx: Transaction) -> list[str]:
         queued = queue.record(tx, differing, source="audit", now_milliseconds=now, force=True)
-        queue.set_meta(tx, AUDIT_POSITION, end or "")
+        meta.put(tx, AUDIT_POSITION, end or "")
         if end is None:
-            queue.set_meta(tx, "last_audit", str(now))
+            meta.put(tx, "last_audit", str(now))
         return queued
 
     return len(todo), database.write(note), end
@@ -159,10 +159,10 @@ def _record(
     now, settle = now_milliseconds(), settings.settle_milliseconds
     observations = [Observation(path, place.kind, _four(print_)) for path, (place, print_) in walked.found.items()]
     verified = verify_racy(settings, database)
-    database.write(lambda tx: queue.load_sweep(tx, observations))
+    database.write(lambda tx: sweeps.load_sweep(tx, observations))
 
-    def compare(tx: Transaction) -> tuple[queue.Compared, set[str], list[str]]:
-        compared = queue.record_sweep(
+    def compare(tx: Transaction) -> tuple[sweeps.Compared, set[str], list[str]]:
+        compared = sweeps.record_sweep(
             tx, source=source, now_milliseconds=now, settle_milliseconds=settle, verified=verified
         )
         return compared, held.sticking(tx), _lost_mounts(settings, tx)
@@ -183,7 +183,7 @@ def _record(
         held.heal(tx)
         gone = [Observation(one.md_path, one.kind, None) for one in let_go]
         queued = queue.record(tx, again + gone, source=source, now_milliseconds=now)
-        queue.set_meta(tx, "last_scan", str(now_milliseconds()))
+        meta.put(tx, "last_scan", str(now_milliseconds()))
         return Sweep(
             len(observations),
             compared.queued + queued,
@@ -198,7 +198,7 @@ def _record(
 
 def _sort(
     vanished: list[Vanished],
-    compared: queue.Compared,
+    compared: sweeps.Compared,
     trouble: Reason | None,
     dark: Mapping[Reason, Sequence[str]],
     brake: Brake,
@@ -233,9 +233,9 @@ def _lost_mounts(settings: Settings, tx: Transaction) -> list[str]:
     """Directories of the tree that were mounts at an earlier sweep and are none now, by key."""
     root = os.fspath(settings.root)
     inside = {files.key_of(settings.root, mount.point) or "" for mount in limits.mounts_inside(root, limits.mounts())}
-    known = set(json.loads(queue.get_meta(tx, MOUNTS) or "[]"))
+    known = set(json.loads(meta.get(tx, MOUNTS) or "[]"))
     if inside - known:
-        queue.set_meta(tx, MOUNTS, json.dumps(sorted(inside | known)))
+        meta.put(tx, MOUNTS, json.dumps(sorted(inside | known)))
     return sorted(known - inside)
 
 

@@ -14,7 +14,7 @@ from everos_engine.loops.agree import begin_anew
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.observe import AUDIT_POSITION, Sweep, audit, sweep
-from everos_engine.stores import held, queue
+from everos_engine.stores import held, meta, sweeps
 
 if TYPE_CHECKING:
     from everos_engine.stores.held import Held
@@ -122,7 +122,7 @@ async def _count_unseen(desk: Desk, *, blameless: bool) -> None:
         await desk.notes.over("events_lost")
     if not late:
         return
-    await desk.database.awrite(lambda tx: queue.credit(tx, "scan", len(late)))
+    await desk.database.awrite(lambda tx: sweeps.credit(tx, "scan", len(late)))
     if blameless:
         progress.silent += len(late)
     if progress.silent >= SHARE_FOUND_MANY and progress.silent > progress.told:
@@ -187,9 +187,7 @@ async def _audit(desk: Desk) -> None:
     if not hours:
         return
     while True:
-        known, position = await desk.database.aread(
-            lambda tx: (queue.files(tx), queue.get_meta(tx, AUDIT_POSITION) or "")
-        )
+        known, position = await desk.database.aread(lambda tx: (sweeps.files(tx), meta.get(tx, AUDIT_POSITION) or ""))
         await trio.sleep(max(1.0, hours * 3600 * AUDIT_FILES / max(known, AUDIT_FILES)))
         _, queued, _ = await trio.to_thread.run_sync(
             lambda after=position: audit(desk.settings, desk.database, after=after, limit=AUDIT_FILES),  # type: ignore[misc]

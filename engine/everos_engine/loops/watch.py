@@ -16,7 +16,7 @@ from everos_engine.errors import Exhausted, Transient, exhausted
 from everos_engine.loops.brake import FEW
 from everos_engine.loops.desk import Desk, now_milliseconds
 from everos_engine.loops.observe import key_in_root, observe_paths, verify_racy
-from everos_engine.stores import queue
+from everos_engine.stores import queue, sweeps
 from everos_engine.system import fds, files, limits
 from everos_engine.text import kinds
 
@@ -259,7 +259,7 @@ async def _record(desk: Desk, paths: set[str]) -> None:
 
 def _is_suspicious(desk: Desk, gone: int) -> bool:
     """Whether deletions are left to a sweep, which holds them if they look like an accident."""
-    known = desk.database.read(queue.files)
+    known = desk.database.read(sweeps.files)
     too_much = desk.brake.is_too_much(gone, known=known, now_seconds=time.monotonic())
     return too_much or desk.brake.trouble() is not None
 
@@ -283,7 +283,7 @@ def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
             directories = True
             desk.progress.directories_added += 1
         elif place is None:
-            keys.update(dict.fromkeys(desk.database.read(lambda tx, k=key: queue.known_below(tx, k))))  # type: ignore[misc]
+            keys.update(dict.fromkeys(desk.database.read(lambda tx, k=key: sweeps.known_below(tx, k))))  # type: ignore[misc]
     return observe_paths(settings, list(keys)), directories
 
 

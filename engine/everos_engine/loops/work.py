@@ -23,7 +23,7 @@ from everos_engine.loops.brake import WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.job import Job, Unsettled, complaint, looks_torn, note_written, put_off, refuse, unsettled
 from everos_engine.loops.vectors import MODEL_CHANGED
-from everos_engine.stores import ledger, queue
+from everos_engine.stores import ledger, meta, queue
 from everos_engine.stores.index import Model, Row
 from everos_engine.system import files, locks
 from everos_engine.text import diff, kinds
@@ -416,7 +416,7 @@ def _has_ready(tx: Transaction) -> bool:
 
 
 def _note_outage(tx: Transaction, *, reason: str | None, now_milliseconds: int) -> None:
-    queue.note_outage(tx, reason, now_milliseconds=now_milliseconds)
+    meta.note_outage(tx, reason, now_milliseconds=now_milliseconds)
     if reason is None:
         queue.hurry(tx, WAITING)
 

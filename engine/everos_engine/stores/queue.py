@@ -75,37 +75,6 @@ class Claim:
     first_seen: int
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """The queue in numbers."""
-
-    pending: int
-    processing: int
-    done: int
-    failed_retryable: int
-    failed_permanent: int
-    delayed: int
-    lsn_max: int
-    watermark: int
-    oldest_pending_milliseconds: int | None
-    found_by_scan: int
-    found_by_watch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Where one path stands; a path the queue does not know (any more) has ``status`` None."""
-
-    md_path: str
-    status: Status | None
-    retryable: bool | None = None
-    retry_count: int = 0
-    error: str | None = None
-    lsn: int = 0
-    updated: int = 0
-    kind: str = ""
-
-
 TAKE = "UPDATE counter SET value = value + ? WHERE name = ? RETURNING value"
 
 
@@ -188,130 +157,6 @@ def _is_news(seen: Observation, row: tuple[Value, ...] | None) -> bool:
     if (mtime_ns, size, ino, ctime_ns) != seen.fingerprint:
         return True
     return bool(racy) and status in {"done", "failed"}
-
-
-SWEEP_TABLE = """
-CREATE TEMP TABLE IF NOT EXISTS sweep (md_path TEXT PRIMARY KEY, kind TEXT, mtime_ns INTEGER, size INTEGER, ino INTEGER,
-    ctime_ns INTEGER) WITHOUT ROWID;
-DELETE FROM temp.sweep;
-"""
-SWEEP_CHANGED = """
-SELECT s.md_path, s.kind, s.mtime_ns, s.size, s.ino, s.ctime_ns, c.md_path IS NULL OR c.mtime_ns IS NULL FROM temp.sweep AS s
-LEFT JOIN md_change_state AS c ON c.md_path = s.md_path
-WHERE c.md_path IS NULL OR (c.mtime_ns, c.size, c.ino, c.ctime_ns) IS NOT (s.mtime_ns, s.size, s.ino, s.ctime_ns)
-   OR (c.racy = 1 AND c.status IN ('done', 'failed'))
-"""
-SWEEP_VANISHED = """
-SELECT c.md_path, c.kind, c.size, c.mtime_ns FROM md_change_state AS c
-WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
-"""
-
-
-def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
-    """Put a whole sweep into a temporary table, for ``record_sweep``."""
-    _drain(tx.execute(SWEEP_TABLE))
-    rows: Iterable[tuple[Value, ...]] = (
-        (seen.md_path, seen.kind, *seen.fingerprint) for seen in observations if seen.fingerprint is not None
-    )
-    _drain(tx.executemany("INSERT OR REPLACE INTO temp.sweep VALUES (?, ?, ?, ?, ?, ?)", rows))
-
-
-@dataclass(frozen=True, slots=True)
-class Vanished:
-    """A known file that a sweep did not see, with the size and mtime it had."""
-
-    md_path: str
-    kind: str
-    size: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """What a loaded sweep found: paths queued, (size, mtime_ns) of files never seen before, what vanished, files known."""
-
-    queued: list[str]
-    appeared: list[tuple[int, int]]
-    vanished: list[Vanished]
-    known: int
-
-
-def record_sweep(
-    tx: Transaction,
-    *,
-    source: Source,
-    now_milliseconds: int,
-    settle_milliseconds: int = 0,
-    verified: frozenset[Observation] = frozenset(),
-) -> Compared:
-    """Queue all that a loaded sweep found changed, but for those ``verified`` by content.
-
-    The vanished are not queued: the caller looks at each again and records it, so that a file created while the
-    sweep ran, or one that a brake holds, is not taken for deleted.
-    """
-    rows = list(tx.execute(SWEEP_CHANGED))
-    changed = [
-        Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:6]))) for row in rows
-    ]
-    changed = [seen for seen in changed if seen not in verified]
-    appeared = [(cast("int", row[3]), cast("int", row[2])) for row in rows if row[6]]
-    queued = (
-        record(tx, changed, source=source, now_milliseconds=now_milliseconds, settle_milliseconds=settle_milliseconds)
-        if changed
-        else []
-    )
-    vanished = [Vanished(*row) for row in cast("Iterable[tuple[str, str, int, int]]", list(tx.execute(SWEEP_VANISHED)))]
-    ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
-    return Compared(queued, appeared, vanished, cast("int", known))
-
-
-def credit(tx: Transaction, found_by: Literal["scan", "watch"], count: int) -> None:
-    """Count changes by who noticed them."""
-    take(tx, f"found_by_{found_by}", count)
-
-
-RACY = """
-SELECT md_path, kind, mtime_ns, size, ino, ctime_ns, digest FROM md_change_state
-WHERE racy = 1 AND status IN ('done', 'failed') AND digest IS NOT NULL AND mtime_ns IS NOT NULL
-    AND (?1 IS NULL OR md_path IN (SELECT value FROM json_each(?1)))
-"""
-TRUST = """
-UPDATE md_change_state SET racy = 0 WHERE md_path = ? AND digest = ? AND status IN ('done', 'failed')
-    AND (mtime_ns, size, ino, ctime_ns) IS (?, ?, ?, ?)
-"""
-
-
-def racy(tx: Transaction, paths: Sequence[str] | None = None) -> list[tuple[Observation, bytes]]:
-    """Files at rest, of ``paths`` or of all, whose fingerprint is not to be trusted, with the digest of what was indexed."""
-    asked = None if paths is None else json.dumps(list(paths))
-    return [_with_digest(row) for row in tx.execute(RACY, (asked,))]
-
-
-def trust(tx: Transaction, seen: Iterable[tuple[Observation, bytes]]) -> None:
-    """These were read again and are what was indexed: from now on the fingerprint tells."""
-    _drain(tx.executemany(TRUST, [(one.md_path, digest, *(one.fingerprint or ())) for one, digest in seen]))
-
-
-def _with_digest(row: tuple[Value, ...]) -> tuple[Observation, bytes]:
-    fingerprint = cast("Fingerprint4", tuple(row[2:6]))
-    return Observation(cast("str", row[0]), cast("str", row[1]), fingerprint), cast("bytes", row[6])
-
-
-AUDIT = """
-SELECT md_path, kind, mtime_ns, size, ino, ctime_ns, digest FROM md_change_state
-WHERE md_path > ? AND status IN ('done', 'failed') AND digest IS NOT NULL ORDER BY md_path LIMIT ?
-"""
-
-
-def to_audit(tx: Transaction, after: str, *, limit: int) -> list[tuple[Observation, bytes]]:
-    """The next ``limit`` files at rest, in order of path, with the digest of what was indexed."""
-    return [_with_digest(row) for row in tx.execute(AUDIT, (after, limit))]
-
-
-def files(tx: Transaction) -> int:
-    """How many files the queue knows."""
-    ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
-    return cast("int", known)
 
 
 WAKE_DELAYED = """
@@ -443,19 +288,6 @@ def hurry(tx: Transaction, reason: str) -> None:
     _drain(tx.execute(HURRY, (reason,)))
 
 
-def note_outage(tx: Transaction, reason: str | None, *, now_milliseconds: int) -> None:
-    """Remember since when and why the embedding service is down, for every process that asks; None: it answers."""
-    known = outage(tx)
-    since = known[0] if known else now_milliseconds
-    set_meta(tx, "embedder_down", "" if reason is None else json.dumps([since, reason]))
-
-
-def outage(tx: Transaction) -> tuple[int, str] | None:
-    """(milliseconds since the epoch, reason) of the embedding service's outage; None while it answers."""
-    known = get_meta(tx, "embedder_down")
-    return cast("tuple[int, str]", tuple(json.loads(known))) if known else None
-
-
 RELEASE = """
 UPDATE md_change_state SET status = 'pending', claim_no = NULL, claim_lsn = NULL, owner = NULL, not_before = 0
 WHERE status = 'processing' AND owner = ? RETURNING 1
@@ -517,67 +349,6 @@ def next_due(tx: Transaction) -> int | None:
     return cast("int | None", due)
 
 
-COUNTS = """
-SELECT count(*) FILTER (WHERE status = 'pending'), count(*) FILTER (WHERE status = 'processing'),
-    count(*) FILTER (WHERE status = 'done'), count(*) FILTER (WHERE status = 'failed' AND retryable = 1),
-    count(*) FILTER (WHERE status = 'failed' AND retryable = 0),
-    count(*) FILTER (WHERE status = 'pending' AND not_before > 0),
-    min(first_seen) FILTER (WHERE status IN ('pending', 'processing'))
-FROM md_change_state
-"""
-
-
-def counts(tx: Transaction) -> Counts:
-    """The whole queue in numbers, of one moment."""
-    ((pending, processing, done, retryable, permanent, delayed, oldest),) = cast(
-        "Iterable[tuple[int, int, int, int, int, int, int | None]]", tx.execute(COUNTS)
-    )
-    counters = dict(cast("Iterable[tuple[str, int]]", tx.execute("SELECT name, value FROM counter")))
-    return Counts(
-        pending=pending,
-        processing=processing,
-        done=done,
-        failed_retryable=retryable,
-        failed_permanent=permanent,
-        delayed=delayed,
-        lsn_max=newest(tx),
-        watermark=watermark(tx),
-        oldest_pending_milliseconds=oldest,
-        found_by_scan=counters["found_by_scan"],
-        found_by_watch=counters["found_by_watch"],
-    )
-
-
-OUTCOME = "SELECT md_path, status, retryable, retry_count, error, lsn, updated, kind FROM md_change_state"
-
-
-def outcomes(tx: Transaction, paths: Sequence[str]) -> list[Outcome]:
-    """Where each of ``paths`` stands, in their order."""
-    sql = f"{OUTCOME} WHERE md_path IN (SELECT value FROM json_each(?))"
-    found = {outcome.md_path: outcome for outcome in map(_outcome, tx.execute(sql, (json.dumps(list(paths)),)))}
-    return [found.get(path) or Outcome(path, None) for path in paths]
-
-
-def failed(tx: Transaction, *, retryable: bool | None = None) -> list[Outcome]:
-    """Every dead-lettered change, or those of one sort, oldest first."""
-    sql = f"{OUTCOME} WHERE status = 'failed' AND (?1 IS NULL OR retryable = ?1) ORDER BY retryable DESC, lsn"
-    return [_outcome(row) for row in tx.execute(sql, (None if retryable is None else int(retryable),))]
-
-
-def _outcome(row: tuple[Value, ...]) -> Outcome:
-    path, status, retryable, retry_count, error, lsn, updated, kind = row
-    return Outcome(
-        cast("str", path),
-        cast("Status", status),
-        None if retryable is None else bool(retryable),
-        cast("int", retry_count),
-        cast("str | None", error),
-        cast("int", lsn),
-        cast("int", updated),
-        cast("str", kind),
-    )
-
-
 REQUEUE = """
 UPDATE md_change_state SET status = 'pending', lsn = ?2, pos = ?2, retry_count = 0, retryable = NULL, error = NULL,
     not_before = 0, first_seen = ?3, updated = ?3
@@ -585,9 +356,12 @@ WHERE md_path = ?1 AND status = 'failed'
 """
 
 
+RETRYABLE = "SELECT md_path FROM md_change_state WHERE status = 'failed' AND retryable = 1 ORDER BY lsn"
+
+
 def requeue_failed(tx: Transaction, *, now_milliseconds: int) -> list[str]:
     """Give every failed retryable=TRUE change a fresh lsn and a clean start; their paths."""
-    paths = [outcome.md_path for outcome in failed(tx, retryable=True)]
+    paths = [cast("str", row[0]) for row in tx.execute(RETRYABLE)]
     first = take(tx, "lsn", len(paths)) if paths else 0
     _drain(tx.executemany(REQUEUE, [(path, first + nth, now_milliseconds) for nth, path in enumerate(paths)]))
     return paths
@@ -615,30 +389,6 @@ def requeue_paths(tx: Transaction, paths: Sequence[str], kind: str, *, now_milli
             Observation(path, kind, None if fingerprint[0] is None else cast("Fingerprint4", tuple(fingerprint)))
         )
     return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0
-
-
-def known_below(tx: Transaction, directory: str) -> list[str]:
-    """Paths known below a directory that may be gone."""
-    sql = (
-        "SELECT md_path FROM md_change_state WHERE md_path > ?1 || '/' AND md_path < ?1 || '0' AND mtime_ns IS NOT NULL"
-    )
-    return [cast("str", row[0]) for row in tx.execute(sql, (directory,))]
-
-
-def get_meta(tx: Transaction, name: str) -> str | None:
-    """A remembered fact, or None."""
-    for (value,) in tx.execute("SELECT value FROM meta WHERE name = ?", (name,)):
-        return cast("str | None", value)
-    return None
-
-
-def set_meta(tx: Transaction, name: str, value: str) -> None:
-    """Remember a fact."""
-    _drain(
-        tx.execute(
-            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
-        )
-    )
 
 
 def _drain(rows: Iterable[object]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from everos_engine.errors import Fatal
 from everos_engine.loops import notes
-from everos_engine.stores import inspection, ledger, queue
+from everos_engine.stores import census, inspection, ledger, meta, queue
 from everos_engine.stores.database import Database
 from everos_engine.surface import permission
 from everos_engine.surface.paint import commands_in, quoted, shown
@@ -66,14 +66,14 @@ class Books:
 
     trouble: str | None = None
     damaged: Sequence[str] = ()
-    counts: queue.Counts | None = None
+    counts: census.Counts | None = None
     held: Sequence[Held] = ()
     notes: Sequence[Note] = ()
     delayed: inspection.Delayed | None = None
     owners: Sequence[str] = ()
     incarnations: Mapping[str, tuple[str, int, str]] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
-    failed: Sequence[queue.Outcome] = ()
+    failed: Sequence[census.Outcome] = ()
     last_scan_milliseconds: int | None = None
 
 
@@ -228,16 +228,16 @@ def read_books(path: Path) -> Books:
 
 
 def _books(tx: Transaction) -> Books:
-    scan = queue.get_meta(tx, "last_scan")
+    scan = meta.get(tx, "last_scan")
     return Books(
         damaged=inspection.quick_check(tx),
-        counts=queue.counts(tx),
+        counts=census.counts(tx),
         held=inspection.held_counts(tx),
         notes=notes.kept(tx),
         delayed=inspection.delayed(tx),
         owners=queue.owners(tx),
         incarnations=ledger.incarnations(tx),
         rows=ledger.rows_per_kind(tx),
-        failed=queue.failed(tx),
+        failed=census.failed(tx),
         last_scan_milliseconds=None if scan is None else int(scan),
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from everos_engine.settings import Settings
-    from everos_engine.stores.queue import Outcome
+    from everos_engine.stores.census import Outcome
 
 OK, TROUBLE, USAGE = 0, 1, 2
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from everos_engine.errors import BadFile, EngineError
-from everos_engine.stores import inspection, ledger, queue
+from everos_engine.stores import inspection, ledger, meta
 from everos_engine.stores.database import Database
 from everos_engine.surface import rules
 from everos_engine.surface.judge import Judgement, judge
@@ -203,13 +203,13 @@ def _remember(settings: Settings, key: str | None) -> Remembered:
     def read(tx: Transaction) -> Remembered:
         change = inspection.change(tx, key)
         held = inspection.held(tx, key)
-        scan = queue.get_meta(tx, "last_scan")
+        scan = meta.get(tx, "last_scan")
         return Remembered(
             change=change,
             held=held[0] if held else None,
             entries=ledger.known(tx, [key])[key],
             last_scan_milliseconds=None if scan is None else int(scan),
-            outage=queue.outage(tx),
+            outage=meta.outage(tx),
             table_known=change is not None and change.kind in ledger.incarnations(tx),
             orphaned=change is not None and change.owner is not None and _dead(settings, change.owner),
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from everos_engine.engine import Engine, Status
-    from everos_engine.stores.queue import Counts
+    from everos_engine.stores.census import Counts
 
 BUSY_BEAT_SECONDS = 0.3
 IDLE_BEAT_SECONDS = 10.0

@@ -18,7 +18,7 @@ from everos_engine.loops.observe import audit as audit_next
 from everos_engine.loops.observe import sweep
 from everos_engine.loops.scan import AUDIT_FILES
 from everos_engine.search import Filter
-from everos_engine.stores import held, ledger, queue
+from everos_engine.stores import census, held, ledger, meta, queue
 from everos_engine.supervise import alone
 from everos_engine.surface.live import show_status
 from everos_engine.surface.logs import set_up
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from everos_engine.settings import Settings
+    from everos_engine.stores.census import Outcome
     from everos_engine.stores.database import Database
-    from everos_engine.stores.queue import Outcome
 
 LOOK_SECONDS = 0.05
 SILENCE_SECONDS = 5.0
@@ -50,11 +50,11 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
         if paths:
             keys, lsn = enqueue(settings, database, paths)
             await _reach(settings, database, lsn)
-            return database.read(lambda tx: queue.outcomes(tx, keys))
+            return database.read(lambda tx: census.outcomes(tx, keys))
         found = await sweep(settings, database, source="sync", brake=Brake(settings))
         newest = await _begun_anew(settings, database)
         await _reach(settings, database, max(found.lsn, newest))
-        return database.read(queue.failed)
+        return database.read(census.failed)
 
     return _do(settings, own, hand_over)
 
@@ -90,7 +90,7 @@ def release(settings: Settings) -> list[Outcome]:
         lay_marker(settings)
         paths = database.write(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
         await _reach(settings, database, database.read(queue.newest))
-        return database.read(lambda tx: queue.outcomes(tx, paths))
+        return database.read(lambda tx: census.outcomes(tx, paths))
 
     return _do(settings, own, hand_over)
 
@@ -104,7 +104,7 @@ def fix(settings: Settings) -> list[Outcome]:
     async def hand_over(database: Database) -> list[Outcome]:
         paths = database.write(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
         await _reach(settings, database, database.read(queue.newest))
-        return database.read(lambda tx: queue.outcomes(tx, paths))
+        return database.read(lambda tx: census.outcomes(tx, paths))
 
     return _do(settings, own, hand_over)
 
@@ -203,7 +203,7 @@ async def _reach(settings: Settings, database: Database, lsn: int) -> None:
             answered = time.monotonic()
         if time.monotonic() - asked > 1:
             asked = time.monotonic()
-            outage = database.read(queue.outage)
+            outage = database.read(meta.outage)
             if outage and now_milliseconds() - outage[0] >= patience_milliseconds:
                 raise Unavailable(f"{WAITING}: {outage[1]}; the changes are queued, and indexed when it answers")
             if running_pid(settings.engine_directory / "engine.lock") is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from everos_engine.loops import notes
 from everos_engine.loops.brake import WHY
-from everos_engine.stores import inspection, ledger, queue
+from everos_engine.stores import census, inspection, ledger, meta
 from everos_engine.stores.database import Database
 from everos_engine.surface.paint import Paint, ago, plural, shown
 from everos_engine.surface.vitals import Vitals, vitals
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from everos_engine.loops.notes import Note
     from everos_engine.settings import Settings
+    from everos_engine.stores.census import Counts, Outcome
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Held
-    from everos_engine.stores.queue import Counts, Outcome
 
 HELD_NOTE = "deletions_held"
 
@@ -81,7 +81,7 @@ def failed(settings: Settings) -> list[Outcome]:
         return []
     database = Database(path, readonly=True)
     try:
-        return database.read(queue.failed)
+        return database.read(census.failed)
     finally:
         database.close()
 
@@ -236,12 +236,12 @@ def _share(by_scan: int, by_watch: int) -> float | None:
 
 
 def _moment(tx: Transaction) -> Moment:
-    last_scan = queue.get_meta(tx, "last_scan")
+    last_scan = meta.get(tx, "last_scan")
     return Moment(
-        counts=queue.counts(tx),
+        counts=census.counts(tx),
         rows=ledger.rows_per_kind(tx),
         last_scan=None if last_scan is None else int(last_scan),
         held=inspection.held_counts(tx),
         notes=notes.kept(tx),
-        outage=queue.outage(tx),
+        outage=meta.outage(tx),
     )

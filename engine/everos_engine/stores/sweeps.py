@@ -1,0 +1,147 @@
+"""Sweeps against the queue: what a look at the whole tree changed, whose fingerprint cannot be trusted, what an audit reads next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from everos_engine.stores.database import Transaction, Value
+from everos_engine.stores.queue import Fingerprint4, Observation, Source, record, take
+
+SWEEP_TABLE = """
+CREATE TEMP TABLE IF NOT EXISTS sweep (md_path TEXT PRIMARY KEY, kind TEXT, mtime_ns INTEGER, size INTEGER, ino INTEGER,
+    ctime_ns INTEGER) WITHOUT ROWID;
+DELETE FROM temp.sweep;
+"""
+SWEEP_CHANGED = """
+SELECT s.md_path, s.kind, s.mtime_ns, s.size, s.ino, s.ctime_ns, c.md_path IS NULL OR c.mtime_ns IS NULL FROM temp.sweep AS s
+LEFT JOIN md_change_state AS c ON c.md_path = s.md_path
+WHERE c.md_path IS NULL OR (c.mtime_ns, c.size, c.ino, c.ctime_ns) IS NOT (s.mtime_ns, s.size, s.ino, s.ctime_ns)
+   OR (c.racy = 1 AND c.status IN ('done', 'failed'))
+"""
+SWEEP_VANISHED = """
+SELECT c.md_path, c.kind, c.size, c.mtime_ns FROM md_change_state AS c
+WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
+"""
+
+
+def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
+    """Put a whole sweep into a temporary table, for ``record_sweep``."""
+    _drain(tx.execute(SWEEP_TABLE))
+    rows: Iterable[tuple[Value, ...]] = (
+        (seen.md_path, seen.kind, *seen.fingerprint) for seen in observations if seen.fingerprint is not None
+    )
+    _drain(tx.executemany("INSERT OR REPLACE INTO temp.sweep VALUES (?, ?, ?, ?, ?, ?)", rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Vanished:
+    """A known file that a sweep did not see, with the size and mtime it had."""
+
+    md_path: str
+    kind: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a loaded sweep found: paths queued, (size, mtime_ns) of files never seen before, what vanished, files known."""
+
+    queued: list[str]
+    appeared: list[tuple[int, int]]
+    vanished: list[Vanished]
+    known: int
+
+
+def record_sweep(
+    tx: Transaction,
+    *,
+    source: Source,
+    now_milliseconds: int,
+    settle_milliseconds: int = 0,
+    verified: frozenset[Observation] = frozenset(),
+) -> Compared:
+    """Queue all that a loaded sweep found changed, but for those ``verified`` by content.
+
+    The vanished are not queued: the caller looks at each again and records it, so that a file created while the
+    sweep ran, or one that a brake holds, is not taken for deleted.
+    """
+    rows = list(tx.execute(SWEEP_CHANGED))
+    changed = [
+        Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:6]))) for row in rows
+    ]
+    changed = [seen for seen in changed if seen not in verified]
+    appeared = [(cast("int", row[3]), cast("int", row[2])) for row in rows if row[6]]
+    queued = (
+        record(tx, changed, source=source, now_milliseconds=now_milliseconds, settle_milliseconds=settle_milliseconds)
+        if changed
+        else []
+    )
+    vanished = [Vanished(*row) for row in cast("Iterable[tuple[str, str, int, int]]", list(tx.execute(SWEEP_VANISHED)))]
+    ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
+    return Compared(queued, appeared, vanished, cast("int", known))
+
+
+def credit(tx: Transaction, found_by: Literal["scan", "watch"], count: int) -> None:
+    """Count changes by who noticed them."""
+    take(tx, f"found_by_{found_by}", count)
+
+
+RACY = """
+SELECT md_path, kind, mtime_ns, size, ino, ctime_ns, digest FROM md_change_state
+WHERE racy = 1 AND status IN ('done', 'failed') AND digest IS NOT NULL AND mtime_ns IS NOT NULL
+    AND (?1 IS NULL OR md_path IN (SELECT value FROM json_each(?1)))
+"""
+TRUST = """
+UPDATE md_change_state SET racy = 0 WHERE md_path = ? AND digest = ? AND status IN ('done', 'failed')
+    AND (mtime_ns, size, ino, ctime_ns) IS (?, ?, ?, ?)
+"""
+
+
+def racy(tx: Transaction, paths: Sequence[str] | None = None) -> list[tuple[Observation, bytes]]:
+    """Files at rest, of ``paths`` or of all, whose fingerprint is not to be trusted, with the digest of what was indexed."""
+    asked = None if paths is None else json.dumps(list(paths))
+    return [_with_digest(row) for row in tx.execute(RACY, (asked,))]
+
+
+def trust(tx: Transaction, seen: Iterable[tuple[Observation, bytes]]) -> None:
+    """These were read again and are what was indexed: from now on the fingerprint tells."""
+    _drain(tx.executemany(TRUST, [(one.md_path, digest, *(one.fingerprint or ())) for one, digest in seen]))
+
+
+def _with_digest(row: tuple[Value, ...]) -> tuple[Observation, bytes]:
+    fingerprint = cast("Fingerprint4", tuple(row[2:6]))
+    return Observation(cast("str", row[0]), cast("str", row[1]), fingerprint), cast("bytes", row[6])
+
+
+AUDIT = """
+SELECT md_path, kind, mtime_ns, size, ino, ctime_ns, digest FROM md_change_state
+WHERE md_path > ? AND status IN ('done', 'failed') AND digest IS NOT NULL ORDER BY md_path LIMIT ?
+"""
+
+
+def to_audit(tx: Transaction, after: str, *, limit: int) -> list[tuple[Observation, bytes]]:
+    """The next ``limit`` files at rest, in order of path, with the digest of what was indexed."""
+    return [_with_digest(row) for row in tx.execute(AUDIT, (after, limit))]
+
+
+def files(tx: Transaction) -> int:
+    """How many files the queue knows."""
+    ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
+    return cast("int", known)
+
+
+def known_below(tx: Transaction, directory: str) -> list[str]:
+    """Paths known below a directory that may be gone."""
+    sql = (
+        "SELECT md_path FROM md_change_state WHERE md_path > ?1 || '/' AND md_path < ?1 || '0' AND mtime_ns IS NOT NULL"
+    )
+    return [cast("str", row[0]) for row in tx.execute(sql, (directory,))]
+
+
+def _drain(rows: Iterable[object]) -> None:
+    for _ in rows:
+        pass
