@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from everos_engine.text import kinds
@@ -13,6 +13,7 @@ WORD = st.sampled_from(
 )
 
 
+@example(["A", ".index", "users", "A"])
 @given(st.lists(PART | WORD, min_size=1, max_size=8))
 def test_a_suggested_path_is_always_of_a_kind(parts: list[str]) -> None:
     found = nearest("/".join(parts))

@@ -74,6 +74,8 @@ def _fit(part: str, wanted: str) -> tuple[float, str | None]:
     if wanted == "<name>.md":
         name = _markdown_name(part)
         return (0.0 if name == part else 0.3), name
+    if wanted in {"<app>", "<project>"} and part.startswith("."):
+        return _OTHER, None  # a hidden one is ignored
     if wanted.startswith("<"):
         return (_OTHER if part in {"users", "agents"} or part.endswith(".md") else 0.0), part
     return (1 - _likeness(part, wanted) if _alike(part, wanted) else _OTHER), wanted
