@@ -22,6 +22,7 @@ from everos_engine.stores import census, held, ledger, meta, queue
 from everos_engine.supervise import alone
 from everos_engine.surface.live import show_status
 from everos_engine.surface.logs import set_up
+from everos_engine.surface.vitals import vitals
 from everos_engine.system import wake
 from everos_engine.system.control import ask
 from everos_engine.system.locks import running_pid
@@ -184,11 +185,9 @@ async def _begun_anew(settings: Settings, database: Database) -> int:
 
 def _expect_answer(settings: Settings) -> None:
     """Raise Transient where the running engine does not answer."""
-    try:
-        ask(settings.control_socket, "pulse", deadline_seconds=SILENCE_SECONDS)
-    except TimeoutError:
+    if vitals(settings).state in {"silent", "stopped"}:
         message = "the running engine does not answer (`everos-engine doctor` says why); everything is queued, and done when it moves again"
-        raise Transient(message) from None
+        raise Transient(message)
 
 
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:

@@ -44,9 +44,14 @@ def nearest(path: str) -> Nearest | None:
         if not any(_alike(part, literal) for part in parts for literal in wanted if literal[0] != "<"):
             continue  # nothing of it was meant
         cost, filled = _align(parts, wanted)
-        if filled is not None and filled[0] != ".index" and (best is None or cost < best[0]):
+        if filled is not None and not _is_hidden(filled) and (best is None or cost < best[0]):
             best = cost, Nearest(layout, "/".join(filled))
     return best[1] if best is not None and best[0] <= _FAR else None
+
+
+def _is_hidden(filled: list[str]) -> bool:
+    """Whether a path lies in the index, or in an app or project that begins with a dot: nothing of either is of a kind."""
+    return filled[0].startswith(".") or (filled[0] not in {"users", "agents"} and filled[1].startswith("."))
 
 
 def _align(parts: list[str], layout: list[str]) -> tuple[float, list[str] | None]:
