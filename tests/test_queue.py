@@ -96,6 +96,17 @@ def test_claims_are_served_by_the_ready_index(database: Database) -> None:
     assert any("change_ready" in str(row) for row in plan)
 
 
+def test_an_edit_of_a_change_that_waits_for_an_outage_is_tried_at_once(database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    (held,) = database.write(claim)
+    database.write(
+        lambda tx: queue.postpone(tx, held, "waiting", not_before=300_000, now_milliseconds=1, counts_as_retry=False)
+    )
+    edit = queue.Observation("a", "note", TWO)
+    database.write(lambda tx: queue.record(tx, [edit], source="watch", now_milliseconds=2, settle_milliseconds=250))
+    assert [again.md_path for again in database.write(claim)] == ["a"]
+
+
 @pytest.mark.parametrize("name", ["FORGET", "DONE", "FAILED", "POSTPONE"])
 def test_marks_look_their_change_up_by_key(name: str, database: Database) -> None:
     sql = str(getattr(queue, name))

@@ -100,7 +100,7 @@ ON CONFLICT (md_path) DO UPDATE SET
     status = CASE WHEN status = 'processing' THEN status ELSE 'pending' END,
     not_before = CASE
         WHEN ?10 = 0 OR status = 'processing' THEN 0
-        WHEN status = 'pending' THEN CASE WHEN retry_count = 0 THEN not_before ELSE 0 END
+        WHEN status = 'pending' THEN CASE WHEN retry_count = 0 AND not_before <= ?9 + ?10 THEN not_before ELSE 0 END
         WHEN ?9 - updated BETWEEN 0 AND ?10 THEN updated + ?10 ELSE 0 END,
     retry_count = 0, retryable = NULL, error = NULL, racy = 0,
     mtime_ns = excluded.mtime_ns, size = excluded.size, ino = excluded.ino, ctime_ns = excluded.ctime_ns,
