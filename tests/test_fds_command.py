@@ -49,7 +49,9 @@ async def test_beside_a_running_engine_the_table_is_live_and_cheap(settings: Set
 async def test_it_watches_until_interrupted(settings: Settings, root: Path) -> None:
     words = command(root, "--watch", "--json")
     async with open_engine(settings, embedder=FakeEmbedder(), watching=False), trio.open_nursery() as nursery:
-        process = await nursery.start(partial(trio.run_process, words, stdout=subprocess.PIPE, check=False))
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job may have it ignored
+        run = partial(trio.run_process, words, stdout=subprocess.PIPE, check=False, preexec_fn=heard)
+        process = await nursery.start(run)
         received = b""
         while received.count(b"\n") < 2:
             received += await process.stdout.receive_some()
