@@ -144,6 +144,29 @@ async def test_only_the_plain_path_pins_indexes_and_a_rotation_lets_go_of_all_of
         assert index.session_bytes() > 0
 
 
+async def test_an_optimize_of_a_table_that_is_written_without_pause_has_commits_wait_and_succeeds(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+        for number in range(10):
+            await index.commit("letter", [row(number, "heron")], [])
+        stop = trio.Event()
+
+        async def write() -> None:
+            number = 0
+            while not stop.is_set():
+                await index.commit("letter", [row(number % 10, f"heron {number}")], [])
+                number += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            for _ in range(5):
+                await index.optimize("letter", alone=True)
+            stop.set()
+        assert len(await found(index, "heron")) == 10
+
+
 def test_a_reader_keeps_its_session_until_it_is_done() -> None:
     generations = Generations()
     with generations.using() as early, generations.using():

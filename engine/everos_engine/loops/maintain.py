@@ -21,7 +21,12 @@ MANY = 4
 
 
 async def maintain(desk: Desk) -> None:
-    """After commits, once they pause, optimize each table that is due; then prune caches."""
+    """After commits, once they pause, optimize each table that is due; then prune caches.
+
+    In a pause a table is optimized beside whatever comes, for an edit must not wait; where commits came in between and
+    voided that, or do not pause at all, they wait for it.
+    """
+    voided: set[str] = set()
     while True:
         seen = desk.applied.value
         desk.beat("maintain", within_seconds=_patience(desk) + ALLOWANCE_SECONDS)
@@ -30,7 +35,10 @@ async def maintain(desk: Desk) -> None:
         for kind in due:
             if quiet or desk.index.unoptimized(kind) >= MANY * desk.settings.lancedb.optimize_after_commits:
                 desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
-                await _optimize(desk, kind)
+                if await _optimize(desk, kind, alone=kind in voided or not quiet):
+                    voided.discard(kind)
+                else:
+                    voided.add(kind)
         if quiet:
             await _prune(desk)
 
@@ -40,17 +48,20 @@ def _patience(desk: Desk) -> float:
     return desk.settings.lancedb.optimize_idle_seconds if due else LONG_SECONDS
 
 
-async def _optimize(desk: Desk, kind: str) -> None:
+async def _optimize(desk: Desk, kind: str, *, alone: bool) -> bool:
+    """Whether the table is compact now."""
     try:
         incarnation = desk.index.incarnation_of(kind)
-        version = await desk.index.optimize(kind)
+        version = await desk.index.optimize(kind, alone=alone)
     except Transient as error:
         desk.starved(error)
-        logger.warning("cascade_lancedb_optimize_failed kind={} error={!r}", kind, str(error))
-        return
+        level = "WARNING" if alone else "INFO"
+        logger.log(level, "cascade_lancedb_optimize_failed kind={} error={!r}", kind, str(error))
+        return False
     logger.debug("optimized kind={} version={}", kind, version)
 
     await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, incarnation, version=version))
+    return True
 
 
 async def _prune(desk: Desk) -> None:

@@ -9,7 +9,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -140,6 +140,7 @@ class Index:
     _lives: dict[str, _Life] = field(default_factory=dict)
     _moved: dict[str, int] = field(default_factory=dict)
     _unmade: set[str] = field(default_factory=set)
+    _turns: dict[str, trio.Lock] = field(default_factory=dict)
 
     async def read(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Run a coroutine function on LanceDB's loop, its troubles sorted."""
@@ -207,7 +208,7 @@ class Index:
         Raises Transient when the outcome is unknown or the world is in the way: do the same commit again.
         """
         life, version = self._lives[kind], 0
-        async with self._writing(kind) as table:
+        async with self._turn(kind), self._writing(kind) as table:
             for start in range(0, len(rows), MERGE_ROWS):
                 batch = self._batch(self.kinds[kind], life, rows[start : start + MERGE_ROWS])
                 version = await self.write(_merge, table, batch)
@@ -256,11 +257,14 @@ class Index:
         """Commits since the last optimize."""
         return self._lives[kind].commits
 
-    async def optimize(self, kind: str) -> int:
-        """Compact, fold new rows into the indexes, prune old versions; the table's new version."""
+    async def optimize(self, kind: str, *, alone: bool = True) -> int:
+        """Compact, fold new rows into the indexes, prune old versions; the table's new version.
+
+        ``alone`` has commits wait meanwhile; else one that comes in between voids the work, and Transient is raised.
+        """
         life = self._lives[kind]
         commits, rows = life.commits, life.rows
-        async with self._writing(kind) as table:
+        async with self._turn(kind) if alone else nullcontext(), self._writing(kind) as table:
             version = await self.write(_optimize, table, self.settings.keep_versions_seconds)
         life.commits -= commits
         life.rows -= rows
@@ -330,6 +334,10 @@ class Index:
                 if trio.current_time() + EXHAUSTED_PAUSE_SECONDS > end:
                     raise
                 await trio.sleep(EXHAUSTED_PAUSE_SECONDS)
+
+    def _turn(self, kind: str) -> trio.Lock:
+        """Held by the one who writes to a table."""
+        return self._turns.setdefault(kind, trio.Lock())
 
     @asynccontextmanager
     async def _writing(self, kind: str) -> AsyncIterator[AsyncTable]:
