@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 import trio
 
 from derived import described, indexed
-from everos_engine.engine import Engine, open_engine
+from everos_engine.engine import Engine, enqueue, open_engine, open_queue
+from everos_engine.errors import Transient
 from everos_engine.settings import Settings, load
 from everos_engine.stores import meta, queue
+from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
+from everos_engine.text import kinds
 from writer import FACTS, fact, facts, put
 
 
@@ -213,6 +217,68 @@ async def test_a_file_that_looks_torn_is_given_time_to_settle(root: Path) -> Non
         await engine.settle()
         assert await indexed(engine) == described(settings)
         assert (await engine.status()).counts.failed_permanent == 0
+
+
+async def test_a_file_that_comes_back_with_its_old_times_is_indexed_again(root: Path, tmp_path: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "heron")))
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        before = path.stat()
+        path.rename(tmp_path / "aside.md")
+        await engine.settle()
+        assert await indexed(engine) == {}
+        (tmp_path / "aside.md").rename(path)
+        assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+
+
+async def test_a_file_that_vanishes_after_it_was_queued_leaves_no_rows(root: Path) -> None:
+    path = put(root, FACTS, facts(fact(1, "heron")))
+    other = put(root, "users/u1/.atomic_facts/other.md", facts(fact(2, "otter")))
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+    path.write_text(facts(fact(1, "edited")))
+    database = open_queue(settings)
+    enqueue(settings, database, [str(path), str(other)])  # as another process does, with no engine to serve it
+    database.close()
+    path.unlink()
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.reach(await engine.desk.database.aread(queue.newest))
+        assert await indexed(engine) == described(settings)
+        assert len(await engine.search("otter")) == 1
+        assert await engine.search("heron") == []
+
+
+def test_a_file_rewritten_while_it_is_read_is_never_torn(tmp_path: Path) -> None:
+    path, stop = put(tmp_path, "n.md", "a" * 200_000), threading.Event()
+    place = kinds.Place("n.md", "note", "default", "default", "", "")
+
+    def rewrite() -> None:
+        while not stop.is_set():
+            for letter in "ab":
+                with path.open("r+b", buffering=0) as file:
+                    for _ in range(20):
+                        file.write(letter.encode() * 10_000)
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    whole = refused = 0
+    try:
+        while whole + refused < 300:
+            try:
+                content = files.read(tmp_path, place, max_file_bytes=1 << 20).sources["n.md"]
+            except Transient:
+                refused += 1
+                continue
+            whole += 1
+            assert len(set(content)) <= 2
+            assert content.rstrip(b"b").strip(b"a") == b"" or content.rstrip(b"a").strip(b"b") == b""
+    finally:
+        stop.set()
+        writer.join()
 
 
 async def watching(engine: Engine) -> None:
