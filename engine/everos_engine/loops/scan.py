@@ -92,12 +92,16 @@ async def _sweep_once(desk: Desk, *, first: bool) -> None:
         now = time.monotonic()
         progress.unseen.update(dict.fromkeys(found.queued, now))
         if burst or stall:
-            await _name_overflow(desk, set(found.queued), burst, stall)
+            await _name_overflow(desk, burst, stall)
     await _count_unseen(desk, blameless=not (burst or stall))
 
 
-async def _name_overflow(desk: Desk, paths: set[str], burst: int, stall_seconds: float) -> None:
-    """What no event tells of within the grace, after a burst or a stall, was lost in the kernel's queue."""
+async def _name_overflow(desk: Desk, burst: int, stall_seconds: float) -> None:
+    """What no event tells of within the grace, after a burst or a stall, was lost in the kernel's queue.
+
+    This sweep or one shortly before it may have found it: the first after a stall can come before the stall is noticed.
+    """
+    paths = set(desk.progress.unseen)
     if not paths:
         return
     await trio.sleep(EVENT_GRACE_SECONDS)
