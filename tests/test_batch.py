@@ -83,7 +83,9 @@ async def test_a_poisoned_text_is_found_in_two_rounds_and_harms_nobody() -> None
         *found, refused = await batcher.embed([*texts, "POISON"])
         assert same(found, service.model, texts)
         assert isinstance(refused, BadText)
-        assert len(service.requests) <= 1 + 1 + 1 + 8 + 8  # who answers, the call, is it the service, two rounds
+        probes = sum(one["input"] == [PROBE_SENTENCE] for one in service.requests)
+        assert len(service.requests) - probes == 1 + 8 + 8  # the call, and two rounds of its parts
+        assert 2 <= probes <= 1 + 3  # who answers, and is it the service: once at most for the call and each round
         asked = len(service.requests)
         await batcher.embed([*texts, "POISON"])
         assert [one["input"] for one in service.requests[asked:] if "POISON" in one["input"]] == [["POISON"]]
