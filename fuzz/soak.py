@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import random
 import subprocess
@@ -38,8 +37,6 @@ PAUSE_SECONDS = 0.08
 END_SECONDS = 180.0
 SESSION_BUDGET_BYTES = 12 << 20
 """Low, so that a short run has rotations enough for its memory to level off."""
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc gives memory back, so that RSS follows what is held; by default its arenas fill for an hour, leak or none."""
 LASTING_SAMPLES = 20
 """Two seconds: a read of the index in mode `reopen` opens its files for milliseconds."""
 SLOPES_NEED_SECONDS = 60.0
@@ -196,9 +193,7 @@ def _live(
     command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", sys.executable, *child, json.dumps(flags)]
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | MALLOC
-        ) as process,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None

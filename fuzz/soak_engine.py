@@ -19,7 +19,7 @@ from everos_engine.loops import guard
 from everos_engine.search import Mode
 from everos_engine.settings import Settings
 from everos_engine.stores import census
-from everos_engine.system import files
+from everos_engine.system import files, memory
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
 
@@ -115,6 +115,7 @@ def tree_of(settings: Settings) -> dict[tuple[str, str], str]:
 
 
 def main(arguments: list[str]) -> None:
+    memory.give_back()  # as `everos-engine run` does
     flags: Mapping[str, object] = json.loads(arguments[-1])
     print(json.dumps(trio.run(serve, load(flags, environment={}))), flush=True)
 

@@ -77,10 +77,19 @@ async def hoard(engine: Engine, seconds: float) -> None:
 
 
 async def search(engine: Engine, count: int) -> None:
+    """So many searches, one after another for the first half, and all at once for the second."""
     chance, hits = random.Random(0), 0
-    for _ in range(count):
+
+    async def one() -> None:
+        nonlocal hits
         mode: Any = chance.choice(["fts", "vector", "hybrid"])
         hits += len(await engine.search(chance.choice(QUESTIONS), mode=mode, limit=5))
+
+    for _ in range(count // 2):
+        await one()
+    async with trio.open_nursery() as nursery:
+        for _ in range(count - count // 2):
+            nursery.start_soon(one)
     say("searched", hits=hits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lancedb
 import pytest
 
 from writer import FACTS, fact, facts, put
@@ -141,3 +143,16 @@ def test_sync_beside_a_stopped_process_says_so_instead_of_waiting(root: Path) ->
         assert (done.returncode, "does not answer" in done.stderr) == (2, True)
         process.send_signal(signal.SIGCONT)
         assert command(root, "sync").returncode == 0
+
+
+def test_a_command_that_writes_leaves_tables_whose_indexes_cover_them(root: Path) -> None:
+    put(root, FACTS, facts(*(fact(number, f"heron {number}") for number in range(100))))
+    assert command(root, "sync").returncode == 0
+
+    async def uncovered() -> int:
+        table = await (await lancedb.connect_async(root / ".index" / "lancedb")).open_table("atomic_fact")
+        statistics = await table.index_stats("fact_idx")
+        assert statistics is not None
+        return int(statistics.num_unindexed_rows)
+
+    assert asyncio.run(uncovered()) == 0

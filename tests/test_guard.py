@@ -133,7 +133,11 @@ def test_at_a_limit_of_64_all_is_indexed_and_searched_under_edits_below_48_descr
 
 
 def test_pinned_indexes_are_kept_under_budget_by_rotation(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pinned = {"lancedb.descriptor_mode": "pinned", "lancedb.descriptors_per_mebibyte": 1}
+    pinned = {
+        "lancedb.descriptor_mode": "pinned",
+        "lancedb.descriptors_per_mebibyte": 1,
+        "lancedb.index_cache_size_bytes": 12 << 20,
+    }
     eager = {"lancedb.optimize_after_commits": 1, "lancedb.optimize_idle_seconds": 0}
     with starving(root, limit=128, **pinned, **eager) as engine:
         engine.hear("ready")

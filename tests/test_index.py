@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import trio
 import trio.lowlevel
+from hypothesis import given
+from hypothesis import strategies as st
 
 from everos_engine.errors import SettingsError
-from everos_engine.settings import DescriptorMode, LanceDBSettings, load
+from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores.generation import Generations
 from everos_engine.stores.index import Index, Model, Row, open_index
 from everos_engine.system import fds
 from everos_engine.system.asyncio_thread import open_asyncio_thread
-from everos_engine.system.ceiling import BASE_DESCRIPTORS, cap_of, ceiling_of
+from everos_engine.system.ceiling import BASE_DESCRIPTORS, cap_of, ceiling_of, own_of, reads_of
 
 MIB = 1 << 20
 WORDS = [f"word{number}" for number in range(20_000)]
@@ -167,6 +169,54 @@ async def test_an_optimize_of_a_table_that_is_written_without_pause_has_commits_
         assert len(await found(index, "heron")) == 10
 
 
+async def test_a_table_is_due_once_a_fifth_of_it_is_in_no_index_whoever_wrote_it(tmp_path: Path) -> None:
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+        await index.commit("letter", [row(n, "heron") for n in range(63)], [])
+        assert not index.wants_optimize("letter")
+        await index.commit("letter", [row(n, "heron") for n in range(63, 1000)], [])
+        assert index.wants_optimize("letter")
+    async with opened(tmp_path / "lance") as index:
+        assert len(await found(index, "heron")) == 1000
+        assert index.wants_optimize("letter")
+        await index.optimize("letter")
+        assert not index.wants_optimize("letter")
+        await index.commit("letter", [row(1000 + n, "otter") for n in range(199)], [])
+        assert not index.wants_optimize("letter")
+    async with opened(tmp_path / "lance") as index:
+        assert len(await found(index, "otter")) == 199
+        assert not index.wants_optimize("letter")
+        await index.commit("letter", [row(2000, "otter")], [])
+        assert index.wants_optimize("letter")
+
+
+async def test_no_more_reads_run_at_once_than_allowed_and_under_pressure_one_always_does(tmp_path: Path) -> None:
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+        await index.commit("letter", [row(n, "heron") for n in range(20)], [])
+        running: list[int] = []
+        read, running_now = index.bridge.read, 0
+
+        async def counted(*args: object, **named: float) -> object:
+            nonlocal running_now
+            running_now += 1
+            running.append(running_now)
+            try:
+                return await read(*args, **named)  # type: ignore[arg-type]
+            finally:
+                running_now -= 1
+
+        index.bridge.read = counted  # type: ignore[method-assign]
+        for share, most in ((1.0, index.settings.concurrent_reads), (0.5, 2), (0.0, 1), (1.0, 4)):
+            index.narrow(share)
+            running.clear()
+            async with trio.open_nursery() as nursery:
+                for _ in range(40):
+                    nursery.start_soon(found, index, "heron")
+            assert len(running) == 40
+            assert max(running) == most
+
+
 def test_a_reader_keeps_its_session_until_it_is_done() -> None:
     generations = Generations()
     with generations.using() as early, generations.using():
@@ -190,26 +240,44 @@ def test_a_cap_of_the_metadata_cache_is_refused_with_the_reason(tmp_path: Path, 
         load({"memory.root": str(tmp_path)}, environment=environment, user_file=file)
 
 
-@pytest.mark.parametrize(("given", "expected"), [("8MB", 8 * MIB), ("0", 0), ("auto", "auto"), ("1048576", MIB)])
-def test_the_cap_takes_sizes_and_auto(tmp_path: Path, given: str, expected: object) -> None:
-    environment = {"EVEROS_LANCEDB__INDEX_CACHE_SIZE_BYTES": given}
+@pytest.mark.parametrize(("text", "expected"), [("8MB", 8 * MIB), ("0", 0), ("auto", "auto"), ("1048576", MIB)])
+def test_the_cap_takes_sizes_and_auto(tmp_path: Path, text: str, expected: object) -> None:
+    environment = {"EVEROS_LANCEDB__INDEX_CACHE_SIZE_BYTES": text}
     settings = load({"memory.root": str(tmp_path)}, environment=environment, user_file=tmp_path / "none")
     assert settings.lancedb.index_cache_size_bytes == expected
 
 
-@pytest.mark.parametrize("given", ["much", "-1"])
-def test_a_cap_that_is_no_size_is_refused(tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize("text", ["much", "-1"])
+def test_a_cap_that_is_no_size_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(SettingsError, match="index_cache_size_bytes"):
-        load({"lancedb.index_cache_size_bytes": given}, environment={}, user_file=tmp_path / "none")
+        load({"lancedb.index_cache_size_bytes": text}, environment={}, user_file=tmp_path / "none")
 
 
 def test_a_cap_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic() -> None:
     settings = LanceDBSettings(descriptor_mode="pinned", index_cache_size_bytes=16 * MIB, descriptors_per_mebibyte=18)
-    assert ceiling_of(settings, cap_bytes=16 * MIB, pinned=True) == BASE_DESCRIPTORS + 288
     assert cap_of(settings, limit=1024) == 16 * MIB
-    with pytest.raises(SettingsError, match=r"needs up to 336 .* 672, to be safe; RLIMIT_NOFILE is 256: lower the cap"):
+    with pytest.raises(SettingsError, match=r"needs up to 340 .* 680, to be safe; RLIMIT_NOFILE is 256: lower the cap"):
         cap_of(settings, limit=256)
     assert cap_of(LanceDBSettings(index_cache_size_bytes=16 * MIB), limit=64) == 16 * MIB  # reopen pins none
+
+
+def test_the_ceiling_counts_reads_pinned_indexes_and_the_services_connections() -> None:
+    lancedb = LanceDBSettings(index_cache_size_bytes=16 * MIB, descriptors_per_mebibyte=18)
+    plain = Settings(lancedb=lancedb)
+    served = Settings(lancedb=lancedb, embedder=EmbedderSettings(kind="http", concurrency=8))
+    assert ceiling_of(plain, cap_bytes=16 * MIB, pinned=False, limit=64) == BASE_DESCRIPTORS
+    assert ceiling_of(plain, cap_bytes=16 * MIB, pinned=False, limit=1024) == BASE_DESCRIPTORS + 2 * 2
+    assert ceiling_of(plain, cap_bytes=16 * MIB, pinned=True, limit=1024) == BASE_DESCRIPTORS + 2 * 2 + 16 * 18
+    assert ceiling_of(served, cap_bytes=16 * MIB, pinned=False, limit=64) == BASE_DESCRIPTORS + 18
+
+
+@given(limit=st.integers(64, 1 << 20), wanted=st.integers(1, 1000))
+def test_no_more_reads_run_at_once_than_the_limit_has_room_for(limit: int, wanted: int) -> None:
+    settings = LanceDBSettings(concurrent_reads=wanted)
+    reads = reads_of(settings, limit=limit)
+    assert 1 <= reads <= wanted
+    assert reads == wanted or BASE_DESCRIPTORS + 8 * reads <= limit < BASE_DESCRIPTORS + 8 * (reads + 1)
+    assert own_of(settings, limit=limit) <= limit
 
 
 @pytest.mark.parametrize("limit", [64, 96, 128, 256, 1024, 20_000, 1 << 20])
@@ -218,4 +286,4 @@ def test_auto_takes_the_largest_cap_whose_ceiling_fits(limit: int) -> None:
     cap = cap_of(auto, limit=limit)
     assert 0 <= cap <= 64 * MIB
     if cap:
-        assert 2 * ceiling_of(auto, cap_bytes=cap, pinned=True) <= limit + 2
+        assert 2 * ceiling_of(Settings(lancedb=auto), cap_bytes=cap, pinned=True, limit=limit) <= limit + 2

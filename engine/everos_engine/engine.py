@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -18,7 +18,7 @@ from everos_engine.loops.agree import agree
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.guard import guard
-from everos_engine.loops.maintain import maintain
+from everos_engine.loops.maintain import compact, maintain
 from everos_engine.loops.observe import audit, key_in_root, observe_paths, sweep
 from everos_engine.loops.scan import AUDIT_FILES, scan
 from everos_engine.loops.vectors import Vectors, open_vectors
@@ -154,6 +154,10 @@ class Engine:
             after = end
         await self.reach(await desk.database.aread(queue.newest))
         return found
+
+    async def compact(self) -> None:
+        """Optimize the tables that are due for it; a watching engine does so by itself, in pauses."""
+        await compact(self._desk)
 
     async def fix(self) -> list[Outcome]:
         """Re-queue every failed retryable=TRUE change with a fresh lsn, drain once, and say what became of each."""
@@ -302,11 +306,12 @@ def _databases(settings: Settings, *, may_replace: bool = False) -> Iterator[Dat
 
 
 def _index(settings: Settings, bridge: AsyncioThread) -> Index:
-    """The index, its cap checked against the descriptor limit."""
+    """The index, its cap checked against the descriptor limit, and no more reads at once than that has room for."""
     fds.raise_soft_limit()
-    cap_bytes = ceiling.cap_of(settings.lancedb, limit=fds.limits()[1])
-    directory = settings.lancedb_directory
-    return open_index(bridge, settings.lancedb, kinds=kinds.KINDS, directory=directory, cap_bytes=cap_bytes)
+    limit, lancedb, directory = fds.limits()[1], settings.lancedb, settings.lancedb_directory
+    cap_bytes, reads = ceiling.cap_of(lancedb, limit=limit), ceiling.reads_of(lancedb, limit=limit)
+    fitting = replace(lancedb, concurrent_reads=reads)
+    return open_index(bridge, fitting, kinds=kinds.KINDS, directory=directory, cap_bytes=cap_bytes)
 
 
 async def _recover(desk: Desk) -> None:

@@ -67,12 +67,18 @@ class LanceDBSettings:
     )
     hard_budget_share: float = knob(0.8, "Share of the descriptor limit above which new work waits.", least=0.1, most=1)
     history_file: str = knob("", "File to which the descriptor guard appends one JSON line a second; empty: none.")
+    concurrent_reads: int = knob(
+        4, "Most reads of the index at once; each has its files open meanwhile, the others wait their turn.", least=1
+    )
     read_deadline_seconds: float = knob(30.0, "Longest one read of the index may take.", least=0.1)
     write_deadline_seconds: float = knob(
         120.0, "Longest one commit may take before its outcome counts as unknown and it is done again.", least=1
     )
     optimize_after_commits: int = knob(40, "Commits to a table before it is optimized.", least=1)
     optimize_after_rows: int = knob(5000, "Rows written to a table before it is optimized.", least=1)
+    optimize_after_share: float = knob(
+        0.2, "Rows written to a table, as a share of those its indexes cover, before it is optimized.", least=0.01
+    )
     optimize_idle_seconds: float = knob(
         5.0, "Quiet time after the last commit before a pending optimize runs.", least=0
     )

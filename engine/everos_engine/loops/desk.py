@@ -75,7 +75,8 @@ class Point(NamedTuple):
 class Desk:
     """The parts every loop may use. ``wake`` moves when there may be work, ``applied`` when changes were marked.
 
-    ``exhaustion`` moves when somebody found no descriptor. ``pressure`` is the share of its usual breadth that the worker may use: 1 all, 0 new claims wait.
+    ``exhaustion`` moves when somebody found no descriptor. ``pressure`` is the share of their usual breadth that the worker and
+    searches may use: 1 all; at 0 new claims wait, and searches go one at a time.
     """
 
     settings: Settings

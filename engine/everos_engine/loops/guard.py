@@ -17,7 +17,7 @@ from everos_engine.loops.desk import Desk, Point, now_milliseconds, wait_moved
 from everos_engine.loops.law import Law, prove
 from everos_engine.stores import meta
 from everos_engine.stores.index import LIBRARY
-from everos_engine.system import ceiling, fds
+from everos_engine.system import ceiling, fds, memory
 
 if TYPE_CHECKING:
     from io import TextIOWrapper
@@ -37,6 +37,8 @@ FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
 CALM_SECONDS = 2.0
 """After an exhaustion new work waits until none was seen for so long."""
 BYTES_REST_SECONDS = 60.0
+TRIM_SECONDS, TRIM_BYTES = 30.0, 1 << 20
+"""How often the allocator is asked for what it holds free, and how much more than after the last time must be resident."""
 PROVE_AFTER_SECONDS = 3.0
 """The first changes after a start go before the self-test."""
 PROVE_AGAIN_SECONDS = 30.0
@@ -85,6 +87,7 @@ class Guard:
     _lowest_since: int = 0
     _rotated_for_bytes: float = float("-inf")
     _was_exhausted: bool = False
+    _trimmed: tuple[float, int] = (float("-inf"), 0)
     _history: TextIOWrapper | None = None
 
     def __post_init__(self) -> None:
@@ -133,6 +136,16 @@ class Guard:
         if not desk.reserve.held and count < limit - 1:
             desk.reserve.take()
         self._publish(count)
+        await self._trim(now)
+
+    async def _trim(self, now: float) -> None:
+        """What was freed in a heap's midst goes back to the system only when asked for."""
+        at, rss_bytes = self._trimmed
+        if now - at < TRIM_SECONDS or self.memory.rss_bytes - rss_bytes < TRIM_BYTES:
+            return
+        await trio.to_thread.run_sync(memory.trim)
+        self.memory = fds.memory() or self.memory
+        self._trimmed = now, self.memory.rss_bytes
 
     async def learn_law(self, after_seconds: float = 0.0) -> None:
         """The law of the mode in force: proven once for each version of the library, and loudly missed."""
@@ -158,7 +171,8 @@ class Guard:
     async def _prove(self, mode: DescriptorMode) -> Law:
         desk = self.desk
         directory = desk.settings.engine_directory
-        law = await prove(desk.index.bridge, desk.index.settings, directory=directory, claimed=mode)
+        async with desk.index.turn_to_read():
+            law = await prove(desk.index.bridge, desk.index.settings, directory=directory, claimed=mode)
         text = json.dumps(asdict(law))
 
         def keep(tx: Transaction) -> None:
@@ -214,6 +228,7 @@ class Guard:
         if share == value:
             return
         self.desk.pressure.value = share
+        self.desk.index.narrow(share)
         if (share <= 0) != (value <= 0) or (share >= 1) != (value >= 1):
             logger.warning("pressure share={:.2f} before={:.2f} descriptors={}", share, value, count)
         if value <= 0:
@@ -250,7 +265,7 @@ class Guard:
             "limit": limit,
             "soft_budget": soft,
             "hard_budget": hard,
-            "ceiling": ceiling.ceiling_of(settings, cap_bytes=index.cap_bytes, pinned=pinned),
+            "ceiling": ceiling.ceiling_of(desk.settings, cap_bytes=index.cap_bytes, pinned=pinned, limit=limit),
             "counted_by": self.counted_by,
             "classes": self.classes,
             "mode": settings.descriptor_mode,

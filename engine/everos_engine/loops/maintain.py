@@ -43,6 +43,13 @@ async def maintain(desk: Desk) -> None:
             await _prune(desk)
 
 
+async def compact(desk: Desk) -> None:
+    """Optimize every table that is due, once: for commands that write and end."""
+    for kind in desk.index.open_kinds():
+        if desk.index.wants_optimize(kind):
+            await _optimize(desk, kind, alone=True)
+
+
 def _patience(desk: Desk) -> float:
     due = any(desk.index.wants_optimize(kind) for kind in desk.index.open_kinds())
     return desk.settings.lancedb.optimize_idle_seconds if due else LONG_SECONDS

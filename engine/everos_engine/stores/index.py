@@ -39,6 +39,8 @@ T = TypeVar("T")
 LIBRARY = f"lancedb {lancedb.__version__}"
 FORMAT = "1"
 MERGE_ROWS = 2048
+OPTIMIZE_LEAST_ROWS = 64
+"""Fewer rows are as soon read one by one as looked up."""
 DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
 VECTOR_INDEX_ROWS = 200_000
@@ -113,13 +115,17 @@ class Hit:
 
 @dataclass(slots=True)
 class _Life:
-    """What is known of a table, whichever generation has it open; ``current`` is False for one of an older schema."""
+    """What is known of a table, whichever generation has it open; ``current`` is False for one of an older schema.
+
+    ``commits`` and ``rows`` were made since the last optimize; ``indexed`` are the rows that its full-text indexes cover.
+    """
 
     incarnation: str
     model: str
     dimension: int
     commits: int = 0
     rows: int = 0
+    indexed: int = 0
     current: bool = True
 
 
@@ -141,6 +147,10 @@ class Index:
     _moved: dict[str, int] = field(default_factory=dict)
     _unmade: set[str] = field(default_factory=set)
     _turns: dict[str, trio.Lock] = field(default_factory=dict)
+    _reads: trio.CapacityLimiter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reads = trio.CapacityLimiter(self.settings.concurrent_reads)
 
     async def read(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Run a coroutine function on LanceDB's loop, its troubles sorted."""
@@ -219,12 +229,17 @@ class Index:
         return version
 
     def wants_optimize(self, kind: str) -> bool:
-        """Whether enough was written since the last optimize."""
+        """Whether enough was written since the last optimize, whoever wrote it.
+
+        A search reads the rows that no index covers yet one by one; optimizing whenever they are a share of the table costs
+        a constant for each row ever written.
+        """
         life = self._lives.get(kind)
         if life is None:
             return False
         due = self.settings
-        return life.commits >= due.optimize_after_commits or life.rows >= due.optimize_after_rows
+        share = max(OPTIMIZE_LEAST_ROWS, due.optimize_after_share * life.indexed)
+        return life.commits >= due.optimize_after_commits or life.rows >= min(due.optimize_after_rows, share)
 
     def lost_kinds(self) -> list[str]:
         """Kinds whose open table has no folder on disk any more."""
@@ -265,7 +280,9 @@ class Index:
         life = self._lives[kind]
         commits, rows = life.commits, life.rows
         async with self._turn(kind) if alone else nullcontext(), self._writing(kind) as table:
-            version = await self.write(_optimize, table, self.settings.keep_versions_seconds)
+            version, life.indexed = await self.write(
+                _optimize, table, self.kinds[kind], self.settings.keep_versions_seconds
+            )
         life.commits -= commits
         life.rows -= rows
         return version
@@ -293,6 +310,16 @@ class Index:
         if life is None or not life.dimension or life.model != model:
             return []
         return await self._ask(kind, _search_vector, self.kinds[kind], vector, where, limit) or []
+
+    @asynccontextmanager
+    async def turn_to_read(self) -> AsyncIterator[None]:
+        """One of the ``concurrent_reads``, for whoever opens index files by other means meanwhile."""
+        async with self._reads:
+            yield
+
+    def narrow(self, share: float) -> None:
+        """Let only this share of ``concurrent_reads`` run at once, but one always; those that run go on."""
+        self._reads.total_tokens = max(1, int(self.settings.concurrent_reads * share))
 
     def rotate(self) -> int:
         """Begin a new Session, connection and tables, each opened when first used; the number of the generation.
@@ -322,18 +349,22 @@ class Index:
         self._generations.close()
 
     async def _ask(self, kind: str, function: Callable[..., Awaitable[T]], *args: object) -> T | None:
-        """One read of a kind's table; None where there is none. Waits for descriptors as long as a read may take."""
-        end = trio.current_time() + self.settings.read_deadline_seconds
-        while True:
-            try:
-                with self._generations.using() as generation:
-                    table = await self._table(generation, kind)
-                    return None if table is None else await self.read(function, table, *args)
-            except Exhausted:
-                (self.on_exhausted or self.rotate)()
-                if trio.current_time() + EXHAUSTED_PAUSE_SECONDS > end:
-                    raise
-                await trio.sleep(EXHAUSTED_PAUSE_SECONDS)
+        """One read of a kind's table, in its turn; None where there is none. Waits for descriptors as long as a read may take.
+
+        A read opens its files for as long as it lasts, so how many run at once bounds descriptors and Lance's threads.
+        """
+        async with self._reads:
+            end = trio.current_time() + self.settings.read_deadline_seconds
+            while True:
+                try:
+                    with self._generations.using() as generation:
+                        table = await self._table(generation, kind)
+                        return None if table is None else await self.read(function, table, *args)
+                except Exhausted:
+                    (self.on_exhausted or self.rotate)()
+                    if trio.current_time() + EXHAUSTED_PAUSE_SECONDS > end:
+                        raise
+                    await trio.sleep(EXHAUSTED_PAUSE_SECONDS)
 
     def _turn(self, kind: str) -> trio.Lock:
         """Held by the one who writes to a table."""
@@ -398,7 +429,10 @@ class Index:
             raise Fatal(_drift(kind, schema, self._schema(self.kinds[kind], Model(model, dimension), "")))
         expected = self._schema(self.kinds[kind], Model(model, dimension), incarnation)
         current = schema.equals(expected) and facts.get("everos_engine.format") == FORMAT
-        return table, _Life(incarnation, model, dimension=dimension, current=current)
+        life = _Life(incarnation, model, dimension=dimension, current=current)
+        if current and kind not in self._lives:
+            life.indexed, life.rows = await _covered(table, self.kinds[kind])
+        return table, life
 
     async def _create(self, generation: Generation, kind: str, model: Model) -> tuple[AsyncTable, str]:
         connection = await self._connect(generation)
@@ -455,7 +489,11 @@ class Index:
 def open_index(
     bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path, cap_bytes: int
 ) -> Index:
-    """The index of one memory root, its cache capped; connects when first used."""
+    """The index of one memory root, its cache capped; connects when first used.
+
+    Arrow's buffers are the system allocator's from then on: mimalloc, its own choice, keeps what it once had.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
     warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
     return Index(bridge, settings, kinds, directory, cap_bytes)
 
@@ -505,9 +543,16 @@ async def _delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
     return int(result.version)
 
 
-async def _optimize(table: AsyncTable, keep_seconds: float) -> int:
+async def _optimize(table: AsyncTable, kind: TableKind, keep_seconds: float) -> tuple[int, int]:
+    """The version then, and the rows that the full-text indexes cover."""
     await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds))
-    return int(await table.version())
+    return int(await table.version()), (await _covered(table, kind))[0]
+
+
+async def _covered(table: AsyncTable, kind: TableKind) -> tuple[int, int]:
+    """Rows in the full-text indexes, and rows in none yet; an index is called as Lance calls it by default."""
+    found = await table.index_stats(f"{kind.fts_columns[0]}_idx")
+    return (0, 0) if found is None else (int(found.num_indexed_rows), int(found.num_unindexed_rows))
 
 
 async def _keys(table: AsyncTable) -> dict[tuple[str, str], bytes]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import EngineError, Fatal
+from everos_engine.settings import LanceDBSettings
 from everos_engine.system import fds, files
-from everos_engine.system.ceiling import BASE_DESCRIPTORS, HEADROOM, MIB
+from everos_engine.system.ceiling import HEADROOM, MIB, own_of
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ CYCLES, QUICK_CYCLES = 30, 12
 QUERIES, QUICK_QUERIES = 100, 40
 ROWS = 100
 LIMITS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+ROOMY = 1024
+"""A limit under which the engine reads as broadly as it wants to."""
 TRIAL_SECONDS = 900.0
 MOST_FILES, LEAST_ENTRIES, MOST_WORDS = 400, 20, 20_000
 MARGIN = 1.25
@@ -151,7 +154,7 @@ def offer(lines: Sequence[Line], *, slope: float, limit: int) -> dict[str, objec
 
 def _fits(cap_bytes: int, slope: float, limit: int) -> bool:
     """Whether the engine will take the cap at its next start."""
-    return HEADROOM * (BASE_DESCRIPTORS + cap_bytes / MIB * slope) <= limit
+    return HEADROOM * (own_of(LanceDBSettings(), limit=limit) + cap_bytes / MIB * slope) <= limit
 
 
 def as_text(lines: Sequence[Line]) -> list[str]:
@@ -222,12 +225,13 @@ def _try(plan: Mapping[str, object], shape: Shape) -> dict[str, object]:
 def _line(mode: DescriptorMode, cap: int, trial: Mapping[str, object], slope: float) -> Line:
     times = sorted(trial["query_milliseconds"] or [0.0])  # type: ignore[call-overload]
     pinned, peak = int(str(trial["pinned"])), int(str(trial["peak"]))
-    seen, projected = max(peak, BASE_DESCRIPTORS + pinned), 0
+    own = own_of(LanceDBSettings(), limit=ROOMY)
+    seen, projected = max(peak, own + pinned), 0
     ceiling: int | None = seen
     if mode == "pinned" and cap == UNBOUNDED:
         ceiling = None
     elif mode == "pinned":
-        projected = BASE_DESCRIPTORS + round(slope * cap / MIB)
+        projected = own + round(slope * cap / MIB)
         ceiling = max(seen, projected)
     return Line(
         mode,

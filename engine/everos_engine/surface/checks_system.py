@@ -123,7 +123,9 @@ def check_descriptors(case: Case) -> Check:
     whose = f"the engine's limit is {limit:,}" if case.engine.pid else f"this shell's limit is {limit:,}"
     lancedb = case.settings.lancedb
     pinned, asked = lancedb.descriptor_mode == "pinned", lancedb.index_cache_size_bytes
-    wanted = ceiling.ceiling_of(lancedb, cap_bytes=0 if isinstance(asked, str) else asked, pinned=pinned)
+    wanted = ceiling.ceiling_of(
+        case.settings, cap_bytes=0 if isinstance(asked, str) else asked, pinned=pinned, limit=limit
+    )
     good = max(4 * GOOD_DESCRIPTORS, ceiling.HEADROOM * wanted)
     raising = f"start the engine from a new shell after `ulimit -n {good}` (as root where that is refused), or with LimitNOFILE={good} in its unit"
     remedy = f"{raising}; {case.restart()}" if case.engine.pid else raising
@@ -131,7 +133,7 @@ def check_descriptors(case: Case) -> Check:
         most = ceiling.cap_of(lancedb, limit=limit)
     except SettingsError as error:
         return Check("descriptors", "fail", f"{whose}: the engine would not start: {case.tell(str(error))}", remedy)
-    needed = ceiling.ceiling_of(lancedb, cap_bytes=most, pinned=pinned)
+    needed = ceiling.ceiling_of(case.settings, cap_bytes=most, pinned=pinned, limit=limit)
     count = (
         f"{number(sample.get('count')):,.0f} open, at most {number(sample.get('peak')):,.0f} so far; " if sample else ""
     )

@@ -58,7 +58,7 @@ def as_data(settings: Settings, found: Vitals) -> dict[str, object]:
 def implied(settings: Settings) -> dict[str, object]:
     """What an engine started here and now would have to live with; ``refusal`` is why it would not start, or None."""
     lancedb = settings.lancedb
-    limit = fds.limits()[1]
+    limit, pinned = fds.limits()[1], lancedb.descriptor_mode == "pinned"
     try:
         cap_bytes, refusal = ceiling.cap_of(lancedb, limit=limit), None
     except SettingsError as error:
@@ -69,7 +69,7 @@ def implied(settings: Settings) -> dict[str, object]:
         "hard_budget": int(limit * lancedb.hard_budget_share),
         "mode": lancedb.descriptor_mode,
         "cap_bytes": cap_bytes,
-        "ceiling": ceiling.ceiling_of(lancedb, cap_bytes=cap_bytes, pinned=lancedb.descriptor_mode == "pinned"),
+        "ceiling": ceiling.ceiling_of(settings, cap_bytes=cap_bytes, pinned=pinned, limit=limit),
         "refusal": refusal,
     }
 

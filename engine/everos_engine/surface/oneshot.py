@@ -137,6 +137,7 @@ def _do(
                     if screen is not None:
                         nursery.start_soon(show_status, engine, screen)
                     outcomes = await own(engine)
+                    await engine.compact()
                     nursery.cancel_scope.cancel()
             except AlreadyRunning:
                 pass  # one started in between: it serves us
