@@ -10,6 +10,7 @@ from soak import soak
 PLANTED = Path(__file__).with_name("planted_engine.py")
 MUCH = {
     "lancedb.index_cache_size_bytes": 12 << 20,
+    "lancedb.concurrent_reads": 2,
     "lancedb.descriptors_per_mebibyte": 1,
     "lancedb.optimize_after_commits": 2,
 }

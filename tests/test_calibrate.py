@@ -49,10 +49,10 @@ def test_the_slope_is_of_caps_that_were_reached_where_evictions_made_the_count_f
 def test_the_offer_is_reopen_and_for_pinned_the_largest_cap_that_fits_twice() -> None:
     lines = [line("pinned", 2 * MIB, 60, 100), line("pinned", 8 * MIB, 240, 290), line("pinned", None, 500, None)]
     reopen = line("reopen", 8 * MIB, 0, 48)
-    found = offer([*lines, reopen], slope=30.0, limit=256)
+    found = offer([*lines, reopen], slope=30.0, limit=300)
     assert found["lancedb.descriptor_mode"] == "reopen"
     assert found["pinned.index_cache_size_bytes"] == 2 * MIB
-    broken = offer([*lines, line("reopen", 8 * MIB, 200, 250)], slope=30.0, limit=256)
+    broken = offer([*lines, line("reopen", 8 * MIB, 200, 250)], slope=30.0, limit=300)
     assert (broken["lancedb.descriptor_mode"], broken["lancedb.index_cache_size_bytes"]) == ("pinned", 2 * MIB)
 
 

@@ -37,7 +37,7 @@ async def test_beside_a_running_engine_the_table_is_live_and_cheap(settings: Set
     text = shown.stdout.decode()
     assert f"engine: pid {os.getpid()}" in text
     assert all(f"  {name}" in text for name in CLASSES)
-    assert "mode: reopen, cap 16 MiB, ceiling 52" in text
+    assert "mode: reopen, cap 16 MiB, ceiling 64" in text
     assert "rotated 0 times" in text
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert spent < MOST_CPU_SECONDS
@@ -66,7 +66,7 @@ def test_without_an_engine_it_says_so_and_what_the_settings_imply(
     assert cli.main(["--root", os.fspath(root), "fds"]) == 0
     text = capsys.readouterr().out
     assert "no engine is running here: start one with `everos-engine run`" in text
-    assert "mode: reopen, cap 16 MiB, ceiling 52" in text
+    assert "mode: reopen, cap 16 MiB, ceiling 64" in text
     assert cli.main(["--root", os.fspath(root), "fds", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["engine"] == {"state": "absent", "pid": None}
@@ -95,7 +95,7 @@ def test_an_engine_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic(roo
         timeout=60,
     )
     assert process.returncode == 2
-    assert "index_cache_size_bytes=16777216 with lancedb.descriptor_mode=pinned needs up to 1812" in process.stderr
+    assert "index_cache_size_bytes=16777216 with lancedb.descriptor_mode=pinned needs up to 1824" in process.stderr
     assert "RLIMIT_NOFILE is 256: lower the cap to " in process.stderr
 
 

@@ -137,6 +137,7 @@ def test_pinned_indexes_are_kept_under_budget_by_rotation(root: Path, capfd: pyt
         "lancedb.descriptor_mode": "pinned",
         "lancedb.descriptors_per_mebibyte": 1,
         "lancedb.index_cache_size_bytes": 12 << 20,
+        "lancedb.concurrent_reads": 2,
     }
     eager = {"lancedb.optimize_after_commits": 1, "lancedb.optimize_idle_seconds": 0}
     with starving(root, limit=128, **pinned, **eager) as engine:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from everos_engine.surface.checkup import Case
 
 GOOD_DESCRIPTORS = 256
-"""The engine needs up to 48 beside a pinned index, and one needs some to start; with few, work waits for descriptors."""
+"""The engine needs up to 64 beside a pinned index, and one needs some to start; with few, work waits for descriptors."""
 MOST_DESCRIPTORS = 1 << 20
 """What an unlimited limit counts as."""
 DESCRIPTOR_NOTES = "descriptor"

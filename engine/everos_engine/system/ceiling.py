@@ -13,10 +13,8 @@ BASE_DESCRIPTORS = 48
 """Most that the engine holds besides pinned indexes, with two reads of the index at once; a test runs it under
 `ulimit -n 64`, searched by hundreds at once, and asserts this bound."""
 BASE_READS = 2
-READ_DESCRIPTORS = 2
-"""What one more read at once adds to the peak: it opens several files, but never all reads theirs at one moment."""
-READ_ROOM = 8
-"""Descriptors that must be free under the limit for each read at once."""
+READ_DESCRIPTORS = 8
+"""Files that each further read at once may have open: LanceDB's parallel accesses to a local store."""
 LEAST_LIMIT = 64
 """Below this the engine's own descriptors exceed its hard budget, and no work would ever begin."""
 HEADROOM = 2
@@ -52,7 +50,7 @@ def check_limit(limit: int) -> None:
 
 def reads_of(settings: LanceDBSettings, *, limit: int) -> int:
     """How many reads of the index may run at once: ``concurrent_reads``, or as many as a low ``limit`` has room for."""
-    return max(1, min(settings.concurrent_reads, (limit - BASE_DESCRIPTORS) // READ_ROOM))
+    return max(1, min(settings.concurrent_reads, (limit - BASE_DESCRIPTORS) // READ_DESCRIPTORS))
 
 
 def own_of(settings: LanceDBSettings, *, limit: int) -> int:
