@@ -1,10 +1,22 @@
+"""Fixtures, and the Hypothesis profile of the suite: what it draws is the same in each run, and no example is timed."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from everos_engine.settings import Settings, load
+
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,  # a law that fails for one input in a million is for the fuzz runs to find, not for CI to meet
+    database=None,
+    deadline=None,  # a machine that pauses is no slow parser
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture

@@ -329,7 +329,7 @@ class Moody(FakeEmbedder):
         return await super().embed(texts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     trouble=st.sampled_from([0.0, 0.1, 0.5, 1.0]),

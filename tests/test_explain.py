@@ -231,6 +231,7 @@ def test_odd_names_are_explained_and_their_commands_are_for_them(plain: Settings
     assert (root / "users/u1/episodes" / name).read_text() == GOOD
 
 
+UNCHECKED = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
 PARTS = st.sampled_from(
     [
         "users",
@@ -254,9 +255,7 @@ PARTS = st.sampled_from(
 @given(parts=st.lists(PARTS, min_size=1, max_size=7), absolute=st.booleans())
 @example(parts=["a\0b.md"], absolute=False)
 @example(parts=["users", "u1", "episodes", "x" * 300 + ".md"], absolute=True)
-@hypothesis.settings(
-    max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=300, suppress_health_check=UNCHECKED)
 def test_whatever_is_asked_there_is_an_answer(plain: Settings, root: Path, parts: list[str], *, absolute: bool) -> None:
     asked = os.path.join(root, *parts) if absolute else os.path.join(*parts)
     found = explain(plain, asked)
@@ -274,9 +273,7 @@ FILES = st.dictionaries(
 
 
 @given(before=FILES, after=FILES)
-@hypothesis.settings(
-    max_examples=15, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+@hypothesis.settings(max_examples=15, suppress_health_check=UNCHECKED)
 async def test_the_verdict_agrees_with_the_index(settings: Settings, root: Path, before: dict, after: dict) -> None:
     """Searchable is what the index holds as the file says, and nothing else, after any edits."""
     shutil.rmtree(root)

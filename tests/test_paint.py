@@ -35,7 +35,7 @@ def test_wrapping_never_breaks_a_command_and_loses_no_word(words: list[str], col
     assert wrapped.split() == ["\x1b[31mfail\x1b[0m", *text.split()]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.binary(min_size=1, max_size=12).filter(lambda name: b"\0" not in name), min_size=1, max_size=4))
 def test_a_quoted_command_is_one_line_that_bash_reads_back(names: list[bytes]) -> None:
     words = [os.fsdecode(name) for name in names]

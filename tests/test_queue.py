@@ -115,7 +115,7 @@ def test_marks_look_their_change_up_by_key(name: str, database: Database) -> Non
     assert all("md_path=?" in str(row) for row in plan), plan
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["edit", "delete", "claim", "done", "fail", "later", "recover"]), st.integers(0, 3)),
