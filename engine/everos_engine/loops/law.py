@@ -29,8 +29,9 @@ KIND = "throwaway"
 CYCLES = 3
 ROWS, WORDS, VOCABULARY = 20, 100, 20_000
 """Many different words: LanceDB holds a small index whole, and keeps a descriptor only for a larger one."""
-LOOKS, LOOK_SECONDS = 20, 0.01
-"""A reader that is just being closed on one of Lance's threads does not count: the least of a few looks does."""
+LOOKS, MOST_LOOKS, LOOK_SECONDS = 20, 300, 0.01
+"""A reader that is just being closed on one of Lance's threads does not count: the least of a few looks does. On a machine
+that is busy with other things such a thread may wait for seconds, so a law is called broken after MOST_LOOKS only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,14 @@ async def prove(bridge: Bridge, settings: LanceDBSettings, *, directory: Path, c
         await trio.to_thread.run_sync(lambda path=stale: shutil.rmtree(path, ignore_errors=True))  # type: ignore[misc]
     place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
     kind = _Throwaway(columns={"text": "string"})
+    bound = 0 if claimed == "reopen" else 4 * CYCLES - 1
     index = open_index(bridge, settings, kinds={KIND: kind}, directory=place / "lancedb", cap_bytes=16 << 20)
     try:
         await _exercise(index)
-        pinned = await _pinned(place)
+        pinned = await _pinned(place, bound=bound)
     finally:
         index.close()
         shutil.rmtree(place, ignore_errors=True)
-    bound = 0 if claimed == "reopen" else 4 * CYCLES - 1
     spent = round(time.process_time() - began, 3)
     law = Law(claimed, pinned <= bound, pinned, bound, LIBRARY, spent)
     logger.info(
@@ -89,12 +90,13 @@ async def _exercise(index: Index) -> None:
         await index.search_text(KIND, "all", where="", limit=5)
 
 
-async def _pinned(place: Path) -> int:
+async def _pinned(place: Path, *, bound: int) -> int:
+    """The index descriptors that stay."""
     least = 1 << 30
-    for _ in range(LOOKS):
+    for look in range(MOST_LOOKS):
         found = fds.classify(fds.limits()[0], lancedb=place, engine=place / "none")
         least = min(least, found["lance_index"] + found["deleted"])
-        if not least:
+        if not least or (look >= LOOKS and least <= bound):
             break
         await trio.sleep(LOOK_SECONDS)
     return least
