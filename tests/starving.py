@@ -1,6 +1,6 @@
 """An engine in a process of its own at a low descriptor limit, told by lines on its input what to do.
 
-`hoard SECONDS` takes every descriptor away for so long, `search COUNT` searches, `end` ends.
+`hoard` takes every descriptor away until `release`, `search COUNT` searches, `end` ends.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ QUESTIONS = ["heron", "otter", "the", "user", "meeting", "memory", "project", "p
 
 
 class Hoarder(threading.Thread):
-    """Opens files until there is no descriptor left, and again whatever is let go, for so long; then closes all."""
+    """Opens files until there is no descriptor left, and again whatever is let go, until told; then closes all."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.full = threading.Event()
-        self._end = time.monotonic() + seconds
+        self.full, self.release = threading.Event(), threading.Event()
 
     def run(self) -> None:
         held = []
-        while time.monotonic() < self._end:
+        while not self.release.is_set():
             try:
                 held.append(os.open(os.devnull, os.O_RDONLY))
             except OSError:
@@ -62,18 +61,26 @@ def say(word: str, **more: object) -> None:
     print(json.dumps({"word": word, **more}), flush=True)
 
 
-async def hoard(engine: Engine, seconds: float) -> None:
+async def hoard(engine: Engine) -> None:
     """Search all the while; a search may wait for a descriptor, but none fails."""
-    hoarder = Hoarder(seconds)
+    hoarder = Hoarder()
     hoarder.start()
     await trio.to_thread.run_sync(hoarder.full.wait)
     say("full")
-    answered, cpu = 0, time.process_time()
-    while hoarder.is_alive():
-        await engine.search("heron", limit=3)
-        answered += 1
-        await trio.sleep(0.05)
-    say("released", answered=answered, cpu_share=(time.process_time() - cpu) / seconds)
+    answered, began, cpu = 0, time.monotonic(), time.process_time()
+
+    async def wait_for_release() -> None:
+        line = await trio.to_thread.run_sync(sys.stdin.readline)
+        assert line == "release\n"
+        hoarder.release.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait_for_release)
+        while not hoarder.release.is_set():
+            await engine.search("heron", limit=3)
+            answered += 1
+            await trio.sleep(0.05)
+    say("released", answered=answered, cpu_share=(time.process_time() - cpu) / (time.monotonic() - began))
 
 
 async def search(engine: Engine, count: int) -> None:
@@ -101,8 +108,8 @@ async def main(flags: dict[str, object]) -> None:
         await engine.settle()
         say("ready")
         while (line := await trio.to_thread.run_sync(sys.stdin.readline)) and line != "end\n":
-            word, number = line.split()
-            await (hoard(engine, float(number)) if word == "hoard" else search(engine, int(number)))
+            word, *numbers = line.split()
+            await (hoard(engine) if word == "hoard" else search(engine, int(numbers[0])))
         status = await engine.settle()
         say(
             "end",

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loguru import logger
 
-from everos_engine.engine import open_engine
+from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import SettingsError
 from everos_engine.loops.guard import Guard, share_of_breadth
 from everos_engine.loops.law import prove
@@ -28,11 +28,13 @@ from everos_engine.stores import meta
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.system.control import ask
 from everos_engine.testing import FakeEmbedder
+from patience import HANG_SECONDS, until
 from writer import fact, facts, put
 
 HERE = Path(__file__).parent
 CORPUS = HERE.parents[1] / "shared" / "corpus" / "memory"
-HOARD_SECONDS = float(os.environ.get("EVEROS_TEST_HOARD_SECONDS", "3"))
+HOARD_SECONDS = float(os.environ.get("EVEROS_TEST_HOARD_SECONDS", "2"))
+MOST_ROUNDS = 20
 SEARCHES = int(os.environ.get("EVEROS_TEST_SEARCHES", "100"))
 WORDS = [f"word{number}" for number in range(20_000)]
 
@@ -70,6 +72,16 @@ def starving(root: Path, *, limit: int, **flags: object) -> Iterator[Starving]:
     assert process.returncode == 0
 
 
+def pulse(root: Path) -> dict[str, Any]:
+    found = ask(root / ".index/engine/control.sock", "pulse", deadline_seconds=HANG_SECONDS)
+    assert found is not None
+    return found
+
+
+def notes(root: Path) -> set[str]:
+    return {note["code"] for note in pulse(root)["watch"]["notes"]}
+
+
 def day(number: int) -> str:
     return f"users/u1/.atomic_facts/atomic_fact-2025-02-{number:02d}.md"
 
@@ -96,15 +108,16 @@ def test_without_any_descriptor_for_a_while_nothing_is_lost_and_nothing_fails(
             put(root, day(number), facts(fact(1, f"heron {number}")))
     with starving(root, limit=160, scan_interval_seconds=2) as engine:
         engine.hear("ready")
-        engine.tell(f"hoard {HOARD_SECONDS}")
+        engine.tell("hoard")
         engine.hear("full")
-        edit(root, seconds=HOARD_SECONDS * 0.7)
-        pulse = ask(root / ".index/engine/control.sock", "pulse", deadline_seconds=HOARD_SECONDS)
-        assert pulse is not None
+        edit(root, seconds=HOARD_SECONDS)
+        until(lambda: "descriptors_exhausted" in notes(root))  # asked without a descriptor to spare
+        engine.tell("release")
         released = engine.hear("released")
         assert released["answered"] >= 1
         assert released["cpu_share"] < 0.7  # it waits, and does not spin
         edit(root, seconds=0.5)
+        until(lambda: "descriptors_exhausted" not in notes(root))
         engine.tell("end")
         end = engine.hear("end")
     log = capfd.readouterr().err
@@ -142,10 +155,12 @@ def test_pinned_indexes_are_kept_under_budget_by_rotation(root: Path, capfd: pyt
     eager = {"lancedb.optimize_after_commits": 1, "lancedb.optimize_idle_seconds": 0}
     with starving(root, limit=128, **pinned, **eager) as engine:
         engine.hear("ready")
-        for _ in range(2):
+        for _ in range(MOST_ROUNDS):  # each optimize pins more; how many there are in a second is the machine's
             engine.tell("search 20")
             edit(root, seconds=4, turns=60)
             engine.hear("searched")
+            if pulse(root)["fds"]["rotations"]:
+                break
         engine.tell("end")
         end = engine.hear("end")
     assert (end["failures"], end["pending"], end["agrees"]) == ({}, 0, True)
@@ -163,9 +178,8 @@ async def test_the_self_test_tells_whether_the_law_of_the_mode_holds(
     (tmp_path / "self-test-stale").mkdir()
     async with open_asyncio_thread() as bridge:
         law = await prove(bridge, LanceDBSettings(descriptor_mode=mode), directory=tmp_path, claimed=claimed)
-    assert law.holds is holds
-    assert law.pinned == (0 if mode == "reopen" else 7)
-    assert law.cpu_seconds < 1
+    assert (law.holds, law.bound) == (holds, 0 if claimed == "reopen" else 11)
+    assert law.pinned in ({0} if mode == "reopen" else range(7, 12))  # 7 stay; a reader may be closing beside them
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,17 +203,24 @@ async def test_a_broken_law_is_said_and_a_proven_one_is_proven_once(settings: Se
         assert await desk.database.aread(lambda tx: meta.get(tx, "descriptor_law")) == kept
 
 
+@asynccontextmanager
+async def quiet(settings: Settings) -> AsyncIterator[Engine]:
+    """What an engine has indexed, with no loop running: nobody but the test's own guard looks or rotates."""
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
+        await engine.settle()
+    async with open_reader(settings) as reader:
+        yield reader
+
+
 async def test_a_session_that_holds_too_many_bytes_is_rotated_once_a_minute(settings: Settings, root: Path) -> None:
     tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
     put(root, day(1), facts(fact(1, "heron")))
-    async with open_engine(tight, embedder=FakeEmbedder(), watching=False) as engine:
-        await engine.settle()
-        before = engine.desk.index.rotations
+    async with quiet(tight) as engine:
         guard = Guard(engine.desk)
         for _ in range(3):
             assert len(await engine.search("heron")) == 1
             await guard.look()
-        assert engine.desk.index.rotations == before + 1
+        assert engine.desk.index.rotations == 1
         assert len(await engine.search("heron")) == 1
 
 
@@ -208,36 +229,33 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budg
 ) -> None:
     tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
     put(root, day(1), facts(fact(1, "heron")))
-    async with open_engine(tight, embedder=FakeEmbedder(), watching=False) as engine:
-        await engine.settle()
+    async with quiet(tight) as engine:
         guard = Guard(engine.desk)
+        assert len(await engine.search("heron")) == 1
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (guard.count() * 3 // 2, hard))
         try:
-            assert len(await engine.search("heron")) == 1
-            before = engine.desk.index.rotations
             await guard.look()
             assert guard.count() > engine.desk.fds["soft_budget"]
-            assert engine.desk.index.rotations == before + 1
+            assert engine.desk.index.rotations == 1
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_the_guard_costs_less_than_two_thousandths_of_a_core_at_500_descriptors(settings: Settings) -> None:
-    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
+async def test_the_guard_counts_what_is_open_and_tells_the_classes_apart_as_soon_as_the_count_jumps(
+    settings: Settings, root: Path
+) -> None:
+    async with quiet(settings) as engine:
         guard = Guard(engine.desk)
+        await guard.look()
+        before = dict(engine.desk.fds["classes"])  # type: ignore[call-overload]
         with ExitStack() as stack:
             for _ in range(500):
                 stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-            costs = []
-            for _ in range(20):
-                guard._classified = (float("-inf"), 0)
-                began = time.thread_time()
-                for _ in range(10):  # ten seconds of looks, one of them a classified sample
-                    await guard.look()
-                costs.append((time.thread_time() - began) / 10)
-        assert engine.desk.fds["count"] >= 500  # type: ignore[operator]
-        assert sorted(costs)[10] < 0.002
+            await guard.look()
+        after = engine.desk.fds
+    assert after["count"] >= 500  # type: ignore[operator]
+    assert after["classes"]["other"] >= before["other"] + 500  # type: ignore[index]
 
 
 async def test_the_history_is_kept_and_written(settings: Settings, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trio
-from harness import BOOK, Figure, child_cpu, engine_environment, timed
+from harness import BOOK, Figure, child_cpu, engine_environment, p95, timed
 
 from everos_engine.settings import Settings, load
 from everos_engine.system.locks import running_pid
@@ -115,12 +115,15 @@ def commands() -> Sequence[Figure]:
         environment = engine_environment(root) | {"EVEROS_EMBEDDER__KIND": "none"}
         subprocess.run([*MODULE, "sync"], env=environment, check=True, capture_output=True)
         found = []
-        for words, target in ((["--help"], 0.25), (["status"], 0.25), (["search", "herons"], None)):
+        explain, fds = ["explain", str(root / "1.md")], ["fds"]
+        targets = ((["--help"], 0.25), (["status"], 0.25), (explain, 0.3), (fds, 0.3), (["search", "herons"], None))
+        for words, target in targets:
             runs = [child_cpu([*MODULE, *words], environment) for _ in range(9)]
             if any(status for status, _ in runs):
                 message = f"{words} failed"
                 raise AssertionError(message)
-            found.append(Figure(f"`everos-engine {' '.join(words)}`: CPU", "s", [cpu for _, cpu in runs], target))
+            shown = " ".join(words).replace(f"{root}/", "")
+            found.append(Figure(f"`everos-engine {shown}`: CPU", "s", [cpu for _, cpu in runs], target))
         baseline = [child_cpu([sys.executable, "-c", "pass"], environment)[1] for _ in range(9)]
     return [*found, Figure("`python -c pass`: CPU, for comparison", "s", baseline)]
 
@@ -288,3 +291,44 @@ def guard_at_500_descriptors() -> Sequence[Figure]:
         for handle in open_files:
             os.close(handle)
     return [Figure("descriptor guard at 500 descriptors: share of a core", "%", [100 * share], 0.2)]
+
+
+@BOOK.bench
+def self_test_of_the_descriptor_law() -> Sequence[Figure]:
+    """What a start costs once for each version of the library."""
+    from everos_engine.loops.law import prove
+    from everos_engine.settings import LanceDBSettings
+    from everos_engine.system.asyncio_thread import open_asyncio_thread
+
+    async def measure(directory: Path) -> list[float]:
+        async with open_asyncio_thread() as bridge:
+            laws = [await prove(bridge, LanceDBSettings(), directory=directory, claimed="reopen") for _ in range(5)]
+        return [law.cpu_seconds for law in laws]
+
+    with tempfile.TemporaryDirectory(prefix="everos-bench-") as name:
+        return [Figure("self-test of the descriptor law: CPU", "s", trio.run(measure, Path(name)), 1)]
+
+
+@BOOK.bench
+def event_loop_beside_the_local_model() -> Sequence[Figure]:
+    """How long another task waits while the local model works, and how much it still does once it is cancelled."""
+    from everos_engine.embed.local import LocalEmbedder
+
+    async def measure() -> tuple[list[float], float]:
+        embedder, gaps = LocalEmbedder(batch_size=64), list[float]()
+        await embedder.embed(["warm"])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(embedder.embed, ["word " * 1600] * 64)
+            for _ in range(100):
+                before = time.perf_counter()
+                await trio.sleep(0.01)
+                gaps.append(1000 * (time.perf_counter() - before - 0.01))
+            nursery.cancel_scope.cancel()
+            cancelled = time.process_time()
+        return gaps, time.process_time() - cancelled
+
+    gaps, rest = trio.run(measure)
+    return [
+        Figure("local model at work: 95th percentile of another task's wait", "ms", [p95(gaps)], 100),
+        Figure("local model cancelled: CPU until it stops", "s", [rest], 2),
+    ]
