@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,29 +17,23 @@ from everos_engine.surface import cli
 from everos_engine.system.fds import CLASSES
 from everos_engine.testing import FakeEmbedder
 
-MOST_CPU_SECONDS = 0.3
-
 
 def command(root: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "everos_engine", "--root", os.fspath(root), "fds", *words]
 
 
-async def test_beside_a_running_engine_the_table_is_live_and_cheap(settings: Settings, root: Path) -> None:
+async def test_beside_a_running_engine_the_table_is_live(settings: Settings, root: Path) -> None:
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         while not engine.desk.fds:  # noqa: ASYNC110 - the first sample is announced to nobody
             await trio.sleep(0.01)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         shown = await trio.run_process(command(root), capture_stdout=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         told = json.loads((await trio.run_process(command(root, "--json"), capture_stdout=True)).stdout)
     text = shown.stdout.decode()
     assert f"engine: pid {os.getpid()}" in text
     assert all(f"  {name}" in text for name in CLASSES)
     assert "mode: reopen, cap 16 MiB, ceiling 64" in text
     assert "rotated 0 times" in text
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < MOST_CPU_SECONDS
     assert told["engine"] == {"state": "answers", "pid": os.getpid()}
     assert sum(told["fds"]["classes"].values()) > 10
     assert told["pressure"] == 1.0

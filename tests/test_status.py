@@ -75,22 +75,17 @@ def test_a_root_that_was_never_indexed_has_a_status_of_the_same_shape(settings: 
     assert "never indexed" in status.as_text(found)
 
 
-async def test_status_is_cheap_and_imports_nothing_heavy(settings: Settings, root: Path) -> None:
+async def test_status_imports_nothing_heavy(settings: Settings, root: Path) -> None:
     put(root, FACTS, facts(fact(1, "the heron eats fish")))
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
     code = (
-        "import sys, time; from everos_engine.surface.cli import main; main(sys.argv[1:]);"
-        "print(time.process_time(), sorted({'lancedb', 'pyarrow', 'numpy', 'httpx'} & set(sys.modules)), file=sys.stderr)"
+        "import sys; from everos_engine.surface.cli import main; main(sys.argv[1:]);"
+        "print(sorted({'lancedb', 'pyarrow', 'numpy', 'httpx'} & set(sys.modules)), file=sys.stderr)"
     )
-    spent = []
-    for _ in range(3):
-        command = [sys.executable, "-c", code, "--root", str(root), "status"]
-        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
-        seconds, heavy = done.stderr.decode().strip().split(" ", 1)
-        assert heavy == "[]"
-        spent.append(float(seconds))
-    assert min(spent) < 0.25
+    command = [sys.executable, "-c", code, "--root", str(root), "status"]
+    done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+    assert done.stderr.decode().strip() == "[]"
 
 
 async def test_a_stopped_engine_is_named(settings: Settings, root: Path) -> None:
