@@ -6,7 +6,6 @@ import base64
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from everos_engine.testing import FakeEmbedder
+from patience import HANG_SECONDS
 
 Handler = BaseHTTPRequestHandler
 Misbehaviour = Callable[[Handler, dict[str, Any]], bool]
@@ -32,12 +32,14 @@ class Service(ThreadingHTTPServer):
         self.model = FakeEmbedder(model="served")
         self.misbehave: Misbehaviour | None = None
         self.base64 = True
-        self.delay_seconds = 0.0
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.connections = 0
         self.peak = 0
         self.running = 0
+        self.full_at: int | None = None
+        """Answers nobody before so many calls are in flight at once."""
+        self.full = threading.Event()
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.open_sockets: set[socket.socket] = set()
@@ -82,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
             service.headers.append(dict(self.headers))
             service.running += 1
             service.peak = max(service.peak, service.running)
+            if service.running == service.full_at:
+                service.full.set()
         try:
             self._answer(service, body)
         finally:
@@ -89,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
                 service.running -= 1
 
     def _answer(self, service: Service, body: dict[str, Any]) -> None:
-        if service.delay_seconds:
-            time.sleep(service.delay_seconds)
+        if service.full_at is not None:
+            service.full.wait(HANG_SECONDS)
         if service.misbehave is not None and service.misbehave(self, body):
             return
         if self.path != "/v1/embeddings":
@@ -133,6 +137,18 @@ def vectors(*rows: object, indexes: list[int] | None = None) -> dict[str, Any]:
 
 def b64(*numbers: float) -> str:
     return base64.b64encode(np.array(numbers, dtype="<f4").tobytes()).decode()
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of loopback where nobody listens, and that no other socket can be given; ``serving(port)`` may listen there.
+
+    A port that is merely free may be taken meanwhile, even by the very client that looks for a service there.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # shared with the service's, which sets it too
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from embedding_server import Handler, Misbehaviour, Service, always, b64, reply, serving, vectors
+from embedding_server import Handler, Misbehaviour, Service, always, b64, reply, reserved_port, serving, vectors
 from everos_engine.embed.http import HttpEmbedder, endpoint, is_loopback, open_http_embedder, retry_after
 from everos_engine.embed.local import MOST_CHARACTERS, SLICE_CHARACTERS, SLICE_TEXTS, LocalEmbedder, slices
 from everos_engine.embed.protocol import Embedder
@@ -262,11 +262,10 @@ async def test_a_call_that_breaks_off_is_transient(misbehave: Misbehaviour) -> N
 
 
 async def test_nobody_at_the_address_is_unavailable() -> None:
-    with serving() as service:
-        url = service.url
-    async with open_http_embedder(http_settings(url)) as embedder:
-        with pytest.raises(Unavailable, match=r"cannot be reached at http://127\.0\.0\.1:\d+ .*embedder\.url"):
-            await embedder.embed(["x"])
+    with reserved_port() as port:
+        async with open_http_embedder(http_settings(f"http://127.0.0.1:{port}/v1")) as embedder:
+            with pytest.raises(Unavailable, match=r"cannot be reached at http://127\.0\.0\.1:\d+ .*embedder\.url"):
+                await embedder.embed(["x"])
 
 
 async def test_the_deadline_ends_a_call_that_hangs_or_drips() -> None:

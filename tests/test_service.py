@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import trio
 
-from embedding_server import Service, always, serving
+from embedding_server import Service, always, reserved_port, serving
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
 from everos_engine.stores import census
 from everos_engine.testing import FakeEmbedder
-from test_outage import down, quick
+from test_outage import HANGING, down, quick
 from writer import FACTS, fact, facts, put
 
 
 def over(service: Service, root: Path, **more: object) -> Settings:
-    http = {"embedder.kind": "http", "embedder.url": service.url, "embedder.model": "m", "embedder.dimension": 0}
-    return quick(root, **(http | more))
+    return over_port(int(service.server_address[1]), root, **more)
+
+
+def over_port(port: int, root: Path, **more: object) -> Settings:
+    http = {"embedder.kind": "http", "embedder.model": "m", "embedder.dimension": 0}
+    return quick(root, **(http | {"embedder.url": f"http://127.0.0.1:{port}/v1"} | more))
 
 
 async def test_a_tree_is_indexed_in_few_calls_and_the_poisoned_and_the_hanging_file_fail_alone(root: Path) -> None:
     with serving() as service:
-        settings = over(service, root, worker_max_retry=1)
+        settings = over(service, root, worker_max_retry=1, **HANGING)
         for number in range(300):
             put(root, f"n{number}.md", f"# A\notter {number}\n# B\nstork {number}")
         put(root, "bad.md", "# A\nPOISON\n# B\nfine")
@@ -36,41 +39,38 @@ async def test_a_tree_is_indexed_in_few_calls_and_the_poisoned_and_the_hanging_f
             (bad, hang) = await engine.desk.database.aread(lambda tx: census.outcomes(tx, ["bad.md", "hang.md"]))
             assert "HTTP 400" in str(bad.error)
             assert "line 1" in str(bad.error)
-            assert "did not answer within 1 s" in str(hang.error)
+            assert "did not answer within 3 s" in str(hang.error)
         assert max(len(request["input"]) for request in service.requests) == 64
-        assert service.peak <= 8 + 4 + 2 + 1
 
 
 async def test_a_service_that_dies_and_comes_back_leaves_nothing_to_do_by_hand(root: Path) -> None:
-    stack = ExitStack()
-    service = stack.enter_context(serving())
-    settings = over(service, root, worker_max_retry=0)
     put(root, "before.md", "stork")
-    async with open_engine(settings) as engine, trio.open_nursery() as nursery:
-        await engine.settle()
-        stack.close()
-        for number in range(40):
-            put(root, f"while_down{number}.md", f"heron {number}")
-        nursery.start_soon(engine.settle)
-        await down(engine)
-        with serving(service.server_address[1]):
-            await engine.settle()
-            counts = (await engine.status()).counts
-        assert (counts.done, counts.failed_retryable, counts.failed_permanent) == (41, 0, 0)
-        assert ((await engine.desk.vectors.model()).name, engine.desk.vectors.life) == ("http:m#1", 1)
+    with reserved_port() as port:
+        async with open_engine(over_port(port, root, worker_max_retry=0)) as engine, trio.open_nursery() as nursery:
+            with serving(port):
+                await engine.settle()
+            for number in range(40):
+                put(root, f"while_down{number}.md", f"heron {number}")
+            nursery.start_soon(engine.settle)
+            await down(engine)
+            with serving(port):
+                await engine.settle()
+                counts = (await engine.status()).counts
+            assert (counts.done, counts.failed_retryable, counts.failed_permanent) == (41, 0, 0)
+            assert ((await engine.desk.vectors.model()).name, engine.desk.vectors.life) == ("http:m#1", 1)
 
 
 async def test_an_engine_starts_without_its_service_and_indexes_once_it_is_there(root: Path) -> None:
-    with serving() as service:
-        settings = over(service, root)
     put(root, "a.md", "heron")
-    async with open_engine(settings) as engine, trio.open_nursery() as nursery:
-        nursery.start_soon(engine.settle)
-        await down(engine)
-        assert await engine.search("heron") == []
-        with serving(service.server_address[1]):
-            await engine.settle()
-        assert len(await engine.search("heron", mode="fts")) == 1
+    with reserved_port() as port:
+        settings = over_port(port, root)
+        async with open_engine(settings) as engine, trio.open_nursery() as nursery:
+            nursery.start_soon(engine.settle)
+            await down(engine)
+            assert await engine.search("heron") == []
+            with serving(port):
+                await engine.settle()
+            assert len(await engine.search("heron", mode="fts")) == 1
 
 
 async def test_a_key_that_is_refused_waits_for_a_good_one_and_fails_nothing(root: Path) -> None:
@@ -107,7 +107,7 @@ async def test_another_model_behind_the_same_name_is_told_by_its_vectors(root: P
 
 
 async def test_a_file_of_ten_thousand_entries_goes_in_calls_of_64_and_one_too_large_is_not_read(root: Path) -> None:
-    settings = quick(root, **{"embedder.hedge_seconds": 30, "embedder.deadline_seconds": 60})
+    settings = quick(root)
     fake = FakeEmbedder()
     put(root, FACTS, facts(*(fact(number, f"fact {number}") for number in range(10_000))))
     big = put(root, "big.md", "")
