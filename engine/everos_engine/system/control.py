@@ -23,6 +23,7 @@ MOST_QUESTION_BYTES = 4096
 MOST_TALKS = 4
 TALK_SECONDS = 1.0
 PAUSE_SECONDS = 0.1
+RETRY_SECONDS = 0.02
 _FULL = {errno.EMFILE, errno.ENFILE}
 _FLEETING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}
 
@@ -33,23 +34,14 @@ def ask(path: Path, question: str, *, deadline_seconds: float = 1.0) -> dict[str
     Raises TimeoutError where the engine is there but does not answer within the deadline: it is stopped or stuck.
     """
     end = time.monotonic() + deadline_seconds
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            _connect(sock, path, end=end)
-            sock.settimeout(_left(end))
-            sock.sendall(json.dumps({"ask": question}).encode() + b"\n")
-            answer = b""
-            while not answer.endswith(b"\n"):
-                sock.settimeout(_left(end))
-                part = sock.recv(65536)
-                if not part:
-                    return None
-                answer += part
-        except TimeoutError:
-            message = f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
-            raise TimeoutError(message) from None
-        except (FileNotFoundError, NotADirectoryError, ConnectionError, PermissionError):
-            return None
+    try:
+        while (answer := _talk_once(path, question, end=end)) is None:
+            time.sleep(min(RETRY_SECONDS, _left(end)))  # it took us for silent, or it is gone: connecting tells
+    except TimeoutError:
+        message = f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
+        raise TimeoutError(message) from None
+    except (FileNotFoundError, NotADirectoryError, ConnectionError, PermissionError):
+        return None
     found: dict[str, object] = json.loads(answer)
     return found
 
@@ -151,6 +143,25 @@ async def _question(stream: trio.SocketStream) -> str | None:
         return ""
     question = asked.get("ask") if isinstance(asked, dict) else None
     return question if isinstance(question, str) else ""
+
+
+def _talk_once(path: Path, question: str, *, end: float) -> bytes | None:
+    """The line that was answered; None where the talk was cut off before."""
+    answer = b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        _connect(sock, path, end=end)
+        try:
+            sock.settimeout(_left(end))
+            sock.sendall(json.dumps({"ask": question}).encode() + b"\n")
+            while not answer.endswith(b"\n"):
+                sock.settimeout(_left(end))
+                part = sock.recv(65536)
+                if not part:
+                    return None
+                answer += part
+        except ConnectionError:
+            return None
+    return answer
 
 
 def _connect(sock: socket.socket, path: Path, *, end: float) -> None:
