@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from everos_engine.stores import census, queue
@@ -54,10 +55,12 @@ def print_of(version: int) -> queue.Fingerprint4 | None:
     return None if version == 0 or version % 9 == 0 else (version, version, version, version)
 
 
-def recorder(directory: Path, which: int, many: int, until: float) -> None:
+def recorder(directory: Path, begin: Barrier, which: int, many: int, seconds: float) -> None:
     """Edits the paths that are its own; its log has every lsn it was given."""
     chance, disk = random.Random(which), Disk(directory / "disk")
     database = Database(directory / "engine.db", schema=queue.SCHEMA)
+    begin.wait()
+    until = time.monotonic() + seconds
     with (directory / f"recorder-{which}.log").open("w") as log:
         while time.monotonic() < until:
             numbers = {chance.randrange(PATHS // many) * many + which for _ in range(chance.randint(1, 6))}
@@ -76,11 +79,13 @@ def recorder(directory: Path, which: int, many: int, until: float) -> None:
     database.close()
 
 
-def claimer(directory: Path, which: int, until: float) -> None:
+def claimer(directory: Path, begin: Barrier, which: int, seconds: float) -> None:
     """Holds, reads, and marks done, failed or postponed; its log has each hold's time from claim to mark."""
     chance, disk = random.Random(100 + which), Disk(directory / "disk")
     database = Database(directory / "engine.db", schema=queue.SCHEMA)
     owner = f"claimer-{which}"
+    begin.wait()
+    until = time.monotonic() + seconds
     with (directory / f"{owner}.log").open("w") as log:
         while time.monotonic() < until:
             limit = chance.randint(1, 8)
@@ -170,9 +175,12 @@ def main() -> int:
         directory = Path(name)
         Database(directory / "engine.db", schema=queue.SCHEMA).close()
         Disk(directory / "disk")
-        until = time.monotonic() + arguments.seconds
-        jobs = [(claimer, (directory, which, until)) for which in range(arguments.claimers)]
-        jobs += [(recorder, (directory, which, arguments.recorders, until)) for which in range(arguments.recorders)]
+        begin = context.Barrier(arguments.claimers + arguments.recorders)  # a process may take long to start
+        jobs = [(claimer, (directory, begin, which, arguments.seconds)) for which in range(arguments.claimers)]
+        jobs += [
+            (recorder, (directory, begin, which, arguments.recorders, arguments.seconds))
+            for which in range(arguments.recorders)
+        ]
         processes = [context.Process(target=target, args=args) for target, args in jobs]
         for process in processes:
             process.start()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from everos_engine.stores import census, queue
 from everos_engine.stores.database import Database, Transaction
 from everos_engine.stores.queue import Observation
+from patience import HANG_SECONDS
 
 ONE, TWO = (1, 1, 1, 1), (2, 2, 2, 2)
+TURNS = 2000
+"""Of each of two processes."""
 
 
 @pytest.fixture
@@ -168,12 +171,13 @@ def test_no_edit_is_ever_lost_whatever_the_order(steps: list[tuple[str, int]]) -
     database.close()
 
 
-def _compete(path: Path, owner: str, until: float, results: multiprocessing.Queue[tuple[list[int], list[int]]]) -> None:
+def _compete(
+    path: Path, owner: str, begin: Barrier, results: multiprocessing.Queue[tuple[list[int], list[int]]]
+) -> None:
     database = Database(path, schema=queue.SCHEMA)
     claims, lsns = [], []
-    turn = 0
-    while time.monotonic() < until:
-        turn += 1
+    begin.wait(HANG_SECONDS)
+    for turn in range(TURNS):
         name = f"{owner}-{turn % 7}"
         database.write(lambda tx, n=name, t=turn: record(tx, n, (t, t, t, t)))
         for held in database.write(lambda tx: queue.claim(tx, owner, limit=5, now_milliseconds=1)):
@@ -186,11 +190,11 @@ def _compete(path: Path, owner: str, until: float, results: multiprocessing.Queu
 def test_two_processes_never_claim_the_same_change(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[tuple[list[int], list[int]]] = context.Queue()
-    until = time.monotonic() + 4
-    processes = [context.Process(target=_compete, args=(tmp_path / "q.db", f"o{n}", until, results)) for n in range(2)]
+    begin = context.Barrier(2)
+    processes = [context.Process(target=_compete, args=(tmp_path / "q.db", f"o{n}", begin, results)) for n in range(2)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=HANG_SECONDS) for _ in processes]
     for process in processes:
         process.join()
     claims = [number for numbers, _ in found for number in numbers]
