@@ -22,6 +22,7 @@ from everos_engine.stores import meta, queue
 from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
+from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
 
 
@@ -179,7 +180,7 @@ async def test_the_rolling_audit_reads_the_whole_tree_by_itself(root: Path) -> N
     settings = quiet(root, audit_interval_hours=1e-9)
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_SECONDS):
             while await engine.desk.database.aread(lambda tx: meta.get(tx, "last_audit")) is None:  # noqa: ASYNC110
                 await trio.sleep(0.2)
 
@@ -196,7 +197,7 @@ async def test_files_of_a_new_directory_are_indexed_by_events_alone(way: str, ro
             put(base, f"new/deep/d{number % 7}/{number}.md", f"# A\nword {number}")
         if way == "moved in":
             (base / "new").rename(root / "new")
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_SECONDS):
             while (await engine.status()).counts.done < 500:
                 await engine.desk.applied.wait_transition()
         assert await indexed(engine) == described(settings)
@@ -204,17 +205,17 @@ async def test_files_of_a_new_directory_are_indexed_by_events_alone(way: str, ro
 
 async def test_a_file_that_looks_torn_is_given_time_to_settle(root: Path) -> None:
     path = put(root, FACTS, facts(*(fact(number, f"t{number}") for number in range(6))))
-    settings = quiet(root, settle_milliseconds=1500)
+    settings = quiet(root, settle_milliseconds=60_000)
     async with open_engine(settings, embedder=FakeEmbedder()) as engine, trio.open_nursery() as nursery:
         await engine.settle()
         whole = path.read_text()
         path.write_text(whole[: len(whole) // 4])  # as a writer leaves it in the midst of its work
-        nursery.start_soon(engine.settle)
+        nursery.start_soon(engine.sync, [FACTS])
         while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
             await trio.sleep(0.01)
         assert len(await indexed(engine)) == 6
         path.write_text(whole)
-        await engine.settle()
+        await engine.sync([FACTS])  # asks for it now, whatever time it has left
         assert await indexed(engine) == described(settings)
         assert (await engine.status()).counts.failed_permanent == 0
 
@@ -282,6 +283,6 @@ def test_a_file_rewritten_while_it_is_read_is_never_torn(tmp_path: Path) -> None
 
 
 async def watching(engine: Engine) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(HANG_SECONDS):
         while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
             await trio.sleep(0.01)
