@@ -16,12 +16,14 @@ import trio
 from derived import described, indexed
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Fatal, Transient
+from everos_engine.loops import brake
 from everos_engine.loops.brake import Brake, without_moved
 from everos_engine.settings import Settings, load
 from everos_engine.stores.held import Reason
 from everos_engine.stores.sweeps import Vanished
 from everos_engine.surface.cli import main
 from everos_engine.testing import FakeEmbedder
+from patience import HANG_SECONDS
 from writer import fact, facts, put
 
 
@@ -119,7 +121,8 @@ async def test_a_renamed_directory_is_no_mass_delete(root: Path) -> None:
         assert await indexed(engine) == described(settings)
 
 
-async def test_a_tree_removed_bit_by_bit_is_held_all_the_same(root: Path) -> None:
+async def test_a_tree_removed_bit_by_bit_is_held_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brake, "WINDOW_SECONDS", HANG_SECONDS)  # all of it is within the window, on a slow machine too
     paths = plant(root, 60)
     async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
         await engine.settle()
@@ -191,8 +194,9 @@ async def test_a_table_removed_under_the_engine_is_made_again(root: Path) -> Non
         calls, commits = len(fake.calls), engine.desk.progress.commits["atomic_fact"]
         shutil.rmtree(settings.lancedb_directory)
         engine.desk.look_again()
-        while engine.desk.progress.commits["atomic_fact"] <= commits:
-            await engine.desk.applied.wait_transition()
+        with trio.fail_after(HANG_SECONDS):
+            while engine.desk.progress.commits["atomic_fact"] <= commits:
+                await engine.desk.applied.wait_transition()
         await engine.settle()
         assert await indexed(engine) == described(settings)
         assert len(fake.calls) == calls
@@ -254,7 +258,7 @@ def test_a_directory_without_permission_keeps_its_rows(mode: str, root: Path) ->
     plant(root, 6)
     code = UNREADABLE.format(root=str(root), mode=mode)
     command = [*(WITHOUT_OVERRIDE if os.getuid() == 0 else []), sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG_SECONDS)
     assert done.stdout.splitlines() == ["[('unreadable', 6)] 6", "[] 6"]
 
 
@@ -300,7 +304,7 @@ async def test_an_unmounted_root_keeps_every_row(tmp_path: Path) -> None:
             assert (status.counts.done, status.rows) == (12, {"atomic_fact": 12})
             plant(root, 1, user="u9")  # somebody writes below the mount point
             engine.desk.look_again()
-            with trio.fail_after(30):
+            with trio.fail_after(HANG_SECONDS):
                 while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
                     await trio.sleep(0.05)
             status = await engine.status()
@@ -311,9 +315,9 @@ async def test_an_unmounted_root_keeps_every_row(tmp_path: Path) -> None:
 
 
 def test_files_that_come_while_others_go_are_no_accident(tmp_path: Path) -> None:
-    brake = Brake(quiet(tmp_path))
-    assert not any(brake.is_too_much(1, known=30, now_seconds=second / 100) for second in range(2000))
-    assert brake.is_too_much(21, known=30, now_seconds=21)
+    armed = Brake(quiet(tmp_path))
+    assert not any(armed.is_too_much(1, known=30, now_seconds=second / 100) for second in range(2000))
+    assert armed.is_too_much(21, known=30, now_seconds=21)
     assert not Brake(quiet(tmp_path)).is_too_much(20, known=30, now_seconds=0)
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import lancedb
 import pytest
 
+from patience import HANG_SECONDS, heard
 from writer import FACTS, fact, facts, put
 
 ENGINE = [sys.executable, "-m", "everos_engine"]
@@ -23,27 +23,41 @@ ENGINE = [sys.executable, "-m", "everos_engine"]
 
 def environment(root: Path, **more: str) -> dict[str, str]:
     own = {"EVEROS_ROOT": str(root), "EVEROS_EMBEDDER__KIND": "none", "XDG_CONFIG_HOME": str(root)}
+    own["EVEROS_SHUTDOWN_GRACE_SECONDS"] = str(HANG_SECONDS)  # a busy machine is no reason to stop ungracefully
     return {**os.environ, **own, **more}
 
 
+class Daemon(subprocess.Popen[str]):
+    """Once it serves; what it says after that is kept."""
+
+    def __init__(self, root: Path, *flags: str, **more: str) -> None:
+        super().__init__([*ENGINE, "run", *flags], env=environment(root, **more), stderr=subprocess.PIPE, text=True)
+        assert self.stderr is not None
+        self._told = heard(self.stderr, "engine_started")
+
+    def ended(self) -> tuple[int, str]:
+        """Its exit status, and its log since it served."""
+        return self.wait(HANG_SECONDS), self._told()
+
+
 @contextmanager
-def running(root: Path, *flags: str, **more: str) -> Iterator[subprocess.Popen[str]]:
-    command = [*ENGINE, "run", *flags]
-    with subprocess.Popen(command, env=environment(root, **more), stderr=subprocess.PIPE, text=True) as process:
+def running(root: Path, *flags: str, **more: str) -> Iterator[Daemon]:
+    with Daemon(root, *flags, **more) as process:
         try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if "engine_started" in line:
-                    break
             yield process
         finally:
             process.kill()
-            process.communicate()
+            process.ended()
 
 
 def command(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*ENGINE, *words], env=environment(root, **more), capture_output=True, text=True, check=False, timeout=120
+        [*ENGINE, *words],
+        env=environment(root, **more),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -52,8 +66,8 @@ def test_a_signal_stops_the_engine_well(number: signal.Signals, root: Path) -> N
     put(root, FACTS, facts(fact(1, "one")))
     with running(root) as process:
         process.send_signal(number)
-        _, log = process.communicate(timeout=60)
-        assert (process.returncode, "engine_stopped" in log, "Traceback" in log) == (0, True, False)
+        status, log = process.ended()
+        assert (status, "engine_stopped" in log, "Traceback" in log) == (0, True, False)
     assert "not running" in command(root, "status").stdout
 
 
@@ -88,7 +102,8 @@ def test_commands_beside_a_running_engine_hand_their_work_over(root: Path) -> No
 def test_log_lines_are_json_where_asked(root: Path) -> None:
     with running(root, "--log-format", "json") as process:
         process.terminate()
-        _, log = process.communicate(timeout=60)
+        _, log = process.ended()
+    assert "engine_stopped" in log
     assert all(json.loads(line)["record"]["level"]["name"] for line in log.splitlines())
 
 
@@ -97,35 +112,32 @@ def test_a_signal_ends_the_engine_in_the_midst_of_work_and_nothing_is_lost(root:
         put(root, f"users/u1/.atomic_facts/{number}.md", facts(fact(number, f"word{number}")))
     with running(root) as process:
         process.terminate()
-        assert process.wait(timeout=60) == 0
+        assert process.ended()[0] == 0
     assert command(root, "sync").returncode == 0
     assert json.loads(command(root, "status", "--json").stdout)["rows"] == {"atomic_fact": 300}
 
 
 STUCK = """
-import os, signal, sys, threading, time, trio
+import os, signal, sys, trio
 from everos_engine import load, run, settings
 from everos_engine.surface import daemon
+def interrupt(): os.kill(os.getpid(), signal.SIGINT)
 class Stuck:
-    async def __aenter__(self): return None
+    async def __aenter__(self): interrupt()
     async def __aexit__(self, *_):
-        with trio.CancelScope(shield=True): await trio.sleep(60)
+        if sys.argv[1] == "twice": interrupt()
+        with trio.CancelScope(shield=True): await trio.sleep_forever()
 daemon.open_engine = lambda _: Stuck()
 daemon.show_status = None
-threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
-if sys.argv[1] == "twice": threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
 run(load({"memory.root": sys.argv[2], "shutdown_grace_seconds": float(sys.argv[3])}, environment={}))
 """
 
 
-@pytest.mark.parametrize(("times", "grace"), [("twice", "40"), ("once", "1")])
+@pytest.mark.parametrize(("times", "grace"), [("twice", "3600"), ("once", "1")])
 def test_a_second_signal_or_the_end_of_grace_stops_at_once(times: str, grace: str, root: Path) -> None:
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK, times, str(root), grace], capture_output=True, check=False, timeout=60
-    )
+    command = [sys.executable, "-c", STUCK, times, str(root), grace]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=HANG_SECONDS)
     assert done.returncode == 130
-    assert time.monotonic() - began < 35
 
 
 def test_a_search_that_cannot_find_anything_is_refused_with_the_reason(root: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from everos_engine.engine import open_engine
 from everos_engine.errors import Transient
 from everos_engine.settings import Settings, load
 from everos_engine.testing import FakeEmbedder
+from patience import HANG_SECONDS
 from writer import fact, facts, put
 
 
@@ -38,7 +39,7 @@ def remove_data(table: Path) -> None:
 
 def garble_data(table: Path) -> None:
     for path in (table / "data").iterdir():
-        path.write_bytes(os.urandom(100))
+        path.write_bytes(random.Random(0).randbytes(100))
 
 
 def remove_indexes(table: Path) -> None:
@@ -83,7 +84,7 @@ async def test_damage_done_while_the_engine_was_down_is_healed_at_the_start(
     texts = sum(len(call) for call in fake.calls)
     damage(settings.lancedb_directory / "atomic_fact.lance")
     async with open_engine(settings, embedder=fake) as engine:
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_SECONDS):
             await engine.settle()
         assert await indexed(engine) == described(settings)
         assert len(await engine.search("word3")) == 1
@@ -101,7 +102,7 @@ async def test_damage_done_under_the_running_engine_is_healed_by_the_next_edit(r
         with pytest.raises(Transient, match="LanceDB"):
             await engine.search("word3")
         put(root, "users/u1/.atomic_facts/0.md", facts(fact(0, "edited")))
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_SECONDS):
             await engine.settle()
         assert await indexed(engine) == described(settings)
         assert len(await engine.search("word3")) == 1

@@ -8,12 +8,14 @@ import pty
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from everos_engine.surface.live import BAR_CHARACTERS, CLEAR, Bar, Screen
+from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
 
 
@@ -42,12 +44,25 @@ def test_a_terminal_shows_the_line_and_a_signal_ends_it_well(root: Path) -> None
     controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "everos_engine", "run", str(root)]
     env = {**os.environ, "EVEROS_EMBEDDER__KIND": "none", "XDG_CONFIG_HOME": str(root)}
+    env["EVEROS_SHUTDOWN_GRACE_SECONDS"] = str(HANG_SECONDS)
     with subprocess.Popen(command, stderr=terminal, env=env) as process:
         os.close(terminal)
-        seen = b""
-        while b"rows 1" not in seen:
-            seen += os.read(controller, 4096)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        seen = b"".join(until_closed(controller, process, until=b"rows 1"))
+        assert process.wait(HANG_SECONDS) == 0
     os.close(controller)
     assert b"Traceback" not in seen
+
+
+def until_closed(controller: int, process: subprocess.Popen[bytes], *, until: bytes) -> Iterator[bytes]:
+    """All that is shown, to the end: a terminal that nobody reads makes its writer wait. ``until`` is answered with a signal."""
+    seen, asked = b"", False
+    while True:
+        try:
+            part = os.read(controller, 4096)
+        except OSError:  # EIO: its other end is closed
+            return
+        yield part
+        seen += part
+        if until in seen and not asked:
+            asked = True
+            process.send_signal(signal.SIGINT)
