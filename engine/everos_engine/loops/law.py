@@ -67,7 +67,7 @@ async def prove(bridge: Bridge, settings: LanceDBSettings, *, directory: Path, c
     index = open_index(bridge, settings, kinds={KIND: kind}, directory=place / "lancedb", cap_bytes=16 << 20)
     try:
         await _exercise(index)
-        pinned = await _pinned(place, bound=bound)
+        pinned = await pinned_below(place, bound=bound)
     finally:
         index.close()
         shutil.rmtree(place, ignore_errors=True)
@@ -90,8 +90,8 @@ async def _exercise(index: Index) -> None:
         await index.search_text(KIND, "all", where="", limit=5)
 
 
-async def _pinned(place: Path, *, bound: int) -> int:
-    """The index descriptors that stay."""
+async def pinned_below(place: Path, *, bound: int) -> int:
+    """The index descriptors of files below ``place`` that stay open; ``bound`` is what is expected at most."""
     least = 1 << 30
     for look in range(MOST_LOOKS):
         found = fds.classify(fds.limits()[0], lancedb=place, engine=place / "none")

@@ -15,6 +15,7 @@ import numpy as np
 import trio
 
 from everos_engine.errors import Exhausted
+from everos_engine.loops.law import pinned_below
 from everos_engine.settings import DescriptorMode, LanceDBSettings
 from everos_engine.stores.index import Index, Model, Row, open_index
 from everos_engine.system import fds
@@ -82,6 +83,7 @@ async def run(plan: Plan, directory: Path) -> Trial:
                 trial.query_milliseconds.append(round(1000 * (time.perf_counter() - began), 3))
             trial.query_cpu_milliseconds = round(1000 * (time.process_time() - spent) / max(1, plan.queries), 3)
             trial.session_bytes = index.session_bytes()
+            trial.peak = max(trial.peak, count())
         except Exhausted:
             trial.exhausted = True
         finally:
@@ -98,8 +100,11 @@ async def _cycles(index: Index, plan: Plan, trial: Trial, chance: random.Random,
         await index.commit(KIND, [_row(plan, chance, cycle * plan.rows + nth) for nth in range(plan.rows)], [])
         await index.optimize(KIND)
         await _query(index, plan, chance)
-        classes = fds.classify(fds.limits()[0], lancedb=directory, engine=directory / "none")
-        trial.per_cycle.append(classes["lance_index"] + classes["deleted"])
+        if plan.mode == "reopen":  # none stays, but a thread of Lance may still be closing what was read
+            trial.per_cycle.append(await pinned_below(directory, bound=0))
+        else:
+            classes = fds.classify(fds.limits()[0], lancedb=directory, engine=directory / "none")
+            trial.per_cycle.append(classes["lance_index"] + classes["deleted"])
         trial.pinned = max(trial.pinned, trial.per_cycle[-1])
         trial.cycles = cycle + 1
 
