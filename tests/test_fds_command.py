@@ -16,6 +16,7 @@ from everos_engine.settings import Settings
 from everos_engine.surface import cli
 from everos_engine.system.fds import CLASSES
 from everos_engine.testing import FakeEmbedder
+from patience import HANG_SECONDS
 
 
 def command(root: Path, *words: str) -> list[str]:
@@ -47,7 +48,9 @@ async def test_it_watches_until_interrupted(settings: Settings, root: Path) -> N
         process = await nursery.start(run)
         received = b""
         while received.count(b"\n") < 2:
-            received += await process.stdout.receive_some()
+            part = await process.stdout.receive_some()
+            assert part, received
+            received += part
         process.send_signal(signal.SIGINT)
     assert all(json.loads(line)["version"] == 1 for line in received.splitlines()[:2])
     assert process.returncode == 130
@@ -85,7 +88,7 @@ def test_an_engine_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic(roo
         text=True,
         check=False,
         env=pinned,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
     assert process.returncode == 2
     assert "index_cache_size_bytes=16777216 with lancedb.descriptor_mode=pinned needs up to 1824" in process.stderr
@@ -94,7 +97,7 @@ def test_an_engine_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic(roo
 
 def test_a_limit_too_low_for_the_engine_itself_is_refused(root: Path) -> None:
     run = f"ulimit -n 50; exec {sys.executable} -m everos_engine run --root '{root}'"
-    process = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=False, timeout=60)
+    process = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     assert process.returncode == 2
     assert "RLIMIT_NOFILE is 50, and the engine itself needs up to 48 file descriptors" in process.stderr
 

@@ -97,7 +97,9 @@ async def test_a_stopped_engine_is_named(settings: Settings, root: Path) -> None
         assert process.stderr is not None
         told = b""
         while b"engine_started" not in told:
-            told += await process.stderr.receive_some()
+            part = await process.stderr.receive_some()
+            assert part, told
+            told += part
         nursery.start_soon(read_on, process.stderr)
         try:
             found = await trio.to_thread.run_sync(status.snapshot, settings)
