@@ -32,11 +32,12 @@ from tree_machine import Writer, drawn
 from tree_model import Account, Content, Row, Said
 
 from everos_engine.embed.protocol import PROBE_SENTENCE
-from everos_engine.system.locks import running_pid
+from everos_engine.system.control import ask
 
 DIMENSION = 16
 BATCH = 64
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
+"""What takes longer hangs."""
 
 
 class Service:
@@ -118,6 +119,11 @@ class Driver:
             "EVEROS_EMBEDDER__MODEL": "fuzz",
             "EVEROS_EMBEDDER__BATCH_SIZE": str(BATCH),
             "EVEROS_EMBEDDER__CONCURRENCY": str(concurrency),
+            "EVEROS_EMBEDDER__HEDGE_SECONDS": str(
+                PATIENCE_SECONDS
+            ),  # a busy machine makes no call slow: none is repeated
+            "EVEROS_EMBEDDER__DEADLINE_SECONDS": str(PATIENCE_SECONDS),
+            "EVEROS_SHUTDOWN_GRACE_SECONDS": str(PATIENCE_SECONDS),
             "EVEROS_BRAKE_RATIO": "1",
             "EVEROS_SCAN_INTERVAL_SECONDS": "5",
         }
@@ -178,15 +184,17 @@ class Driver:
         """A last life: in step, stopped by a signal; what is wrong then."""
         wrong = []
         with self.engine(may_end=True) as process:
-            lock = self.root / ".index" / "engine" / "engine.lock"
-            while process.poll() is None and running_pid(lock) != process.pid:
+            socket = self.root / ".index" / "engine" / "control.sock"
+            while process.poll() is None and ask(socket, "pulse", deadline_seconds=PATIENCE_SECONDS) is None:
                 time.sleep(0.02)  # else `sync` would be the engine
             command = [sys.executable, "-m", "everos_engine", "sync"]
-            done = subprocess.run(command, env=self.environment, capture_output=True, check=False, timeout=300)
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, check=False, timeout=PATIENCE_SECONDS
+            )
             if done.returncode not in {0, 1}:
                 wrong.append(f"sync ended with {done.returncode}: {done.stderr.decode()[-2000:]}")
             process.send_signal(signal.SIGTERM)
-            if process.wait(30) != 0:
+            if process.wait(2 * PATIENCE_SECONDS) != 0:
                 wrong.append(f"a stopped engine ended with {process.returncode}")
         standing = self.standing()
         stuck = [key for key, status in standing.items() if status in {"processing", "pending"}]

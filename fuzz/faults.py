@@ -54,7 +54,8 @@ THEN: Sequence[Operation] = [
 ]
 AT_ONCE: Sequence[Operation] = [("write", (FACTS,), 21), ("delete", ("notes/copy.md",), 22)]
 """What is edited the moment a fault strikes: what was perhaps written must not stay behind."""
-SETTLE_SECONDS = 60
+SETTLE_SECONDS = 300
+"""No settling takes a tenth of it: what takes longer hangs."""
 TRIES = 6
 
 

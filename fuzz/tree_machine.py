@@ -49,7 +49,8 @@ STRANGE = ["README.txt", "loose.md", "users/readme.md", "users/u1/episodes/.hidd
 DAMAGE = {"note": ["frontmatter", "utf-8", "nul", "empty"], "reference": ["utf-8", "nul"], "other": ["nul"]}
 DAMAGE |= {kind: ["yaml", "marker", "frontmatter", "utf-8", "nul", "empty"] for kind in SECTIONS}
 DAMAGE |= {kind: ["yaml", "frontmatter", "utf-8", "nul", "empty"] for kind in ("agent_skill", "user_profile")}
-SETTLE_SECONDS = 60
+SETTLE_SECONDS = 300
+"""No settling takes a tenth of it: what takes longer hangs."""
 
 
 class Mismatch(AssertionError):
