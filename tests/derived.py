@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import trio
+
 from everos_engine.engine import Engine
 from everos_engine.settings import Settings
+from everos_engine.stores.census import Counts
 from everos_engine.system import files
 from everos_engine.text import kinds
+from patience import HANG_SECONDS
 
 
 async def indexed(engine: Engine) -> dict[tuple[str, str], str]:
@@ -28,3 +34,14 @@ def described(settings: Settings) -> dict[tuple[str, str], str]:
         for entry in kinds.parse(place, reading.sources).entries:
             found[key, entry.entry_id] = entry.content_hash.hex()
     return found
+
+
+async def counted(engine: Engine, wanted: Callable[[Counts], bool]) -> Counts:
+    """The queue's counts once they are as wanted. A mark that is made while they are read is not waited for again."""
+    with trio.fail_after(HANG_SECONDS):
+        while True:
+            seen = engine.desk.applied.value
+            counts = (await engine.status()).counts
+            if wanted(counts):
+                return counts
+            await engine.desk.applied.wait_value(lambda now, seen=seen: now != seen)

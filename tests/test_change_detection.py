@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from derived import described, indexed
+from derived import counted, described, indexed
 from everos_engine.engine import Engine, enqueue, open_engine, open_queue
 from everos_engine.errors import Transient
 from everos_engine.settings import Settings, load
@@ -197,9 +197,7 @@ async def test_files_of_a_new_directory_are_indexed_by_events_alone(way: str, ro
             put(base, f"new/deep/d{number % 7}/{number}.md", f"# A\nword {number}")
         if way == "moved in":
             (base / "new").rename(root / "new")
-        with trio.fail_after(HANG_SECONDS):
-            while (await engine.status()).counts.done < 500:
-                await engine.desk.applied.wait_transition()
+        await counted(engine, lambda counts: counts.done == 500)
         assert await indexed(engine) == described(settings)
 
 

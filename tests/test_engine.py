@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from numpy.typing import NDArray
 
-from derived import described, indexed
+from derived import counted, described, indexed
 from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import AlreadyRunning, OutsideRoot
 from everos_engine.search import Filter
@@ -142,10 +142,7 @@ async def test_a_hanging_text_does_not_hold_up_its_neighbours(root: Path) -> Non
     for number in range(20):
         put(root, f"n{number}.md", f"neighbour{number}")
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
-        with trio.fail_after(HANG_SECONDS):
-            while (await engine.status()).counts.done < 20:
-                await engine.desk.applied.wait_transition()
-        counts = (await engine.status()).counts  # of one moment: it may be on its way from one state to the other
+        counts = await counted(engine, lambda counts: counts.done == 20)
         assert counts.pending + counts.processing == 1
 
 

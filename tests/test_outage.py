@@ -12,6 +12,7 @@ import pytest
 import trio
 from numpy.typing import NDArray
 
+from derived import counted
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Transient, Unavailable
 from everos_engine.settings import Settings, load
@@ -85,8 +86,7 @@ async def test_a_service_that_is_down_at_the_start_is_waited_for_and_status_says
     async with open_engine(settings, embedder=fake) as engine, trio.open_nursery() as nursery:
         nursery.start_soon(engine.settle)
         await down(engine)
-        while (await engine.status()).counts.delayed == 0:
-            await engine.desk.applied.wait_transition()
+        await counted(engine, lambda counts: counts.delayed > 0)
         shown = status.snapshot(settings)
         assert "HTTP 503" in status.as_text(shown)
         assert "HTTP 503" in json.dumps(status.as_json(shown)["embedder"])

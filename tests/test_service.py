@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import trio
 
+from derived import counted
 from embedding_server import Service, always, reserved_port, serving
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
@@ -81,8 +82,7 @@ async def test_a_key_that_is_refused_waits_for_a_good_one_and_fails_nothing(root
         async with open_engine(settings) as engine, trio.open_nursery() as nursery:
             nursery.start_soon(engine.settle)
             await down(engine)
-            while (await engine.status()).counts.delayed == 0:
-                await engine.desk.applied.wait_transition()
+            await counted(engine, lambda counts: counts.delayed > 0)
             (outcome,) = await engine.desk.database.aread(lambda tx: census.outcomes(tx, ["a.md"]))
             assert "embedder.api_key" in str(outcome.error)
             assert "sk-secret" not in str(outcome.error)
