@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,16 @@ import pytest
 from everos_engine.errors import Exhausted, Transient, exhausted
 from everos_engine.stores.database import Database
 from everos_engine.system import fds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _at_rest() -> None:
+    """What earlier tests let go of is closed on threads and by the collector: begin when nothing is any more."""
+    gc.collect()
+    count, _ = fds.counter()
+    before = -1
+    while before != (before := count()):
+        time.sleep(0.2)
 
 
 @pytest.fixture

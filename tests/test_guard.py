@@ -248,14 +248,13 @@ async def test_the_guard_counts_what_is_open_and_tells_the_classes_apart_as_soon
     async with quiet(settings) as engine:
         guard = Guard(engine.desk)
         await guard.look()
-        before = dict(engine.desk.fds["classes"])  # type: ignore[call-overload]
         with ExitStack() as stack:
             for _ in range(500):
                 stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
             await guard.look()
         after = engine.desk.fds
     assert after["count"] >= 500  # type: ignore[operator]
-    assert after["classes"]["other"] >= before["other"] + 500  # type: ignore[index]
+    assert after["classes"]["other"] >= 500  # type: ignore[index]
 
 
 async def test_the_history_is_kept_and_written(settings: Settings, tmp_path: Path) -> None:
