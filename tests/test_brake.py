@@ -177,6 +177,16 @@ async def test_an_accident_to_the_root_holds_everything(reason: Reason, root: Pa
             assert await held(engine) == {}
 
 
+async def test_what_is_held_keeps_the_time_it_is_held_since(root: Path) -> None:
+    plant(root, 3)
+    async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        empty(root)
+        first = await engine.settle()
+        assert [one.reason for one in first.held] == ["root_empty"]
+        assert (await engine.settle()).held == first.held
+
+
 async def test_the_index_folder_removed_under_the_engine_ends_it_with_the_reason(root: Path) -> None:
     plant(root, 3)
     async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
@@ -285,6 +295,23 @@ async def test_an_unmounted_part_of_the_tree_keeps_its_rows(root: Path, mounted:
         assert await held(engine) == {"unmounted": 3}
         assert len(await indexed(engine)) == 5
         assert len(await engine.release()) == 3
+        assert await indexed(engine) == described(settings)
+
+
+async def test_a_mount_that_was_let_go_of_is_not_expected_any_more(root: Path, mounted: Path) -> None:
+    plant(root, 3)
+    settings = quiet(root)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        subprocess.run(["umount", "-l", mounted], check=True)
+        put(root, "users/u2/.atomic_facts/0.md", facts(fact(0, "elsewhere", owner="u2"), owner="u2"))
+        await engine.settle()
+        assert len(await engine.release()) == 3
+        (path,) = plant(root, 1)  # from now on the files lie in the directory itself
+        await engine.settle()
+        path.unlink()
+        await engine.settle()
+        assert await held(engine) == {}
         assert await indexed(engine) == described(settings)
 
 

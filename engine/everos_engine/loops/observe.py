@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from everos_engine.stores.held import Held, Reason
     from everos_engine.stores.sweeps import Vanished
 
-MOUNTS = "mounts"
 AUDIT_POSITION = "audit_position"
 
 
@@ -177,7 +176,7 @@ def _record(
     let_go, holding = _sort(vanished, compared, trouble, dark, brake)
 
     def finish(tx: Transaction) -> Sweep:
-        held.judge_anew(tx)
+        held.judge_anew(tx, [path for paths in holding.values() for path, _ in paths])
         for reason, paths in holding.items():
             held.hold(tx, paths, reason, now_milliseconds=now)
         held.heal(tx)
@@ -233,9 +232,9 @@ def _lost_mounts(settings: Settings, tx: Transaction) -> list[str]:
     """Directories of the tree that were mounts at an earlier sweep and are none now, by key."""
     root = os.fspath(settings.root)
     inside = {files.key_of(settings.root, mount.point) or "" for mount in limits.mounts_inside(root, limits.mounts())}
-    known = set(json.loads(meta.get(tx, MOUNTS) or "[]"))
+    known = set(json.loads(meta.get(tx, held.MOUNTS) or "[]"))
     if inside - known:
-        meta.put(tx, MOUNTS, json.dumps(sorted(inside | known)))
+        meta.put(tx, held.MOUNTS, json.dumps(sorted(inside | known)))
     return sorted(known - inside)
 
 

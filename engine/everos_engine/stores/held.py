@@ -5,11 +5,12 @@ A held path keeps its row in the queue, with the fingerprint it had; it is let g
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from everos_engine.stores import queue
+from everos_engine.stores import meta, queue
 from everos_engine.stores.database import Transaction, Value
 
 SCHEMA = """
@@ -29,6 +30,8 @@ Reason = Literal[
 ]
 STICKY: Reason = "mass_delete"
 """The one reason that a later sweep does not judge anew: only the files' return or ``release`` ends it."""
+MOUNTS = "mounts"
+"""The fact that remembers which directories of the tree were mounts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,10 @@ def sticking(tx: Transaction) -> set[str]:
     return {cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held WHERE reason = ?", (STICKY,))}
 
 
-def judge_anew(tx: Transaction) -> None:
-    """Let go of all but the sticky, before the same transaction holds what still must be."""
-    _drain(tx.execute("DELETE FROM held WHERE reason <> ?", (STICKY,)))
+def judge_anew(tx: Transaction, still: Iterable[str]) -> None:
+    """Let go of all but the sticky and those of the paths ``still`` to be held, which keep their time."""
+    sql = "DELETE FROM held WHERE reason <> ? AND md_path NOT IN (SELECT value FROM json_each(?))"
+    _drain(tx.execute(sql, (STICKY, json.dumps(list(still)))))
 
 
 def counts(tx: Transaction) -> list[Held]:
@@ -99,7 +103,8 @@ def paths(tx: Transaction, *, limit: int) -> list[str]:
 
 
 def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
-    """Queue every held deletion after all; the paths."""
+    """Queue every held deletion after all, and expect no mount that is gone to come back; the paths."""
+    meta.put(tx, MOUNTS, "[]")  # the next sweep puts in those there are
     rows = list(tx.execute("DELETE FROM held RETURNING md_path, kind"))
     gone: Sequence[queue.Observation] = [
         queue.Observation(cast("str", path), cast("str", kind), None) for path, kind in sorted(rows, key=_path)
@@ -117,6 +122,7 @@ def _drain(rows: Iterable[object]) -> None:
 
 
 __all__ = [
+    "MOUNTS",
     "SCHEMA",
     "STICKY",
     "Held",
