@@ -22,8 +22,11 @@ import pytest
 import trio
 
 from everos_engine.engine import open_engine
+from everos_engine.loops.guard import LAW
 from everos_engine.settings import load
+from everos_engine.stores import meta
 from everos_engine.stores.census import Outcome
+from everos_engine.stores.database import Database
 from patience import HANG_SECONDS, heard, until
 from writer import FACTS, fact, facts, put
 
@@ -551,6 +554,40 @@ def test_cause_18_too_few_watches_are_raised(shell: Shell) -> None:
     done = shell.run(f'unshare -Ur bash -c "{again}"')
     told = json.loads(done.stdout[done.stdout.index("{") :])
     assert {one["name"]: one for one in told["checks"]}["inotify"]["verdict"] == "ok"
+
+
+def test_cause_20_a_root_that_was_moved_away_is_moved_back_and_nothing_was_put_in_its_place(shell: Shell) -> None:
+    """Every command tells that it is gone, and none makes an empty one, which a move back would land in."""
+    with shell.running() as process:
+        await_self_test(shell)
+        aside = shell.root.with_name("aside")
+        shell.root.rename(aside)
+        assert "mount it or move it back" in shell.engine("status").stdout
+        check = shell.doctor("root")["root"]
+        assert (check["verdict"], "does not exist" in str(check["cause"])) == ("fail", True)
+        assert "move it back" in str(check["remedy"])
+        assert "its lock is in the memory root" in str(shell.doctor("engine")["engine"]["cause"])
+        told = shell.explain(FACTS)
+        assert (told["verdict"], told["code"]) == ("unknown", "root_missing")
+        for words in (["sync"], ["sync", "--audit"], ["release"], ["fix", "--apply"], ["search", "heron"]):
+            done = shell.engine(*words)
+            assert (done.returncode, "there is no memory root" in done.stderr) == (2, True), done
+        assert not shell.root.exists()
+        aside.rename(shell.root)
+        assert shell.engine("sync").returncode == 0
+        assert f"pid {process.pid}, up" in str(shell.doctor("engine")["engine"]["cause"])
+        assert shell.verdict("held") == "ok"
+        assert shell.explain(FACTS)["rows"] == {"ledger": 2, "index": None}
+
+
+def await_self_test(shell: Shell) -> None:
+    """LanceDB makes the directories of what it writes: an engine's first seconds would bring the root back."""
+    database = Database(shell.root / ".index" / "engine" / "engine.db", readonly=True)
+    deadline = time.monotonic() + SECONDS
+    while database.read(lambda tx: meta.get(tx, LAW)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    database.close()
 
 
 @AS_ROOT

@@ -13,7 +13,7 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import OutsideRoot, Unavailable
+from everos_engine.errors import Fatal, OutsideRoot, Unavailable
 from everos_engine.loops.agree import agree
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
@@ -174,9 +174,11 @@ async def open_engine(
 ) -> AsyncIterator[Engine]:
     """Own a memory root: open its stores, heal what a crash left, and run the loops until the block ends.
 
-    ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync.
-    Raises AlreadyRunning where another engine owns the root, Fatal and SettingsError as they come.
+    ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync,
+    and only where there is a root. Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come.
     """
+    if not watching:
+        _require_root(settings)
     try:
         async with (
             _owned(settings) as owner,
@@ -215,6 +217,7 @@ async def open_engine(
 @asynccontextmanager
 async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
     """The stores without the loops, for searching beside a running engine."""
+    _require_root(settings)
     async with open_asyncio_thread() as bridge, _open_vectors(settings, None) as vectors:
         with _databases(settings) as database:
             index = _index(settings, bridge)
@@ -230,7 +233,11 @@ def default_mode(settings: Settings) -> Mode:
 
 
 def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
-    """The queue and ledger of a root; ``may_replace`` empties one that another version of the engine laid."""
+    """The queue and ledger of a root; ``may_replace`` empties one that another version of the engine laid.
+
+    Raises Fatal where there is no root.
+    """
+    _require_root(settings)
     settings.engine_directory.mkdir(parents=True, exist_ok=True)
     schema = queue.SCHEMA + held.SCHEMA + ledger.SCHEMA
     path = settings.engine_directory / "engine.db"
@@ -271,6 +278,15 @@ def key_of(settings: Settings, path: str) -> str:
         message = f"{key!r} is of no kind the engine indexes: see the layout in docs/kinds.md, or set note.globs"
         raise OutsideRoot(message)
     return place.md_path
+
+
+def _require_root(settings: Settings) -> None:
+    """Only `run` makes a root: one made in passing stands in the way of the one that is mounted or moved back later."""
+    if not settings.root.is_dir():
+        message = (
+            f"there is no memory root {settings.root}: mount it or move it back; `everos-engine run` begins a new one"
+        )
+        raise Fatal(message)
 
 
 @asynccontextmanager

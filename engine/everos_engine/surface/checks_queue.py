@@ -27,6 +27,9 @@ SHOWN_ELSEWHERE = ("deletions_held", "descriptor")
 def check_engine(case: Case) -> Check:
     """An engine serves the root, answers, and each of its loops moves."""
     vitals, pid = case.engine, case.engine.pid
+    if vitals.state == "absent" and not case.settings.root.is_dir():
+        cause = "it cannot be told whether one runs: its lock is in the memory root, which is not there"
+        return Check("engine", "warn", cause, "bring the root back; one that served it waits for it, and goes on")
     if vitals.state == "absent":
         remedy = f"start it: {case.command('run')}; or bring the index in step once: {case.again()}"
         return Check("engine", "warn", "not running: changes are not indexed", remedy)

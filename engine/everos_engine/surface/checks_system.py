@@ -53,7 +53,7 @@ def check_root(case: Case) -> Check:
     root = os.fspath(case.settings.root)
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.lexists(root) else "does not exist"
-        remedy = f"mount it or create it: {case.shell('mkdir', '-p', root)}; or name another with --root"
+        remedy = f"mount it or move it back, or name another with --root; only a new one is made: {case.shell('mkdir', '-p', root)}"
         return Check("root", "fail", f"the memory root {case.show(root)} {what}", remedy)
     tree = case.tree
     if tree.closed:
@@ -64,6 +64,9 @@ def check_root(case: Case) -> Check:
         path = tree.unreadable[0]
         cause = f"{plural(len(tree.unreadable), 'file')} cannot be read, the first {case.show(path)}"
         return Check("root", "warn", cause, permit(path, "r"))
+    if not tree.files and not tree.index_directories and not any(os.scandir(root)):
+        remedy = "if a file system belongs there, mount it; else put memory into it: docs/kinds.md shows the layout"
+        return Check("root", "warn", f"{case.show(root)} is empty, and was never indexed", remedy)
     found = f"{plural(tree.files, 'file')} of a kind in {plural(tree.directories, 'directory', 'directories')}"
     links = f"; {plural(len(tree.linked), 'link')} to directories not followed" if tree.linked else ""
     return Check("root", "ok", f"{case.show(root)}: {found}{links}")

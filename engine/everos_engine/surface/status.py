@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from everos_engine.loops import notes
 from everos_engine.loops.brake import WHY
@@ -39,12 +40,13 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What ``status`` shows; ``moment`` is None where nothing was ever indexed here."""
+    """What ``status`` shows; ``moment`` is None where nothing was ever indexed in the ``place`` that is there now."""
 
     root: str
     engine: Vitals
     moment: Moment | None
     now_milliseconds: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    place: Literal["there", "empty", "missing"] = "there"
 
     @property
     def counts(self) -> Counts | None:
@@ -66,7 +68,8 @@ def snapshot(settings: Settings) -> Snapshot:
     engine = vitals(settings)
     path = settings.engine_directory / "engine.db"
     if not path.exists():
-        return Snapshot(str(settings.root), engine, None)
+        place = "missing" if not settings.root.is_dir() else "there" if os.listdir(settings.root) else "empty"
+        return Snapshot(str(settings.root), engine, None, place=place)
     database = Database(path, readonly=True)
     try:
         return Snapshot(str(settings.root), engine, database.read(_moment))
@@ -136,7 +139,7 @@ def as_text(found: Snapshot, paint: Paint | None = None, *, program: str = "ever
 def _lines(found: Snapshot, paint: Paint) -> list[str]:
     moment = found.moment
     if moment is None:
-        lines = [f"{shown(found.root)}: never indexed: start with `everos-engine run`, or `everos-engine sync` once"]
+        lines = [f"{shown(found.root)}: {_unindexed(found)}"]
         return [*lines, *_engine(found, paint)] if found.engine.running else lines
     counts = moment.counts
     return [
@@ -160,6 +163,16 @@ def _lines(found: Snapshot, paint: Paint) -> list[str]:
         *(_note(note, paint) for note in _notes(found)),
         f"root: {shown(found.root)}",
     ]
+
+
+def _unindexed(found: Snapshot) -> str:
+    """What to do where there is no index: it may be elsewhere, with the disk or directory that belongs here."""
+    start = "start with `everos-engine run`, or `everos-engine sync` once"
+    if found.place == "missing":
+        return "there is no such directory: mount it or move it back; its index is in it, and an engine that served it waits"
+    if found.place == "empty":
+        return f"empty, and never indexed: if a file system belongs here, mount it first; else {start}"
+    return f"never indexed: {start}"
 
 
 def _failed(retryable: str, count: int, hint: str, paint: Paint) -> str:
