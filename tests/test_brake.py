@@ -22,6 +22,7 @@ from everos_engine.settings import Settings, load
 from everos_engine.stores.held import Reason
 from everos_engine.stores.sweeps import Vanished
 from everos_engine.surface.cli import main
+from everos_engine.surface.doctor import examine
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import fact, facts, put
@@ -90,6 +91,9 @@ def test_sync_says_that_deletions_are_held(root: Path, capsys: pytest.CaptureFix
         path.unlink()
     assert main(["--root", str(root), "sync"]) == 0
     assert "30 rows, 0 failed, 25 deletions held: `everos-engine --root " in capsys.readouterr().out
+    assert main(["--root", str(root), "status"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "because so many files vanished at once that it may be an accident; bring the files back, or run" in told
 
 
 async def test_held_deletions_are_let_go_of_when_the_files_come_back(root: Path) -> None:
@@ -231,18 +235,23 @@ async def test_a_directory_that_answers_with_an_io_error_keeps_its_rows(
             patched.setattr(os, "scandir", broken)
             other[0].write_text(facts(fact(0, "edited elsewhere", owner="u2"), owner="u2"))
             await engine.settle()
+            told = {one.name: one for one in await trio.to_thread.run_sync(examine, settings, ["root", "held"])}
         assert await held(engine) == {"unreadable": 4}
         assert len(await indexed(engine)) == 7
         assert len(await engine.search("edited")) == 1
+        assert "Input/output error" in told["root"].cause
+        assert "dmesg" in told["root"].remedy
+        assert "chmod" not in told["root"].remedy + told["held"].remedy
         await engine.settle()
         assert await held(engine) == {}
 
 
 UNREADABLE = """
-import os, sys, trio
+import os, subprocess, sys, trio
 from pathlib import Path
 from everos_engine.engine import open_engine
 from everos_engine.settings import load
+from everos_engine.surface.paint import commands_in
 from everos_engine.testing import FakeEmbedder
 root = Path({root!r})
 flags = {{"memory.root": str(root), "watch.mode": {mode!r}, "scan_interval_seconds": 3600}}
@@ -253,7 +262,11 @@ async def main():
         os.chmod(root / "users" / "u1", 0)
         status = await engine.settle()
         print([(one.reason, one.count) for one in status.held], sum(status.rows.values()))
-        os.chmod(root / "users" / "u1", 0o755)
+        engine.desk.look_again()
+        while "unreadable_directory" not in engine.desk.notes.now:
+            await trio.sleep(0.05)
+        (command,) = commands_in(engine.desk.notes.now["unreadable_directory"].remedy)
+        subprocess.run(["bash", "-c", command], check=True, cwd="/")
         status = await engine.settle()
         print(status.held, sum(status.rows.values()))
 trio.run(main)

@@ -31,9 +31,11 @@ WHY: dict[Reason, str] = {
     "root_empty": "the memory root is empty",
     "marker_missing": "the root's marker file is gone",
 }
+BLIND_REMEDY = "check the disk or the server it is on (`dmesg | tail` shows the kernel's word); every scan tries again"
+"""For a directory that cannot be read though permission is given."""
 REMEDY: dict[Reason, str] = {
     "mass_delete": "bring the files back, or run `everos-engine release` if they are meant to be gone",
-    "unreadable": "give the engine's user read permission on the directory, or run `everos-engine release`",
+    "unreadable": "have it readable again (permission, or the disk), or run `everos-engine release` if its files are meant to be gone",
     "unmounted": "mount it again, or run `everos-engine release` if its files are meant to be gone",
     "root_missing": "mount it or move it back; it is looked for without pause",
     "root_unreadable": "give the engine's user read permission on it",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shlex
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,10 +15,11 @@ from loguru import logger
 
 from everos_engine.errors import Transient
 from everos_engine.loops.agree import begin_anew
-from everos_engine.loops.brake import REMEDY, WHY
+from everos_engine.loops.brake import BLIND_REMEDY, REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.observe import AUDIT_POSITION, Sweep, audit, sweep
 from everos_engine.stores import held, meta, sweeps
+from everos_engine.system import files
 
 if TYPE_CHECKING:
     from everos_engine.stores.held import Held
@@ -141,14 +146,23 @@ async def _say_blind(desk: Desk, found: Sweep) -> None:
     if not found.blind:
         await desk.notes.over("unreadable_directory")
         return
-    directory, reason = next(iter(found.blind.items()))
+    key, reason = next(iter(found.blind.items()))
+    directory = files.path_of(desk.settings.root, key)
     more = f" and {len(found.blind) - 1} more" if len(found.blind) > 1 else ""
     message = (
         f"the directory {directory!r}{more} cannot be read ({reason}): what is in it keeps its rows and is not updated"
     )
-    await desk.notes.say(
-        "unreadable_directory", message, f"give the engine's user permission: `chmod u+rx {directory!r}`"
-    )
+    await desk.notes.say("unreadable_directory", message, _readable_again(directory, reason))
+
+
+def _readable_again(directory: str, reason: str) -> str:
+    """What lets a directory be read that answered with ``reason``."""
+    if reason != os.strerror(errno.EACCES):
+        return BLIND_REMEDY
+    with suppress(OSError):
+        who = "u" if os.stat(directory).st_uid == os.geteuid() else "a"
+        return f"give the engine's user permission: `chmod {who}+rX {shlex.quote(directory)}`"
+    return BLIND_REMEDY
 
 
 async def _say_held(desk: Desk) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import SettingsError
+from everos_engine.loops.brake import BLIND_REMEDY
 from everos_engine.surface.checkup import Check, Verdict, notes_of
 from everos_engine.surface.paint import ago, plural, quoted, size
 from everos_engine.surface.permission import blocked, may, permit
@@ -57,9 +58,10 @@ def check_root(case: Case) -> Check:
         return Check("root", "fail", f"the memory root {case.show(root)} {what}", remedy)
     tree = case.tree
     if tree.closed:
-        barrier, need = blocked(root, tree.closed[0])
-        cause = f"{plural(len(tree.closed), 'directory', 'directories')} cannot be read, the first {case.show(barrier)}: what is in there is not seen"
-        return Check("root", "fail", cause, permit(barrier, need))
+        directory, reason = tree.closed[0]
+        barrier, need = blocked(root, directory)
+        cause = f"{plural(len(tree.closed), 'directory', 'directories')} cannot be read, the first {case.show(barrier)} ({reason}): what is in there is not seen"
+        return Check("root", "fail", cause, BLIND_REMEDY if may(barrier, os.R_OK | os.X_OK) else permit(barrier, need))
     if tree.unreadable:
         path = tree.unreadable[0]
         cause = f"{plural(len(tree.unreadable), 'file')} cannot be read, the first {case.show(path)}"

@@ -49,13 +49,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """One walk over the root. ``future`` is (path, seconds ahead) of files that claim to be saved later than now."""
+    """One walk over the root. ``closed`` is (directory, why it cannot be read); ``future`` (path, seconds ahead) of files that claim to be saved later than now."""
 
     directories: int = 0
     files: int = 0
     index_directories: int = 0
     linked: Sequence[str] = ()
-    closed: Sequence[str] = ()
+    closed: Sequence[tuple[str, str]] = ()
     unreadable: Sequence[str] = ()
     future: Sequence[tuple[str, float]] = ()
 
@@ -169,8 +169,8 @@ def survey(settings: Settings, *, now_seconds: float) -> Tree:
                         _look(settings, found, item, now_seconds=now_seconds)
         except FileNotFoundError:
             continue
-        except OSError:
-            found.closed.append(directory)
+        except OSError as error:
+            found.closed.append((directory, error.strerror or str(error)))
     return Tree(
         found.directories,
         found.files,
@@ -188,7 +188,7 @@ class _Survey:
     files: int = 0
     index_directories: int = 0
     linked: list[str] = field(default_factory=list)
-    closed: list[str] = field(default_factory=list)
+    closed: list[tuple[str, str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     future: list[tuple[str, float]] = field(default_factory=list)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from everos_engine.loops import notes
-from everos_engine.loops.brake import WHY
+from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.stores import census, inspection, ledger, meta
 from everos_engine.stores.database import Database
 from everos_engine.surface.paint import Paint, ago, plural, shown
@@ -201,7 +201,8 @@ def _held(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:
     since = ago(found.since(min(one.since for one in moment.held)) or 0.0)
     why = "; ".join(f"{one.count} because {WHY[one.reason]}" for one in moment.held)
     total = plural(sum(one.count for one in moment.held), "deletion")
-    return [paint(f"held: {total} for {since}: {why}; `everos-engine release` applies them", "yellow")]
+    remedy = "; ".join(dict.fromkeys(REMEDY[one.reason] for one in moment.held))
+    return [paint.wrap(f"{total} for {since}: {why}; {remedy}", indent=6, first=f"{paint('held:', 'yellow')} ")]
 
 
 def _engine(found: Snapshot, paint: Paint) -> list[str]:
