@@ -583,7 +583,7 @@ def test_cause_20_a_root_that_was_moved_away_is_moved_back_and_nothing_was_put_i
 def await_self_test(shell: Shell) -> None:
     """LanceDB makes the directories of what it writes: an engine's first seconds would bring the root back."""
     database = Database(shell.root / ".index" / "engine" / "engine.db", readonly=True)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while database.read(lambda tx: meta.get(tx, LAW)) is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)

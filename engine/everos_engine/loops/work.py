@@ -160,13 +160,7 @@ class _Worker:
             job.document = kinds.parse(place, reading.sources)
             job.problems = list(job.document.problems)
         except files.Vanished:
-            try:
-                trouble = self.desk.brake.trouble()
-            except Exhausted as error:
-                job.error = error
-                return job
-            if trouble not in {None, "root_empty"}:
-                job.error = Transient(f"not deleted: {WHY[trouble]}", counts_as_retry=False)
+            job.error = self._deletable()
         except BadFile as error:
             job.error = error
             if job.fingerprint is None:
@@ -176,6 +170,8 @@ class _Worker:
                     job.error = unseen
         except (Transient, OSError) as error:
             job.error = error if isinstance(error, Transient) else Transient(f"reading failed: {error}")
+            if claim.source == "release" and files.is_out_of_reach(job.error):
+                job.error = self._deletable()  # somebody decided that what cannot be looked at is gone
         except Exception as error:  # noqa: BLE001 - a bug one file reveals must not stop the memory of everyone else
             if exhausted(error):
                 job.error = Exhausted(f"reading failed: {error}")
@@ -185,6 +181,16 @@ class _Worker:
                 f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again"
             )
         return job
+
+    def _deletable(self) -> Transient | None:
+        """Why the rows of a file that is not there may not be deleted now; None where they may."""
+        try:
+            trouble = self.desk.brake.trouble()
+        except Exhausted as error:
+            return error
+        if trouble in {None, "root_empty"}:
+            return None
+        return Transient(f"not deleted: {WHY[trouble]}", counts_as_retry=False)
 
     async def _look_up(self, jobs: list[Job]) -> None:
         texts = list(dict.fromkeys(text for job in jobs if job.error is None for text in job.missing))

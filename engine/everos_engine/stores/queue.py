@@ -64,7 +64,7 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's hold on one change; ``claim_no`` is unique, ``first_seen`` is when the oldest edit was queued."""
+    """A worker's hold on one change; ``claim_no`` is unique, ``first_seen`` is when the oldest edit was queued, ``source`` who found the newest."""
 
     md_path: str
     kind: str
@@ -73,6 +73,7 @@ class Claim:
     pos: int
     retry_count: int
     first_seen: int
+    source: Source
 
 
 TAKE = "UPDATE counter SET value = value + ? WHERE name = ? RETURNING value"
@@ -169,7 +170,7 @@ FROM (
     WHERE status = 'pending' AND not_before = 0 ORDER BY pos LIMIT ?4
 ) AS next
 WHERE md_path = next.path
-RETURNING md_path, kind, claim_no, claim_lsn, pos, retry_count, first_seen
+RETURNING md_path, kind, claim_no, claim_lsn, pos, retry_count, first_seen, source
 """
 
 
@@ -178,7 +179,7 @@ def claim(tx: Transaction, owner: str, *, limit: int, now_milliseconds: int) -> 
     _drain(tx.execute(WAKE_DELAYED, (now_milliseconds,)))
     first = take(tx, "claim", limit)
     rows = tx.execute(CLAIM, (first, owner, now_milliseconds, limit))
-    claims = [Claim(*row) for row in cast("Iterable[tuple[str, str, int, int, int, int, int]]", rows)]
+    claims = [Claim(*row) for row in cast("Iterable[tuple[str, str, int, int, int, int, int, Source]]", rows)]
     return sorted(claims, key=lambda held: held.pos)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.held import Held
 
 HELD_NOTE = "deletions_held"
+Place = Literal["there", "empty", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Snapshot:
     engine: Vitals
     moment: Moment | None
     now_milliseconds: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    place: Literal["there", "empty", "missing"] = "there"
+    place: Place = "there"
 
     @property
     def counts(self) -> Counts | None:
@@ -68,13 +69,18 @@ def snapshot(settings: Settings) -> Snapshot:
     engine = vitals(settings)
     path = settings.engine_directory / "engine.db"
     if not path.exists():
-        place = "missing" if not settings.root.is_dir() else "there" if os.listdir(settings.root) else "empty"
-        return Snapshot(str(settings.root), engine, None, place=place)
+        return Snapshot(str(settings.root), engine, None, place=_place(settings))
     database = Database(path, readonly=True)
     try:
         return Snapshot(str(settings.root), engine, database.read(_moment))
     finally:
         database.close()
+
+
+def _place(settings: Settings) -> Place:
+    if not settings.root.is_dir():
+        return "missing"
+    return "there" if os.listdir(settings.root) else "empty"
 
 
 def failed(settings: Settings) -> list[Outcome]:

@@ -203,6 +203,12 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
     raise Transient(message)
 
 
+def is_out_of_reach(error: Transient) -> bool:
+    """Whether a look failed because of what lies on the way to the file: no permission, a failing disk."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno not in _GONE | _OURS
+
+
 def _sort(place: PlaceLike, error: OSError) -> None:
     """Return where another look is worth it; raise what the error means else."""
     if error.errno in _GONE:
