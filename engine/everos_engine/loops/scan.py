@@ -98,6 +98,8 @@ async def _sweep_once(desk: Desk, *, first: bool) -> None:
         progress.unseen.update(dict.fromkeys(found.queued, now))
         if burst or stall:
             await _name_overflow(desk, burst, stall)
+    elif found.queued and not first and not progress.watching:  # there are no events that could tell of them
+        await desk.database.awrite(lambda tx: sweeps.credit(tx, "scan", len(found.queued)))
     await _count_unseen(desk, blameless=not (burst or stall))
 
 

@@ -93,12 +93,23 @@ async def _degraded(desk: Desk, error: OSError) -> None:
     if error.errno in {errno.EMFILE, errno.ENFILE} or "open files" in str(error):
         code = "instance_limit"
     desk.progress.polling = True
-    remedy = REMEDIES.get(code, "") + POLL_REMEDY + f" every {desk.settings.watch.poll_interval_seconds:g} s"
-    reason = str(error).partition(" about ")[0]
+    remedy = _raise(code) + POLL_REMEDY + f" every {desk.settings.watch.poll_interval_seconds:g} s"
+    reason = str(error).partition(" about ")[0].rstrip(".")
     await desk.notes.say(code, f"file events cannot be had: {reason}", remedy)
     desk.look_again()
     with trio.move_on_after(RETRY_SECONDS):
         await _idle(desk)
+
+
+def _raise(code: str) -> str:
+    """What raises the bound that was hit: of the system, or of the user namespace where that one is the smaller."""
+    bounds = limits.inotify()
+    least = {"watch_limit": bounds.watches_name, "instance_limit": bounds.instances_name}.get(code, "")
+    remedy = REMEDIES.get(code, "")
+    if not least.startswith("user."):
+        return remedy
+    wanted = remedy.partition("=")[2].partition(" ")[0]
+    return f"this user namespace has a bound of its own, raise it there: `echo {wanted} | tee /proc/sys/{least.replace('.', '/')}`; the system's: {remedy}"
 
 
 async def _listen(desk: Desk) -> None:
@@ -189,7 +200,7 @@ async def _check(desk: Desk, laid_on: tuple[int, int]) -> None:
             message = (
                 f"file events cannot be had of about {short} directories: the kernel's limit of watches is reached"
             )
-            await desk.notes.say("watch_limit", message, f"{REMEDIES['watch_limit']}{POLL_REMEDY} every {seconds:g} s")
+            await desk.notes.say("watch_limit", message, f"{_raise('watch_limit')}{POLL_REMEDY} every {seconds:g} s")
         elif not short:
             await _well(desk)
         else:
