@@ -133,7 +133,7 @@ async def test_writes_within_one_tick_of_the_clock_are_all_found(root: Path) -> 
     paths = [put(root, f"users/u1/.atomic_facts/{number}.md", facts(fact(1, "0000"))) for number in range(5)]
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         for _ in range(20):
-            for _ in range(100):
+            for _ in range(500):
                 chance.choice(paths).write_text(facts(fact(1, f"{chance.randrange(10):04}")))
             await engine.settle()
             assert await indexed(engine) == described(settings)

@@ -27,6 +27,7 @@ from everos_engine.settings import load
 from everos_engine.stores import meta
 from everos_engine.stores.census import Outcome
 from everos_engine.stores.database import Database
+from everos_engine.surface.paint import commands_in
 from patience import HANG_SECONDS, heard, until
 from writer import FACTS, fact, facts, put
 
@@ -221,6 +222,18 @@ def test_cause_6_a_directory_that_may_not_be_read_is_given_permission(shell: She
     assert "1 directory cannot be read" in str(check["cause"])
     assert person.explain(FACTS)["verdict"] in {"failed", "held"}
     person.follow(check)
+    assert person.verdict("root") == "ok"
+    assert person.explain(FACTS)["verdict"] == "searchable"
+
+
+def test_cause_6_a_root_that_may_not_be_entered_is_given_permission(shell: Shell) -> None:
+    person = in_step(unprivileged(shell))
+    shell.root.chmod(0o000)
+    for words in (["doctor"], ["status"], ["explain", FACTS], ["sync"]):
+        done = person.engine(*words)
+        assert (done.returncode, "may not be entered by uid" in done.stderr) == (2, True), done
+    (command,) = commands_in(done.stderr)
+    assert person.run(command).returncode == 0
     assert person.verdict("root") == "ok"
     assert person.explain(FACTS)["verdict"] == "searchable"
 

@@ -87,7 +87,7 @@ QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
     not 0 < int(QUEUE.read_text()) <= 16384, reason="the kernel's queue takes more than this test writes"
 )
 def test_an_overflow_of_the_kernels_queue_is_made_good_and_named(root: Path) -> None:
-    env, many = environment(root), 6000
+    env, many = environment(root), 12_000
     put(root, "n/first.md", "# A\nfirst")
     with running(root, env) as process:
         until(lambda: watch_of(root)["watching"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -434,6 +435,9 @@ def _from_toml(path: Path) -> dict[str, tuple[object, str]]:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         message = f"{path}: cannot be read as settings: {error}"
+        if isinstance(error, PermissionError) and not os.access(path.parent, os.X_OK):
+            give = shlex.join(["chmod", "u+rwX", str(path.parent)])
+            message = f"{path.parent} may not be entered by uid {os.geteuid()}: as its owner, `{give}`"
         raise SettingsError(message) from None
     return {name: (value, str(path)) for name, value in _flatten(data, "")}
 
