@@ -77,6 +77,16 @@ def test_a_root_that_was_never_indexed_has_a_status_of_the_same_shape(settings: 
     assert "never indexed: start with" in status.as_text(status.snapshot(settings))
 
 
+async def test_a_new_engine_does_not_repeat_what_an_earlier_one_said(settings: Settings) -> None:
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.desk.notes.say("watch_limit", "events cannot be had", "raise it")
+        said = status.as_json(await trio.to_thread.run_sync(status.snapshot, settings))
+        assert "watch_limit" in str(said["notes"])
+    async with open_engine(settings, embedder=FakeEmbedder()):
+        found = status.as_json(await trio.to_thread.run_sync(status.snapshot, settings))
+        assert found["notes"] == []
+
+
 async def test_status_imports_nothing_heavy(settings: Settings, root: Path) -> None:
     put(root, FACTS, facts(fact(1, "the heron eats fish")))
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:

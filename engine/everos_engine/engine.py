@@ -192,6 +192,7 @@ async def open_engine(
                 index.on_exhausted = desk.exhaust
                 try:
                     desk.brake.arm()
+                    await desk.notes.begin()
                     await _recover(desk)
                     await agree(desk)
                     async with trio.open_nursery() as nursery:

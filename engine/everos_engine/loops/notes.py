@@ -30,6 +30,10 @@ class Notes:
     database: Database
     now: dict[str, Note] = field(default_factory=dict)
 
+    async def begin(self) -> None:
+        """Forget what an earlier engine said: what still lasts is found, and said, again."""
+        await self._keep()
+
     async def say(self, code: str, message: str, remedy: str) -> None:
         """Begin or renew a condition; logged when it is new, kept when its words changed."""
         note = Note(code, message, remedy)
