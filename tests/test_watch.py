@@ -130,6 +130,35 @@ def test_a_limit_of_watches_is_named_and_everything_is_found_by_polling(watches:
             assert status(env)["found_by"] == {"watch": 0, "scan": 151, "scan_share": 1.0}
 
 
+MOUNTINFO = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" /proc/$$/mountinfo && exec "$@"']
+"""Shows a process mounts that cannot be had here."""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
+    reason="no mount namespaces here",
+)
+@pytest.mark.parametrize(
+    ("point", "kind", "said"),
+    [
+        ("", "nfs4", "the memory root is on a network share"),
+        ("/shared", "fuse.sshfs", "in the memory root is on a FUSE"),
+    ],
+)
+def test_a_mount_that_stays_silent_is_named_and_polled_wherever_it_is(
+    point: str, kind: str, said: str, tmp_path: Path
+) -> None:
+    root, told = tmp_path / "root", tmp_path / "mountinfo"
+    put(root, "shared/x.md", "# A\nheron")
+    told.write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n41 27 0:41 / {root}{point} rw - {kind} box:/ rw\n")
+    env = environment(root)
+    with running(root, env, prefix=[*MOUNTINFO, str(told)]):
+        wait_done(env, 1, seconds=30)
+        (note,) = [note for note in status(env)["notes"] if note["code"] == "mount_silent"]
+        assert said in note["message"]
+        assert "sweeps every 1 s" in note["remedy"]
+
+
 async def test_a_replaced_root_is_watched_anew(root: Path) -> None:
     flags = {"memory.root": str(root), "scan_interval_seconds": 3600, "note.globs": ["**/*.md"], "brake_ratio": 1}
     settings = load(flags, environment={}, user_file=root / "none")

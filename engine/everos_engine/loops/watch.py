@@ -77,14 +77,20 @@ async def _idle(desk: Desk) -> None:
 
 
 async def _judge_mount(desk: Desk) -> None:
-    root = desk.settings.root
-    mount = await trio.to_thread.run_sync(limits.mount_of, root)
-    reason = limits.silence(mount)
-    if reason is not None and not limits.delivers_events(mount):
-        seconds = desk.settings.watch.poll_interval_seconds
+    """Poll where the root, or a file system mounted in it, does not tell of every change; of layers only say so."""
+    root, seconds = os.fspath(desk.settings.root), desk.settings.watch.poll_interval_seconds
+    every = await trio.to_thread.run_sync(limits.mounts)
+    own = limits.mount_below(root, every)
+    silent = [mount for mount in (own, *limits.mounts_inside(root, every)) if limits.silence(mount)]
+    told = [mount for mount in silent if not limits.delivers_events(mount)]
+    for mount in silent:
+        if mount not in told:
+            logger.info("mount_layered point={!r} message={!r}", mount.point, limits.silence(mount))
+    if told:
         desk.progress.polling = True
+        what = "the memory root is" if told[0] is own else f"{told[0].point!r} in the memory root is"
         remedy = f"the engine sweeps every {seconds:g} s instead (watch.poll_interval_seconds); `everos-engine sync` finds everything now"
-        await desk.notes.say("mount_silent", f"the memory root is on {reason}", remedy)
+        await desk.notes.say("mount_silent", f"{what} on {limits.silence(told[0])}", remedy)
 
 
 async def _degraded(desk: Desk, error: OSError) -> None:

@@ -113,7 +113,8 @@ def check_mounts(case: Case) -> Check:
         return Check(
             "mount", "fail", cause, f"mount it for writing: `{sudo()}{quoted('mount', '-o', 'remount,rw', own.point)}`"
         )
-    return Check("mount", "ok", where + (f", and {plural(len(inside), 'mount')} inside" if inside else ""))
+    layers = f", {limits.silence(own)}" if limits.silence(own) else ""
+    return Check("mount", "ok", where + layers + (f", and {plural(len(inside), 'mount')} inside" if inside else ""))
 
 
 def check_descriptors(case: Case) -> Check:
