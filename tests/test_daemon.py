@@ -96,7 +96,16 @@ def test_commands_beside_a_running_engine_hand_their_work_over(root: Path) -> No
         assert outside.returncode == 2
         assert "outside the memory root" in outside.stderr
         path.unlink()
-        assert command(root, "sync", FACTS).stdout == f"{FACTS}: gone, its rows are removed\n"
+        assert command(root, "sync", FACTS).stdout == f"{FACTS}: no such file; no rows of it are left\n"
+
+
+def test_a_path_is_meant_from_the_root_or_from_where_one_stands(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(root, FACTS, facts(fact(1, "heron")))
+    below = "/".join(FACTS.split("/")[2:])
+    monkeypatch.chdir(root / FACTS.removesuffix(below))
+    for named in (below, FACTS):
+        done = command(root, "sync", named)
+        assert (done.returncode, done.stdout) == (0, f"{FACTS}: done\n")
 
 
 def test_log_lines_are_json_where_asked(root: Path) -> None:

@@ -227,8 +227,16 @@ async def test_one_engine_per_root_and_paths_outside_are_refused(settings: Setti
         with pytest.raises(AlreadyRunning, match="pid"):
             async with open_engine(settings, embedder=FakeEmbedder()):
                 pass
-        with pytest.raises(OutsideRoot):
-            await engine.sync(["/etc/passwd.md"])
+        (root / "users").mkdir()
+        for path, reason in (
+            ("/etc/passwd.md", "outside the memory root"),
+            (str(root), "is a directory"),
+            ("users", "is a directory"),
+            ("users/u1/.episode/day.md", "nearest layout is users/<owner>/episodes/<name>.md"),
+            ("elsewhere.txt", "note.globs"),
+        ):
+            with pytest.raises(OutsideRoot, match=reason):
+                await engine.sync([path])
 
 
 async def test_a_skill_is_indexed_again_when_a_reference_changes(settings: Settings, root: Path) -> None:

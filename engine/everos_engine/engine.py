@@ -35,6 +35,7 @@ from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thre
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
 from everos_engine.text import kinds
+from everos_engine.text.kinds.layout import nearest
 
 if TYPE_CHECKING:
     from everos_engine.embed.protocol import Embedder
@@ -271,13 +272,9 @@ def key_of(settings: Settings, path: str) -> str:
     if not os.path.lexists(os.path.join(settings.root, path)) and os.path.lexists(listed):
         path = listed
     key = key_in_root(settings, path)
-    if key is None:
-        message = f"{path!r} is outside the memory root {settings.root}: name a path below it"
-        raise OutsideRoot(message)
-    place = kinds.recognise(key, note_globs=settings.note.globs)
+    place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
     if place is None:
-        message = f"{key!r} is of no kind the engine indexes: see the layout in docs/kinds.md, or set note.globs"
-        raise OutsideRoot(message)
+        raise OutsideRoot(_refusal(settings, path, key))
     return place.md_path
 
 
@@ -288,6 +285,18 @@ def _require_root(settings: Settings) -> None:
             f"there is no memory root {settings.root}: mount it or move it back; `everos-engine run` begins a new one"
         )
         raise Fatal(message)
+
+
+def _refusal(settings: Settings, path: str, key: str | None) -> str:
+    """Why a path cannot be queued, and what to name instead."""
+    full = os.path.join(settings.root, path)
+    if os.path.isdir(full) and (key is not None or os.path.samefile(full, settings.root)):
+        return f"{path!r} is a directory: name files, or no path at all to bring everything in step"
+    if key is None:
+        return f"{path!r} is outside the memory root {settings.root}: name a path below it"
+    near = nearest(key)
+    where = f"the nearest layout is {near.layout}" if near is not None else "note.globs has no pattern for it"
+    return f"{key!r} is of no kind the engine indexes: {where}; `everos-engine explain` says more"
 
 
 @asynccontextmanager

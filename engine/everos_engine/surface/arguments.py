@@ -79,7 +79,10 @@ def _add_engine(add: _Add) -> None:
         "Returns when the work is done. A running engine does it; without one this command does.",
     )
     sync.add_argument(
-        "paths", nargs="*", metavar="PATH", help="a file below the root, indexed again whatever its state; none: all"
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="a file, from the root or from here, indexed again whatever its state; none: all",
     )
     sync.add_argument(
         "--audit", action="store_true", help="read every file and compare by content, whatever its times say"

@@ -214,7 +214,7 @@ def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings, ar
 
 
 def _show(outcome: Outcome) -> None:
-    word: str = outcome.status or "gone, its rows are removed"
+    word: str = outcome.status or "no such file; no rows of it are left"
     if outcome.status == "failed":
         seconds = max(0.0, time.time() - outcome.updated / 1000)
         word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}, last attempt {ago(seconds)} ago"

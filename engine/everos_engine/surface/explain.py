@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -116,7 +115,7 @@ def _index_rows(evidence: Evidence) -> int | None:
 
 def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
     """Read the disk and the database once."""
-    path = _absolute(settings, asked)
+    path = files.locate(settings.root, asked)
     key = files.key_of(settings.root, path)
     place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
     excluded = rules.exclusion(settings, path, program=program)
@@ -159,21 +158,6 @@ def as_json(found: Explanation) -> dict[str, object]:
         "rows": {"ledger": evidence.known.rows, "index": found.index_rows},
         "engine": {"state": evidence.engine.state, "pid": evidence.engine.pid},
     }
-
-
-def _absolute(settings: Settings, asked: str) -> str:
-    """A relative path is taken from the root; from the working directory where only that has such a file.
-
-    No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
-    """
-    asked = asked.replace("\0", "\\x00")
-    if os.path.isabs(asked):
-        return os.path.normpath(asked)
-    here, below = os.path.abspath(asked), os.path.normpath(os.path.join(settings.root, asked))
-    if os.path.lexists(below) or not os.path.lexists(here):
-        escaped = files.path_of(settings.root, os.path.relpath(below, settings.root))
-        return os.path.normpath(escaped) if os.path.lexists(escaped) else below
-    return here
 
 
 def _look(settings: Settings, place: Place) -> Disk:

@@ -23,7 +23,7 @@ from everos_engine.supervise import alone
 from everos_engine.surface.live import show_status
 from everos_engine.surface.logs import set_up
 from everos_engine.surface.vitals import vitals
-from everos_engine.system import wake
+from everos_engine.system import files, wake
 from everos_engine.system.control import ask
 from everos_engine.system.locks import running_pid
 
@@ -42,7 +42,11 @@ LOOK_MOST_SECONDS = 60.0
 
 
 def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
-    """Bring everything, or just ``paths``, in step; what became of each path, or all that is failed."""
+    """Bring everything, or just ``paths``, in step; what became of each path, or all that is failed.
+
+    A path is meant from the root, or from the working directory where only that has such a file.
+    """
+    paths = [files.locate(settings.root, path) for path in paths]
 
     async def own(engine: Engine) -> list[Outcome]:
         return await engine.sync(paths)

@@ -110,6 +110,21 @@ def path_of(root: Path, key: str) -> str:
     return os.path.join(root, _ESCAPED.sub(_unescaped, key) if "\\x" in key else key)
 
 
+def locate(root: Path, asked: str) -> str:
+    """The absolute path a person means: from the root, or from the working directory where only that has such a file.
+
+    No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
+    """
+    asked = asked.replace("\0", "\\x00")
+    if os.path.isabs(asked):
+        return os.path.normpath(asked)
+    here, below = os.path.abspath(asked), os.path.normpath(os.path.join(root, asked))
+    if os.path.lexists(below) or not os.path.lexists(here):
+        escaped = path_of(root, os.path.relpath(below, root))
+        return os.path.normpath(escaped) if os.path.lexists(escaped) else below
+    return here
+
+
 def _unescaped(match: re.Match[str]) -> str:
     byte = int(match[1], 16)
     return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)  # noqa: PLR2004 - where surrogateescape begins
