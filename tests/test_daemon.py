@@ -108,6 +108,14 @@ def test_a_path_is_meant_from_the_root_or_from_where_one_stands(root: Path, monk
         assert (done.returncode, done.stdout) == (0, f"{FACTS}: done\n")
 
 
+def test_a_command_that_reports_logs_nothing_that_it_says_itself(root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "heron"), fact(2, "otter", timestamp="yesterday")))
+    done = command(root, "sync")
+    assert (done.returncode, "timestamp must be" in done.stdout, done.stderr) == (1, True, "")
+    asked = command(root, "sync", FACTS, EVEROS_LOG_FORMAT="json")
+    assert "change_failed" in asked.stderr
+
+
 def test_log_lines_are_json_where_asked(root: Path) -> None:
     with running(root, "--log-format", "json") as process:
         process.terminate()

@@ -125,7 +125,7 @@ def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, 
             )
         return [{name: value for name, value in asdict(result).items() if name != "values"} for result in found]
 
-    set_up(settings)
+    set_up(settings, reporting=True)
     return _alone(ask)
 
 
@@ -153,7 +153,7 @@ def _do(
         finally:
             database.close()
 
-    screen = set_up(settings)
+    screen = set_up(settings, reporting=True)
     try:
         return _alone(work)
     finally:
