@@ -98,6 +98,7 @@ def test_a_bomb_of_aliases_is_refused_at_its_first_anchor() -> None:
         (["a: !x 1"], (2, 4), "tag !x"),
         (["a: [1, 2"], None, "malformed YAML"),
         (["a: b: c"], (2, 5), "malformed YAML"),
+        (["a: [1", "b: 2", "c: 3"], (3, 2), "while parsing a flow sequence that begins in line 2"),
         (["\ta: 1"], (2, 1), "malformed YAML"),
         (["? [a]", ": b"], (2, 3), "a key must be a string"),
         (["- a"], (2, None), "not a mapping"),

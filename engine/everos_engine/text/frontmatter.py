@@ -71,6 +71,9 @@ def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
         mark = error.problem_mark or error.context_mark
         at = _place(text, mark.index) if mark else (1, 1)
         message = f"malformed YAML: {error.problem or error.context}"
+        begun = _place(text, error.context_mark.index)[0] if error.problem and error.context_mark else at[0]
+        if begun != at[0]:  # where the trouble shows is not where it was made
+            message += f" {error.context} that begins in line {begun}"
         raise BadFile(message, remedy=REMEDY, line=at[0], column=at[1]) from None
     except yaml.YAMLError as error:
         message = f"malformed YAML: {error}".split("\n", 1)[0]
