@@ -9,13 +9,14 @@ import shlex
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from everos_engine.errors import SettingsError
 
+N = TypeVar("N", int, float)
 ENVIRONMENT_PREFIX = "EVEROS_"
 ROOT_SETTINGS_FILE = "everos-engine.toml"
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "KIB": 1 << 10, "MB": 1 << 20, "MIB": 1 << 20, "GB": 1 << 30, "GIB": 1 << 30}
@@ -248,7 +249,11 @@ def load(
     values.update(_from_toml(user_path))
     from_environment = _from_environment(env)
     from_flags = {name: (value, f"--{name}") for name, value in (flags or {}).items() if value is not None}
-    values.update(_from_toml(_root_of({**values, **from_environment, **from_flags}) / ROOT_SETTINGS_FILE))
+    of_root = _from_toml(_root_of({**values, **from_environment, **from_flags}) / ROOT_SETTINGS_FILE)
+    if "memory.root" in of_root:
+        message = f"{of_root['memory.root'][1]}: a root's own settings cannot move it: remove memory.root from there"
+        raise SettingsError(message)
+    values.update(of_root)
     values.update(from_environment)
     values.update(from_flags)
     for name, reason in REFUSED.items():
@@ -370,7 +375,7 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
         return _as_bool(value)
     if hint is int:
         if isinstance(value, str):
-            return parse_size(value) if name.endswith("_bytes") else int(value)
+            return parse_size(value) if name.endswith("_bytes") else _number(value, int, "a whole number")
         if isinstance(value, bool) or not isinstance(value, int):
             message = "must be a whole number"
             raise ValueError(message)
@@ -379,7 +384,7 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             message = "must be a number"
             raise ValueError(message)
-        number = float(value)
+        number = _number(value, float, "a number")
         if number != number or number in {float("inf"), float("-inf")}:  # noqa: PLR0124 - NaN is the one unequal to itself
             message = "must be a finite number"
             raise ValueError(message)
@@ -391,6 +396,14 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
         message = "must not hold a NUL"
         raise ValueError(message)
     return Path(value) if hint is Path else os.fspath(value)
+
+
+def _number(value: object, kind: Callable[[Any], N], wanted: str) -> N:
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        message = f"must be {wanted}"
+        raise ValueError(message) from None
 
 
 def _as_bool(value: object) -> bool:
