@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ import pytest
 from patience import HANG_SECONDS, heard
 from writer import FACTS, fact, facts, put
 
+MAY_BE_NOBODY = os.geteuid() == 0 and all(
+    folder.stat().st_mode & 0o001 for folder in Path(os.path.realpath(sys.executable)).parents
+)
 ENGINE = [sys.executable, "-m", "everos_engine"]
 
 
@@ -114,6 +118,37 @@ def test_a_command_that_reports_logs_nothing_that_it_says_itself(root: Path) -> 
     assert (done.returncode, "timestamp must be" in done.stdout, done.stderr) == (1, True, "")
     asked = command(root, "sync", FACTS, EVEROS_LOG_FORMAT="json")
     assert "change_failed" in asked.stderr
+
+
+@pytest.mark.skipif(not MAY_BE_NOBODY, reason="needs root, to become somebody else who can reach this Python")
+def test_another_user_may_read_what_failed_and_is_told_why_no_more(root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "heron"), fact(2, "otter", timestamp="yesterday")))
+    assert command(root, "sync").returncode == 1
+    for directory in (root, *root.parents):
+        if str(directory).startswith(tempfile.gettempdir()):
+            directory.chmod(0o755)
+
+    def as_nobody(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*ENGINE, *words],
+            env=environment(root),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+        )
+
+    status = json.loads(as_nobody("status", "--json").stdout)
+    assert (status["rows"], status["engine"]["state"]) == ({"atomic_fact": 1}, "absent")
+    assert "timestamp must be" in as_nobody("fix").stdout
+    for words in (["sync"], ["run"], ["search", "heron"], ["fix", "--apply"]):
+        done = as_nobody(*words)
+        assert (done.returncode, "as the user the engine runs as" in done.stderr) == (2, True), done.stderr
+    with running(root) as process:
+        assert json.loads(as_nobody("status", "--json").stdout)["engine"]["pid"] == process.pid
 
 
 def test_log_lines_are_json_where_asked(root: Path) -> None:

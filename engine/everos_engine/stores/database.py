@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
+from urllib.parse import quote
 
 import apsw
 
@@ -37,6 +38,7 @@ class Database:
 
     ``BEGIN IMMEDIATE`` and ``COMMIT`` are executed as statements: entered as a context manager, an apsw connection
     holds the GIL through both, and a lock of another process would freeze the event loop.
+    ``readonly`` needs no more than the permission to read. Raises Fatal where the file is damaged, or permission is missing.
     """
 
     def __init__(
@@ -46,7 +48,11 @@ class Database:
         self.path = path
         self._limiter: trio.CapacityLimiter | None = None
         try:
-            self._connection = apsw.Connection(str(path), flags=flags)
+            if readonly and _is_still(path):
+                where = f"file:{quote(os.fsencode(path))}?immutable=1"
+                self._connection = apsw.Connection(where, flags=flags | apsw.SQLITE_OPEN_URI)
+            else:
+                self._connection = apsw.Connection(str(path), flags=flags)
             self._connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
             if not readonly:
                 self._retried(lambda: self._run("PRAGMA journal_mode=WAL"))
@@ -56,10 +62,14 @@ class Database:
             if schema:
                 self._lay(schema, version, may_replace=may_replace)
         except apsw.CantOpenError as error:
+            if path.exists() and not os.access(path, os.R_OK):
+                raise Fatal(_forbidden(path)) from error
             if not _none_left():
                 raise
             message = f"{path}: {error}: no file descriptor is left"
             raise Exhausted(message) from error
+        except (apsw.ReadOnlyError, apsw.PermissionsError) as error:
+            raise Fatal(_forbidden(path)) from error
         except (apsw.NotADBError, apsw.CorruptError) as error:
             message = f"{path} is damaged ({error}): stop the engine, remove it with its -wal and -shm, and start again: it is made again from markdown"
             raise Fatal(message) from error
@@ -164,6 +174,8 @@ class Database:
                     message = f"{self.path} stayed locked by another process"
                     raise Transient(message) from error
                 time.sleep(0.005)
+            except (apsw.ReadOnlyError, apsw.PermissionsError) as error:
+                raise Fatal(_forbidden(self.path)) from error
             except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.NoMemError) as error:
                 if self._connection.system_errno in FULL or _none_left():
                     message = f"{self.path}: {error}: no file descriptor is left"
@@ -185,3 +197,17 @@ def _none_left() -> bool:
     except OSError as error:
         return error.errno in FULL
     return False
+
+
+def _is_still(path: Path) -> bool:
+    """Whether nobody can be writing a database of which we may not make the shared memory that a reader needs."""
+    if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+        return False
+    try:
+        return os.stat(f"{path}-wal").st_size == 0
+    except FileNotFoundError:
+        return True
+
+
+def _forbidden(path: Path) -> str:
+    return f"{path} may not be read and written by this user, or lies on a read-only file system: run the command as the user the engine runs as"

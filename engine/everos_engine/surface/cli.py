@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import shlex
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from everos_engine.stores.census import Outcome
 
 OK, TROUBLE, USAGE = 0, 1, 2
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+AS_THE_ENGINE = "run the command as the user the engine runs as"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,13 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load(flags)
         return int(arguments.command(settings, arguments))
+    except BrokenPipeError:
+        return OK
     except EngineError as error:
         print(f"everos-engine: {error}", file=sys.stderr)
         return USAGE
+    except OSError as error:
+        if error.errno not in FORBIDDEN:
+            raise
+        print(f"everos-engine: {error.filename}: {error.strerror}: {AS_THE_ENGINE}", file=sys.stderr)
+        return USAGE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return OK
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -66,8 +67,8 @@ class OwnerLock:
 def running_pid(path: Path) -> int | None:
     """The pid of the engine that holds the lock file, 0 if it cannot be read; None where nobody holds it."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        handle = _opened(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         if _try(handle):
@@ -75,6 +76,16 @@ def running_pid(path: Path) -> int | None:
         return _pid_in(handle) or 0
     finally:
         os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    """For writing, which locks on network mounts need; else for reading, which is enough to ask on others."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EROFS}:
+            raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def dead_owners(directory: Path, owners: Iterable[str]) -> set[str]:
