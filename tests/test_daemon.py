@@ -120,6 +120,21 @@ def test_a_command_that_reports_logs_nothing_that_it_says_itself(root: Path) -> 
     assert "change_failed" in asked.stderr
 
 
+@pytest.mark.parametrize("words", [["sync"], ["search", "x"], ["fix", "--apply"], ["release"], ["sync", "--audit"]])
+def test_a_root_that_is_not_there_is_not_made_by_asking(words: list[str], root: Path) -> None:
+    missing = root / "misspelt"
+    done = command(root, "--root", str(missing), *words)
+    assert (done.returncode, "does not exist" in done.stderr, missing.exists()) == (2, True, False)
+
+
+@pytest.mark.parametrize("word", ["run", "sync", "status"])
+def test_a_root_that_is_a_file_is_refused_or_never_indexed(word: str, root: Path) -> None:
+    (root / "file").touch()
+    done = command(root, "--root", str(root / "file"), word)
+    assert "Traceback" not in done.stderr
+    assert ("is no directory" in done.stderr) is (word != "status")
+
+
 @pytest.mark.skipif(not MAY_BE_NOBODY, reason="needs root, to become somebody else who can reach this Python")
 def test_another_user_may_read_what_failed_and_is_told_why_no_more(root: Path) -> None:
     put(root, FACTS, facts(fact(1, "heron"), fact(2, "otter", timestamp="yesterday")))

@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from derived import counted, described, indexed
 from everos_engine.engine import Engine, open_engine, open_reader
-from everos_engine.errors import AlreadyRunning, OutsideRoot
+from everos_engine.errors import AlreadyRunning, BadQuestion, OutsideRoot
 from everos_engine.search import Filter
 from everos_engine.settings import Settings, load
 from everos_engine.stores import census
@@ -234,9 +235,23 @@ async def test_one_engine_per_root_and_paths_outside_are_refused(settings: Setti
             ("users", "is a directory"),
             ("users/u1/.episode/day.md", "nearest layout is users/<owner>/episodes/<name>.md"),
             ("elsewhere.txt", "note.globs"),
+            ("users/u1\0/user.md", "no path that a file can have"),
+            ("\ud800.md", "no path that a file can have"),
         ):
             with pytest.raises(OutsideRoot, match=reason):
                 await engine.sync([path])
+
+
+async def test_a_question_that_cannot_be_asked_is_refused_with_the_reason(settings: Settings) -> None:
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({"limit": 0}, "at least 1"),
+        ({"mode": "exact"}, "fts, vector, hybrid"),
+        ({"only": Filter(kind="essay")}, "episode, atomic_fact"),
+    ]
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        for words, reason in asked:
+            with pytest.raises(BadQuestion, match=reason):
+                await engine.search("one", **words)
 
 
 async def test_a_skill_is_indexed_again_when_a_reference_changes(settings: Settings, root: Path) -> None:

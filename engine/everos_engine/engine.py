@@ -7,13 +7,13 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import Fatal, OutsideRoot, Unavailable
+from everos_engine.errors import BadQuestion, OutsideRoot, SettingsError, Unavailable
 from everos_engine.loops.agree import agree
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
@@ -118,8 +118,12 @@ class Engine:
     async def search(
         self, query: str, *, mode: Mode | None = None, only: Filter | None = None, limit: int = 10
     ) -> list[Result]:
-        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service that answers, else full text."""
+        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service that answers, else full text.
+
+        Raises BadQuestion for a limit below 1, a mode or a kind there is none of.
+        """
         desk = self._desk
+        _check_question(mode, (only or Filter()).kind, limit)
         chosen = mode or default_mode(desk.settings)
         parts = (desk.index, desk.database, desk.vectors, query)
         try:
@@ -175,11 +179,10 @@ async def open_engine(
 ) -> AsyncIterator[Engine]:
     """Own a memory root: open its stores, heal what a crash left, and run the loops until the block ends.
 
-    ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync,
-    and only where there is a root. Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come.
+    ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync, and only
+    where there is a root. Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come.
     """
-    if not watching:
-        _require_root(settings)
+    check_root(settings, may_make=watching)
     try:
         async with (
             _owned(settings) as owner,
@@ -218,8 +221,8 @@ async def open_engine(
 
 @asynccontextmanager
 async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
-    """The stores without the loops, for searching beside a running engine."""
-    _require_root(settings)
+    """The stores without the loops, for searching beside a running engine. Raises SettingsError where there is no root."""
+    check_root(settings)
     async with open_asyncio_thread() as bridge, _open_vectors(settings, None) as vectors:
         with _databases(settings) as database:
             index = _index(settings, bridge)
@@ -234,12 +237,43 @@ def default_mode(settings: Settings) -> Mode:
     return "hybrid" if settings.embedder.kind == "http" else "fts"
 
 
+def _check_question(mode: str | None, kind: str | None, limit: int) -> None:
+    if limit < 1:
+        message = f"limit={limit} asks for nothing: it must be at least 1"
+        raise BadQuestion(message)
+    if mode is not None and mode not in get_args(Mode):
+        message = f"there is no mode {mode!r}: choose one of {', '.join(get_args(Mode))}"
+        raise BadQuestion(message)
+    if kind is not None and kind not in kinds.KINDS:
+        message = f"there is no kind {kind!r}: choose one of {', '.join(kinds.KINDS)}"
+        raise BadQuestion(message)
+
+
+def check_root(settings: Settings, *, may_make: bool = False) -> None:
+    """Raises SettingsError where the memory root is no directory; ``may_make``: one that is not there yet will be made.
+
+    Only `run` makes a root: one made in passing stands in the way of the one that is mounted or moved back later.
+    """
+    root = settings.root
+    if root.is_dir():
+        return
+    if os.path.lexists(root):
+        message = f"memory.root={root} is no directory: name one, with --root or EVEROS_ROOT"
+        raise SettingsError(message)
+    if not may_make:
+        message = (
+            f"memory.root={root} does not exist: mount it or move it back, name another with --root or EVEROS_ROOT, or "
+            "begin a new one with `everos-engine run`"
+        )
+        raise SettingsError(message)
+
+
 def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
     """The queue and ledger of a root; ``may_replace`` empties one that another version of the engine laid.
 
-    Raises Fatal where there is no root.
+    Raises SettingsError where there is no root, and makes none.
     """
-    _require_root(settings)
+    check_root(settings)
     settings.engine_directory.mkdir(parents=True, exist_ok=True)
     schema = queue.SCHEMA + held.SCHEMA + ledger.SCHEMA
     path = settings.engine_directory / "engine.db"
@@ -268,6 +302,9 @@ def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tup
 
 def key_of(settings: Settings, path: str) -> str:
     """The key of the change that ``path`` belongs to, or that ``path`` is as listed by us. Raises OutsideRoot."""
+    if not _is_path(path):
+        message = f"{path!r} is no path that a file can have: name a path below {settings.root}"
+        raise OutsideRoot(message)
     listed = files.path_of(settings.root, path)
     if not os.path.lexists(os.path.join(settings.root, path)) and os.path.lexists(listed):
         path = listed
@@ -278,13 +315,12 @@ def key_of(settings: Settings, path: str) -> str:
     return place.md_path
 
 
-def _require_root(settings: Settings) -> None:
-    """Only `run` makes a root: one made in passing stands in the way of the one that is mounted or moved back later."""
-    if not settings.root.is_dir():
-        message = (
-            f"there is no memory root {settings.root}: mount it or move it back; `everos-engine run` begins a new one"
-        )
-        raise Fatal(message)
+def _is_path(text: str) -> bool:
+    """Whether the system could have a file of this name: no NUL, and nothing that has no bytes."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _refusal(settings: Settings, path: str, key: str | None) -> str:

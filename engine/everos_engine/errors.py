@@ -36,7 +36,7 @@ class OutsideRoot(EngineError):
 
 
 class BadQuestion(EngineError):
-    """A search that cannot find anything: no word in it, or a kind there is none of."""
+    """A search that cannot find anything: no word in it, a kind or mode there is none of, a limit below 1."""
 
 
 class Transient(EngineError):

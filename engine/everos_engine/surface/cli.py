@@ -164,11 +164,7 @@ def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
 
 def _search(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface.oneshot import search  # noqa: PLC0415 - imports LanceDB
-    from everos_engine.text.kinds import KINDS  # noqa: PLC0415 - not needed by --help
 
-    if arguments.kind not in {None, *KINDS}:
-        message = f"there is no kind {arguments.kind!r}: choose one of {', '.join(KINDS)}"
-        raise BadQuestion(message)
     if not any(map(str.isalnum, "".join(arguments.query))):
         message = "the query has no word in it: name what to look for"
         raise BadQuestion(message)

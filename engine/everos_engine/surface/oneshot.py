@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from everos_engine.embed.gate import WAITING
-from everos_engine.engine import Engine, enqueue, open_engine, open_queue, open_reader
+from everos_engine.engine import Engine, check_root, enqueue, open_engine, open_queue, open_reader
 from everos_engine.errors import AlreadyRunning, Transient, Unavailable
 from everos_engine.loops.brake import Brake, lay_marker
 from everos_engine.loops.desk import now_milliseconds
@@ -153,6 +153,7 @@ def _do(
         finally:
             database.close()
 
+    check_root(settings)
     screen = set_up(settings, reporting=True)
     try:
         return _alone(work)
