@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,14 @@ from loguru import logger
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
 from everos_engine.system import instrument
-from everos_engine.system.control import ask, serve_control, short_address
+from everos_engine.system.control import (
+    BUSY,
+    MOST_QUESTION_BYTES,
+    MOST_SLOW_TALKS,
+    ask,
+    serve_control,
+    short_address,
+)
 from everos_engine.system.instrument import watching_the_loop
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
@@ -150,6 +159,8 @@ async def test_many_ask_at_once_and_the_silent_ones_only_for_a_second(tmp_path: 
 def test_a_process_at_its_descriptor_limit_still_answers(tmp_path: Path) -> None:
     script = """
 import contextlib, os, resource, sys, trio
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from everos_engine.system import control
 from everos_engine.system.control import serve_control
@@ -236,3 +247,42 @@ async def test_a_step_that_holds_up_the_loop_is_named(monkeypatch: pytest.Monkey
     assert (blocks.count, blocks.worst_seconds) == (1, 0.15)
     assert "rude_task" in blocks.worst_task
     assert any("loop_blocked" in line and "rude_task" in line for line in lines)
+
+
+async def test_slow_questions_stand_before_nobody_and_too_many_are_told_so(tmp_path: Path) -> None:
+    path, go, begun = tmp_path / "c.sock", trio.Event(), 0
+    told: list[dict[str, object] | None] = []
+
+    async def think(asked: Mapping[str, object]) -> dict[str, object]:
+        nonlocal begun
+        begun += 1
+        await go.wait()
+        return {"thought": asked["of"]}
+
+    def ask_slowly() -> dict[str, object] | None:
+        return ask(path, "think", {"of": "herons"}, deadline_seconds=HANG_SECONDS)
+
+    async def ask_one() -> None:
+        told.append(await trio.to_thread.run_sync(ask_slowly))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(serve_control, path, echo, slow={"think": think}))
+        await listening(path)
+        async with trio.open_nursery() as asking:
+            for _ in range(MOST_SLOW_TALKS):
+                asking.start_soon(ask_one)
+            with trio.fail_after(HANG_SECONDS):
+                while begun < MOST_SLOW_TALKS:  # noqa: ASYNC110 - begun in answer to threads
+                    await trio.sleep(0.001)
+            assert await asked(path, "pulse") == {"asked": "pulse"}
+            assert await trio.to_thread.run_sync(ask_slowly) == {"error": BUSY}
+            go.set()
+        assert told == [{"thought": "herons"}] * MOST_SLOW_TALKS
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_question_too_long_to_be_taken_is_not_asked(tmp_path: Path, nursery: trio.Nursery) -> None:
+    path = tmp_path / "c.sock"
+    nursery.start_soon(serve_control, path, echo)
+    await listening(path)
+    assert ask(path, "pulse", {"query": "x" * MOST_QUESTION_BYTES}, deadline_seconds=HANG_SECONDS) is None

@@ -235,3 +235,25 @@ def test_a_command_that_writes_leaves_tables_whose_indexes_cover_them(root: Path
         return int(statistics.num_unindexed_rows)
 
     assert asyncio.run(uncovered()) == 0
+
+
+SEARCHES = """
+import sys
+from everos_engine.surface.cli import main
+status = main(["search", *sys.argv[1:]])
+sys.exit(100 if "lancedb" in sys.modules else status)
+"""
+
+
+def test_a_search_beside_a_running_engine_is_the_engines_and_loads_nothing(root: Path) -> None:
+    put(root, FACTS, facts(fact(1, "the heron eats fish"), fact(2, "the otter sleeps")))
+    command(root, "sync")
+    questions = [["heron otter"], ["otter", "--json"], ["heron", "--owner", "nobody"], ["fish", "--limit", "1"]]
+    alone = [command(root, "search", *words).stdout for words in questions]
+    assert "the heron eats fish" in alone[0]
+    with running(root):
+        for words, expected in zip(questions, alone, strict=True):
+            script = [sys.executable, "-c", SEARCHES, *words]
+            beside = subprocess.run(script, env=environment(root), capture_output=True, text=True, check=True)
+            assert beside.stdout == expected
+        assert "no kind 'nonsense'" in command(root, "search", "heron", "--kind", "nonsense").stderr

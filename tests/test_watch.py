@@ -153,7 +153,7 @@ def test_a_mount_that_stays_silent_is_named_and_polled_wherever_it_is(
     told.write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n41 27 0:41 / {root}{point} rw - {kind} box:/ rw\n")
     env = environment(root)
     with running(root, env, prefix=[*MOUNTINFO, str(told)]):
-        wait_done(env, 1, seconds=30)
+        wait_done(env, 1)
         (note,) = [note for note in status(env)["notes"] if note["code"] == "mount_silent"]
         assert said in note["message"]
         assert "sweeps every 1 s" in note["remedy"]

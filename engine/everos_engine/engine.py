@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import BadQuestion, OutsideRoot, SettingsError, Unavailable
+from everos_engine.errors import BadQuestion, EngineError, OutsideRoot, SettingsError, Unavailable
 from everos_engine.loops.agree import agree
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
@@ -390,7 +390,7 @@ async def _recover(desk: Desk) -> None:
 
 
 async def _control(desk: Desk) -> None:
-    """Answers to other processes, from memory alone; "look" asks for a sweep now."""
+    """Answers to other processes, from memory but for a search; "look" asks for a sweep now."""
 
     def look() -> dict[str, object]:
         desk.look_again()
@@ -402,7 +402,24 @@ async def _control(desk: Desk) -> None:
             return known[question]()
         return {"error": f"unknown question {question!r}: ask one of {', '.join(known)}"}
 
-    await serve_control(desk.settings.control_socket, answer, spare=desk.reserve.lend)
+    async def look_up(asked: Mapping[str, object]) -> dict[str, object]:
+        only = Filter(*(_word(asked, name) for name in ("kind", "owner", "app", "project")))
+        mode, limit = cast("Mode | None", _word(asked, "mode")), asked.get("limit")
+        try:
+            found = await Engine(desk).search(
+                _word(asked, "query") or "", mode=mode, only=only, limit=limit if isinstance(limit, int) else 10
+            )
+        except EngineError as error:
+            return {"error": str(error)}
+        return {"results": [result.as_data() for result in found]}
+
+    socket, slow = desk.settings.control_socket, {"search": look_up}
+    await serve_control(socket, answer, slow=slow, spare=desk.reserve.lend)
+
+
+def _word(asked: Mapping[str, object], name: str) -> str | None:
+    word = asked.get(name)
+    return word if isinstance(word, str) else None
 
 
 async def _wake_ups(desk: Desk) -> None:

@@ -36,6 +36,10 @@ class Result:
     snippet: str
     values: Mapping[str, object]
 
+    def as_data(self) -> dict[str, object]:
+        """What a person is shown, as plain data: everything but the row's own columns."""
+        return {name: getattr(self, name) for name in ("kind", "md_path", "entry_id", "line", "score", "snippet")}
+
 
 @dataclass(frozen=True, slots=True)
 class Filter:

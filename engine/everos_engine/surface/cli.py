@@ -163,12 +163,16 @@ def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
 
 
 def _search(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.surface.oneshot import search  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.surface import lookup  # noqa: PLC0415 - not needed by --help
 
     if not any(map(str.isalnum, "".join(arguments.query))):
         message = "the query has no word in it: name what to look for"
         raise BadQuestion(message)
-    results = search(settings, arguments)
+    results = lookup.search(settings, arguments)
+    if results is None:
+        from everos_engine.surface.oneshot import search  # noqa: PLC0415 - imports LanceDB
+
+        results = search(settings, arguments)
     if arguments.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return OK

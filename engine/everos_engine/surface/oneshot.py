@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import trio
@@ -123,7 +122,7 @@ def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, 
             found = await engine.search(
                 " ".join(arguments.query), mode=arguments.mode, only=only, limit=arguments.limit
             )
-        return [{name: value for name, value in asdict(result).items() if name != "values"} for result in found]
+        return [result.as_data() for result in found]
 
     set_up(settings, reporting=True)
     return _alone(ask)

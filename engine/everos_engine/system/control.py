@@ -1,4 +1,8 @@
-"""The control socket: one JSON line asked, one answered, closed. Asking needs the standard library alone."""
+"""The control socket: one JSON line asked, one answered, closed. Asking needs the standard library alone.
+
+Questions about the engine are answered from memory at once; slow ones, such as a search, have places of their own, so that
+they never stand before the others.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -17,25 +21,35 @@ if TYPE_CHECKING:
 
     import trio
 
+    Slow = Callable[[Mapping[str, object]], Awaitable[Mapping[str, object]]]
+
 MOST_PATH_BYTES = 100
 """``sun_path`` holds 108 bytes on Linux and 104 on macOS."""
-MOST_QUESTION_BYTES = 4096
+MOST_QUESTION_BYTES = 16_384
 MOST_TALKS = 4
 TALK_SECONDS = 1.0
+MOST_SLOW_TALKS = 4
+SLOW_TALK_SECONDS = 60.0
+BUSY = "busy"
 PAUSE_SECONDS = 0.1
 RETRY_SECONDS = 0.02
 _FULL = {errno.EMFILE, errno.ENFILE}
 _FLEETING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED}
 
 
-def ask(path: Path, question: str, *, deadline_seconds: float = 1.0) -> dict[str, object] | None:
-    """The answer of the engine that listens at ``path``; None where nobody does, or where it went away.
+def ask(
+    path: Path, question: str, details: Mapping[str, object] | None = None, *, deadline_seconds: float = 1.0
+) -> dict[str, object] | None:
+    """The answer of the engine that listens at ``path``; None where nobody does, where it went away, or the question is too long.
 
     Raises TimeoutError where the engine is there but does not answer within the deadline: it is stopped or stuck.
     """
     end = time.monotonic() + deadline_seconds
+    line = json.dumps({**(details or {}), "ask": question}).encode() + b"\n"
+    if len(line) > MOST_QUESTION_BYTES:
+        return None
     try:
-        while (answer := _talk_once(path, question, end=end)) is None:
+        while (answer := _talk_once(path, line, end=end)) is None:
             time.sleep(min(RETRY_SECONDS, _left(end)))  # it took us for silent, or it is gone: connecting tells
     except TimeoutError:
         message = f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
@@ -50,10 +64,12 @@ async def serve_control(
     path: Path,
     answer: Callable[[str], Mapping[str, object]],
     *,
+    slow: Mapping[str, Slow] | None = None,
     spare: Callable[[], AbstractContextManager[object]] | None = None,
 ) -> None:
     """Answer questions at ``path`` until cancelled; a stale socket there is replaced.
 
+    ``slow`` questions get all that was asked; MOST_SLOW_TALKS of them run at once, and whoever asks more is told "busy".
     ``spare`` frees one descriptor for the length of its block: with it a process at its limit still answers.
     Sleeps where the file system takes no sockets. A silent or rude client is dropped, and harms nobody.
     """
@@ -69,13 +85,13 @@ async def serve_control(
             bound.listen(64)
         except OSError:
             await trio.sleep_forever()
-        talks = trio.Semaphore(MOST_TALKS)
+        talks, places = trio.Semaphore(MOST_TALKS), trio.Semaphore(MOST_SLOW_TALKS)
         try:
             async with trio.open_nursery() as nursery:
                 while True:
                     await talks.acquire()
                     stream = await _accept(listener, spare)
-                    nursery.start_soon(_talk, stream, answer, talks)
+                    nursery.start_soon(_talk, stream, answer, slow or {}, talks, places)
         finally:
             with suppress(OSError):
                 path.unlink()
@@ -115,44 +131,72 @@ async def _accept(
 
 
 async def _talk(
-    stream: trio.SocketStream, answer: Callable[[str], Mapping[str, object]], talks: trio.Semaphore
+    stream: trio.SocketStream,
+    answer: Callable[[str], Mapping[str, object]],
+    slow: Mapping[str, Slow],
+    talks: trio.Semaphore,
+    places: trio.Semaphore,
 ) -> None:
     import trio  # noqa: PLC0415 - who only asks needs none
 
-    try:
-        async with stream:
+    async with stream:
+        asked: Mapping[str, object] = {}
+        work = None
+        try:
             with trio.move_on_after(TALK_SECONDS), suppress(trio.BrokenResourceError):
-                question = await _question(stream)
-                if question is not None:
-                    await stream.send_all(json.dumps(answer(question)).encode() + b"\n")
+                asked = await _question(stream)
+                name = str(asked.get("ask", ""))
+                work = slow.get(name)
+                if asked and work is None:
+                    await _say(stream, answer(name))
+        finally:
+            talks.release()
+        if work is not None:
+            with trio.move_on_after(SLOW_TALK_SECONDS), suppress(trio.BrokenResourceError):
+                await _say(stream, await _worked(work, asked, places))
+
+
+async def _worked(work: Slow, asked: Mapping[str, object], places: trio.Semaphore) -> Mapping[str, object]:
+    import trio  # noqa: PLC0415 - who only asks needs none
+
+    try:
+        places.acquire_nowait()
+    except trio.WouldBlock:
+        return {"error": BUSY}
+    try:
+        return await work(asked)
     finally:
-        talks.release()
+        places.release()
 
 
-async def _question(stream: trio.SocketStream) -> str | None:
-    """What is asked, "" for what is no question; None where the line never ends."""
+async def _say(stream: trio.SocketStream, told: Mapping[str, object]) -> None:
+    await stream.send_all(json.dumps(told).encode() + b"\n")
+
+
+async def _question(stream: trio.SocketStream) -> Mapping[str, object]:
+    """What is asked, with "" for what is no question; nothing at all where the line never ends."""
     line = b""
     while not line.endswith(b"\n"):
         part = await stream.receive_some(MOST_QUESTION_BYTES)
         line += part
         if not part or len(line) > MOST_QUESTION_BYTES:
-            return None
+            return {}
+    nothing = {"ask": ""}
     try:
         asked = json.loads(line)
     except (ValueError, RecursionError):
-        return ""
-    question = asked.get("ask") if isinstance(asked, dict) else None
-    return question if isinstance(question, str) else ""
+        return nothing
+    return asked if isinstance(asked, dict) and isinstance(asked.get("ask"), str) else nothing
 
 
-def _talk_once(path: Path, question: str, *, end: float) -> bytes | None:
+def _talk_once(path: Path, line: bytes, *, end: float) -> bytes | None:
     """The line that was answered; None where the talk was cut off before."""
     answer = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         _connect(sock, path, end=end)
         try:
             sock.settimeout(_left(end))
-            sock.sendall(json.dumps({"ask": question}).encode() + b"\n")
+            sock.sendall(line)
             while not answer.endswith(b"\n"):
                 sock.settimeout(_left(end))
                 part = sock.recv(65536)

@@ -1,0 +1,29 @@
+"""A search that a running engine makes for us: no import of LanceDB, no model to load, an answer in a blink."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from everos_engine.system.control import ask
+
+if TYPE_CHECKING:
+    import argparse
+
+    from everos_engine.settings import Settings
+
+LOOK_SECONDS = 1.0
+DEADLINE_SECONDS = 30.0
+FIELDS = ("mode", "kind", "owner", "app", "project", "limit")
+
+
+def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, object]] | None:
+    """Results as plain data; None where no engine answers, or it cannot say: then we look ourselves."""
+    details = {"query": " ".join(arguments.query)} | {name: getattr(arguments, name) for name in FIELDS}
+    try:
+        if ask(settings.control_socket, "pulse", deadline_seconds=LOOK_SECONDS) is None:
+            return None
+        told = ask(settings.control_socket, "search", details, deadline_seconds=DEADLINE_SECONDS)
+    except TimeoutError:
+        return None
+    results = None if told is None else told.get("results")
+    return results if isinstance(results, list) else None
