@@ -130,11 +130,14 @@ async def test_deletions_and_known_texts_do_not_wait_for_the_service(root: Path)
 
 async def test_a_text_that_fails_leaves_the_other_entries_of_its_file_searchable(root: Path) -> None:
     settings = quick(root)
-    put(root, FACTS, facts(fact(1, "heron"), fact(2, "FLAKY"), fact(3, "otter")))
+    path = put(root, FACTS, facts(fact(1, "heron"), fact(2, "FLAKY"), fact(3, "otter")))
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         counts = (await engine.settle()).counts
         assert (counts.failed_retryable, counts.done) == (1, 0)
         assert len(await engine.search("heron")) == len(await engine.search("otter")) == 1
+        (failed,) = await engine.sync()
+        where = 1 + path.read_text().splitlines().index("<!-- entry:af_20250227_00000002 -->")
+        assert str(failed.error).startswith(f"line {where}: entry 'af_20250227_00000002': ")
 
 
 async def test_a_text_that_hangs_fails_alone_and_again_only_alone(root: Path) -> None:

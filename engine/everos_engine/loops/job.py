@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Job:
     """One claimed change on its way: what was read, what is to be written, and why it failed if it did.
 
-    ``put_off`` is why some of its entries wait; the others are written. ``life`` is that of the model of its vectors.
+    ``put_off`` is why some of its entries wait, ``put_off_where`` names them if they are to blame; the others are written. ``life`` is that of the model of its vectors.
     """
 
     claim: queue.Claim
@@ -37,6 +37,7 @@ class Job:
     life: int = 0
     size_bytes: int = 0
     put_off: Transient | None = None
+    put_off_where: str = ""
     problems: list[Problem] = field(default_factory=list)
     error: EngineError | None = None
 
@@ -61,6 +62,10 @@ def put_off(job: Job, later: Mapping[str, Transient]) -> None:
     """Entries whose text has no vector yet wait; they keep their last good rows, the others are written."""
     counting = [error for error in later.values() if error.counts_as_retry]
     job.put_off = next(iter(counting or later.values()))
+    late = [entry for entry in job.plan.upserts if entry.embed_text in later and later[entry.embed_text] in counting]
+    if late:
+        more = f" and {len(late) - 1} more" if len(late) > 1 else ""
+        job.put_off_where = f"line {late[0].line}: entry {late[0].entry_id!r}{more}: "
     keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in later)
     job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
 

@@ -386,7 +386,10 @@ class _Worker:
 
     def _try_later(self, tx: Transaction, job: Job, error: Transient, now: int) -> None:
         settings, gate = self.desk.settings, self.desk.vectors.gate
-        said = "\n".join(filter(None, [str(error), complaint(job)])) if job.error is None else str(error)
+        said = str(error)
+        if job.error is None:
+            where = job.put_off_where if error.counts_as_retry else ""
+            said = "\n".join(filter(None, [f"{where}{error}", complaint(job)]))
         if error.counts_as_retry and job.claim.retry_count >= settings.worker_max_retry:
             message = f"{said} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
             queue.mark_failed(tx, job.claim, message, retryable=True, now_milliseconds=now)
