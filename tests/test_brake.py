@@ -125,6 +125,29 @@ async def test_a_renamed_directory_is_no_mass_delete(root: Path) -> None:
         assert await indexed(engine) == described(settings)
 
 
+async def test_a_renamed_directory_is_no_mass_delete_where_events_told_of_the_new_names_first(root: Path) -> None:
+    plant(root, 50)
+    for number in range(30):
+        skill = f"agents/a1/skills/s{number}"
+        put(root, f"{skill}/SKILL.md", f"---\nname: s{number}\n---\nbody {'x' * number}")
+        put(root, f"{skill}/references/r.md", "text")
+    fake = FakeEmbedder()
+    async with open_engine(quiet(root), embedder=fake) as engine:
+        await engine.settle()
+        (root / "app1" / "project1").mkdir(parents=True)
+        for folder in ("users", "agents"):
+            (root / folder).rename(root / "app1" / "project1" / folder)
+        calls = len(fake.calls)
+        await engine.sync([str(path) for path in sorted((root / "app1").rglob("*.md"))])
+        await engine.settle()
+        assert await held(engine) == {}
+        assert await indexed(engine) == described(settings=engine.settings)
+        assert len(fake.calls) == calls
+        next((root / "app1").rglob("1.md")).unlink()
+        await engine.settle()
+        assert await held(engine) == {}, "one deletion soon after is not the last of many"
+
+
 async def test_a_tree_removed_bit_by_bit_is_held_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(brake, "WINDOW_SECONDS", HANG_SECONDS)  # all of it is within the window, on a slow machine too
     paths = plant(root, 60)
@@ -383,5 +406,5 @@ def test_files_that_come_while_others_go_are_no_accident(tmp_path: Path) -> None
 
 
 def test_a_moved_file_is_matched_once() -> None:
-    one, two = Vanished("a", "note", 5, 7), Vanished("b", "note", 5, 7)
+    one, two = (Vanished(name, "note", 5, 7, elsewhere=False) for name in "ab")
     assert without_moved([one, two], [(5, 7)]) == ([two], [one])

@@ -119,13 +119,18 @@ def lay_marker(settings: Settings) -> None:
 def without_moved(
     vanished: Sequence[Vanished], appeared: Iterable[tuple[int, int]]
 ) -> tuple[list[Vanished], list[Vanished]]:
-    """(gone, moved): a file that appeared with the size and mtime of one that vanished is taken for it, renamed."""
+    """(gone, moved): a file that appeared with the size and mtime of one that vanished is taken for it, renamed.
+
+    Events may have told of the new name before: then it did not appear now, and is known to be elsewhere by its inode.
+    """
     left = Counter(appeared)
     gone, moved = [], []
     for one in vanished:
         key = (one.size, one.mtime_ns)
         if left[key]:
             left[key] -= 1
+            moved.append(one)
+        elif one.elsewhere:
             moved.append(one)
         else:
             gone.append(one)

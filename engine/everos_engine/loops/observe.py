@@ -214,7 +214,7 @@ def _sort(
         else:
             open_to_doubt.append(one)
     gone, moved = without_moved(open_to_doubt, compared.appeared)
-    if brake.is_too_much(len(gone), known=compared.known, now_seconds=time.monotonic()):
+    if brake.is_too_much(len(gone), known=compared.known - len(moved), now_seconds=time.monotonic()):
         holding["mass_delete"] = [(one.md_path, one.kind) for one in gone]
         return moved, holding
     return gone + moved, holding

@@ -22,9 +22,13 @@ WHERE c.md_path IS NULL OR (c.mtime_ns, c.size, c.ino, c.ctime_ns) IS NOT (s.mti
    OR (c.racy = 1 AND c.status IN ('done', 'failed'))
 """
 SWEEP_VANISHED = """
-SELECT c.md_path, c.kind, c.size, c.mtime_ns FROM md_change_state AS c
+SELECT c.md_path, c.kind, c.size, c.mtime_ns,
+    (c.ino, c.size, c.mtime_ns) IN (SELECT ino, size, mtime_ns FROM temp.sweep)
+    OR (c.kind = 'agent_skill' AND (c.size, c.mtime_ns) IN (SELECT size, mtime_ns FROM temp.sweep WHERE kind = 'agent_skill'))
+FROM md_change_state AS c
 WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
 """
+"""A file that has another name now keeps its inode; that of a skill stands for the names of its files too, and does not."""
 
 
 def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
@@ -38,12 +42,13 @@ def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Vanished:
-    """A known file that a sweep did not see, with the size and mtime it had."""
+    """A known file that a sweep did not see, with the size and mtime it had; ``elsewhere``: it saw it under another name."""
 
     md_path: str
     kind: str
     size: int
     mtime_ns: int
+    elsewhere: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,8 @@ def record_sweep(
         if changed
         else []
     )
-    vanished = [Vanished(*row) for row in cast("Iterable[tuple[str, str, int, int]]", list(tx.execute(SWEEP_VANISHED)))]
+    gone = cast("Iterable[tuple[str, str, int, int, int]]", list(tx.execute(SWEEP_VANISHED)))
+    vanished = [Vanished(*row[:4], elsewhere=bool(row[4])) for row in gone]
     ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
     return Compared(queued, appeared, vanished, cast("int", known))
 
