@@ -103,7 +103,7 @@ BAD = {
 async def test_damage_is_named_with_its_line_and_an_edit_heals_it(name: str, settings: Settings, root: Path) -> None:
     path = put(root, FACTS, facts(fact(1, "good")))
     neighbour = put(root, "users/u1/.atomic_facts/other.md", facts(fact(7, "neighbour")))
-    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
         await engine.settle()
         path.write_bytes(BAD[name])
         neighbour.write_text(facts(fact(7, "neighbour edited")))
@@ -126,7 +126,7 @@ async def test_odd_names_are_indexed_and_odd_things_are_no_files(settings: Setti
     (root / "notes" / "self.md").symlink_to("self.md")
     raw = bytes(root) + b"/notes/caf\xe9.md"
     Path(raw.decode("utf-8", "surrogateescape")).write_text("# H\nlatin")
-    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
         status = await engine.settle()
         assert status.counts.done == len(names) + 1
         assert (await engine.search("latin"))[0].md_path == "notes/caf\\xe9.md"
@@ -150,7 +150,7 @@ async def test_a_hanging_text_does_not_hold_up_its_neighbours(root: Path) -> Non
 async def test_a_refused_text_fails_alone_and_a_flaky_one_ends_retryable(settings: Settings, root: Path) -> None:
     put(root, "a.md", "# A\nPOISON\n# B\nfine")
     put(root, "b.md", "# A\nFLAKY")
-    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
         status = await engine.settle()
         assert (status.counts.failed_permanent, status.counts.failed_retryable) == (1, 1)
         assert len(await engine.search("fine")) == 1

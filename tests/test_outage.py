@@ -54,7 +54,7 @@ async def test_changes_outlive_an_outage_without_losing_an_attempt(root: Path) -
     settings = quick(root, worker_max_retry=0)
     fake = FakeEmbedder()
     put(root, "before.md", "heron")
-    async with open_engine(settings, embedder=fake) as engine:
+    async with open_engine(settings, embedder=fake, watching=False) as engine:
         await engine.settle()
         fake.outage = DOWN
         for number in range(30):
@@ -131,7 +131,7 @@ async def test_deletions_and_known_texts_do_not_wait_for_the_service(root: Path)
 async def test_a_text_that_fails_leaves_the_other_entries_of_its_file_searchable(root: Path) -> None:
     settings = quick(root)
     path = put(root, FACTS, facts(fact(1, "heron"), fact(2, "FLAKY"), fact(3, "otter")))
-    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
         counts = (await engine.settle()).counts
         assert (counts.failed_retryable, counts.done) == (1, 0)
         assert len(await engine.search("heron")) == len(await engine.search("otter")) == 1
@@ -146,7 +146,7 @@ async def test_a_text_that_hangs_fails_alone_and_again_only_alone(root: Path) ->
     put(root, "hang.md", "HANG")
     for number in range(20):
         put(root, f"n{number}.md", f"otter{number}")
-    async with open_engine(settings, embedder=fake) as engine:
+    async with open_engine(settings, embedder=fake, watching=False) as engine:
         counts = (await engine.settle()).counts
         assert (counts.done, counts.failed_retryable) == (20, 1)
         together = [texts for texts in fake.calls if "HANG" in texts and len(texts) > 1]

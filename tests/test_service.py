@@ -33,7 +33,7 @@ async def test_a_tree_is_indexed_in_few_calls_and_the_poisoned_and_the_hanging_f
             put(root, f"n{number}.md", f"# A\notter {number}\n# B\nstork {number}")
         put(root, "bad.md", "# A\nPOISON\n# B\nfine")
         put(root, "hang.md", "# A\nHANG\n# B\nwell")
-        async with open_engine(settings) as engine:
+        async with open_engine(settings, watching=False) as engine:
             counts = (await engine.settle()).counts
             assert (counts.done, counts.failed_permanent, counts.failed_retryable) == (300, 1, 1)
             assert {hit.md_path for hit in await engine.search("fine well", mode="fts")} == {"bad.md", "hang.md"}
@@ -47,7 +47,8 @@ async def test_a_tree_is_indexed_in_few_calls_and_the_poisoned_and_the_hanging_f
 async def test_a_service_that_dies_and_comes_back_leaves_nothing_to_do_by_hand(root: Path) -> None:
     put(root, "before.md", "stork")
     with reserved_port() as port:
-        async with open_engine(over_port(port, root, worker_max_retry=0)) as engine, trio.open_nursery() as nursery:
+        settings = over_port(port, root, worker_max_retry=0)
+        async with open_engine(settings, watching=False) as engine, trio.open_nursery() as nursery:
             with serving(port):
                 await engine.settle()
             for number in range(40):
@@ -65,7 +66,7 @@ async def test_an_engine_starts_without_its_service_and_indexes_once_it_is_there
     put(root, "a.md", "heron")
     with reserved_port() as port:
         settings = over_port(port, root)
-        async with open_engine(settings) as engine, trio.open_nursery() as nursery:
+        async with open_engine(settings, watching=False) as engine, trio.open_nursery() as nursery:
             nursery.start_soon(engine.settle)
             await down(engine)
             assert await engine.search("heron") == []
@@ -79,7 +80,7 @@ async def test_a_key_that_is_refused_waits_for_a_good_one_and_fails_nothing(root
         settings = over(service, root, worker_max_retry=0, **{"embedder.api_key": "sk-secret"})
         put(root, "a.md", "heron")
         service.misbehave = always(401, {"error": "unknown key sk-secret"})
-        async with open_engine(settings) as engine, trio.open_nursery() as nursery:
+        async with open_engine(settings, watching=False) as engine, trio.open_nursery() as nursery:
             nursery.start_soon(engine.settle)
             await down(engine)
             await counted(engine, lambda counts: counts.delayed > 0)
@@ -95,10 +96,10 @@ async def test_another_model_behind_the_same_name_is_told_by_its_vectors(root: P
     put(root, FACTS, facts(fact(1, "heron"), fact(2, "otter")))
     with serving() as service:
         settings = over(service, root)
-        async with open_engine(settings) as engine:
+        async with open_engine(settings, watching=False) as engine:
             await engine.settle()
         service.model = FakeEmbedder(model="another", dimension=24)
-        async with open_engine(settings) as engine:
+        async with open_engine(settings, watching=False) as engine:
             await engine.settle()
             rows = await engine.desk.index.rows("atomic_fact")
             found = sorted(np.asarray(row["vector"], dtype=np.float32).tolist() for row in rows)
@@ -113,7 +114,7 @@ async def test_a_file_of_ten_thousand_entries_goes_in_calls_of_64_and_one_too_la
     big = put(root, "big.md", "")
     with big.open("wb") as file:
         file.truncate(50 << 20)
-    async with open_engine(settings, embedder=fake) as engine:
+    async with open_engine(settings, embedder=fake, watching=False) as engine:
         status = await engine.settle()
         assert status.rows["atomic_fact"] == 10_000
         (outcome,) = await engine.desk.database.aread(lambda tx: census.outcomes(tx, ["big.md"]))

@@ -48,7 +48,7 @@ async def test_the_block_is_the_runbooks_and_counts_what_is_there(settings: Sett
         {"memory.root": str(root), "worker_max_retry": 0, "settle_milliseconds": 20},
         environment={}, user_file=root / "none.toml",
     )  # fmt: skip
-    async with open_engine(quick, embedder=FakeEmbedder()) as engine:
+    async with open_engine(quick, embedder=FakeEmbedder(), watching=False) as engine:
         await engine.settle()
         running = await trio.to_thread.run_sync(status.snapshot, quick)
         assert running.engine.pid == os.getpid()
