@@ -160,6 +160,9 @@ async def test_a_bad_entry_and_a_damaged_file_are_told_apart(settings: Settings,
         assert (found.judgement.verdict, found.judgement.code) == ("failed", "damaged")
         assert "still searchable: 1 last good row" in found.judgement.cause
         assert "line" in found.judgement.cause
+        assert found.judgement.remedy.endswith(", and save")
+        path.write_bytes(b"\xff\xfe")
+        assert explain(settings, FACTS).judgement.remedy == "save the file as UTF-8"
 
 
 async def test_explain_never_writes_and_imports_nothing_heavy(settings: Settings, root: Path) -> None:

@@ -126,7 +126,9 @@ def _content(seen: Evidence) -> Judgement | None:
         cause = f"{_where(error.line, error.column)}{error.args[0]}{_kept(seen)}"
         following = f"nothing until the file changes; then {_then(seen)}"
         remedy = _plain(error.remedy).removesuffix(" and save")
-        return Judgement("failed", "damaged", cause, f"{remedy}, and save", following)
+        return Judgement(
+            "failed", "damaged", cause, remedy if remedy.startswith("save ") else f"{remedy}, and save", following
+        )
     if document is not None and document.problems and _settled(seen):
         first = document.problems[0]
         more = f" (and {len(document.problems) - 1} more)" if len(document.problems) > 1 else ""
