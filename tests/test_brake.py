@@ -204,6 +204,22 @@ async def test_an_accident_to_the_root_holds_everything(reason: Reason, root: Pa
             assert await held(engine) == {}
 
 
+@pytest.mark.parametrize("reason", ["root_empty", "marker_missing"])
+async def test_a_sync_beside_the_engine_brakes_like_the_engine(reason: Reason, root: Path) -> None:
+    plant(root, 3)
+    async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        if reason == "marker_missing":
+            put(root, "everos-engine.toml", "")
+        ACCIDENTS[reason](root)
+        with trio.fail_after(60):
+            assert await trio.to_thread.run_sync(main, ["--root", str(root), "sync"]) == 0
+        assert await held(engine) == {reason: 3}
+        assert len(await indexed(engine)) == 3
+        assert len(await engine.release()) == 3
+        assert await indexed(engine) == {}
+
+
 async def test_what_is_held_keeps_the_time_it_is_held_since(root: Path) -> None:
     plant(root, 3)
     async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:

@@ -56,9 +56,13 @@ class Brake:
 
     def arm(self) -> None:
         """Remember the root as it is now, and leave the marker in it."""
+        self.aim()
+        lay_marker(self.settings)
+
+    def aim(self) -> None:
+        """Remember the root as it is now: for a sweep beside the engine that laid the marker."""
         found = os.stat(self.settings.root)
         self.device, self.inode = found.st_dev, found.st_ino
-        lay_marker(self.settings)
 
     def trouble(self) -> Reason | None:
         """What is wrong with the root as a whole.
