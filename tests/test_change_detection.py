@@ -218,6 +218,24 @@ async def test_a_file_that_looks_torn_is_given_time_to_settle(root: Path) -> Non
         assert (await engine.status()).counts.failed_permanent == 0
 
 
+async def test_an_empty_reference_may_be_in_the_midst_of_being_written(root: Path) -> None:
+    skill = "agents/a1/skills/bake/"
+    put(root, f"{skill}SKILL.md", "---\nname: bake\n---\nKnead.\n")
+    reference = put(root, f"{skill}references/oven.md", "220 degrees")
+    settings = quiet(root, settle_milliseconds=60_000)
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine, trio.open_nursery() as nursery:
+        await engine.settle()
+        before = await indexed(engine)
+        reference.write_text("")  # as writing in place begins
+        nursery.start_soon(engine.sync, [f"{skill}SKILL.md"])
+        while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
+            await trio.sleep(0.01)
+        assert await indexed(engine) == before
+        reference.write_text("200 degrees")
+        await engine.sync([f"{skill}SKILL.md"])
+        assert await indexed(engine) == described(settings) != before
+
+
 async def test_a_file_that_comes_back_with_its_old_times_is_indexed_again(root: Path, tmp_path: Path) -> None:
     path = put(root, FACTS, facts(fact(1, "heron")))
     settings = quiet(root)

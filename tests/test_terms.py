@@ -12,7 +12,7 @@ from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text.terms import MOST_CHARACTERS, terms
-from writer import put
+from writer import FACTS, fact, facts, put
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,11 @@ async def test_a_part_of_a_name_finds_the_skill(settings: Settings, root: Path) 
         for query in ("standup", "run_standup", "Notes", "parseNotes"):
             (hit,) = await engine.search(query)
             assert hit.entry_id == "run_standup"
+
+
+@pytest.mark.parametrize("word", ["not", "IT", "C", "1", "the", "uno", "über", "我", "的"])
+async def test_the_most_common_words_are_found_too(word: str, settings: Settings, root: Path) -> None:
+    put(root, FACTS, facts(fact(1, f"heron {word} otter"), fact(2, "badger")))
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
+        await engine.settle()
+        assert [result.entry_id for result in await engine.search(word)] == ["af_20250227_00000001"]

@@ -191,7 +191,7 @@ class Settings:
     settle_milliseconds: int = knob(
         250,
         "Least time between two indexings of one file, and the age a file must have before it is believed to have "
-        "lost its structure or half of its entries: it may still be being written.",
+        "lost its structure, half of its entries or all that it held: it may still be being written.",
         least=0,
     )
     audit_interval_hours: float = knob(

@@ -31,6 +31,7 @@ class Job:
     fingerprint: files.Fingerprint | None = None
     racy: bool = False
     digest: bytes | None = None
+    hollow: bool = False
     document: Document = field(default_factory=lambda: Document((), ()))
     plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -75,9 +76,14 @@ class Unsettled(Transient):
 
 
 def looks_torn(job: Job, known: Mapping[str, bytes]) -> bool:
-    """Whether the file lost its structure, or half of its entries, since it was last indexed."""
+    """Whether the file lost its structure, or half of its entries, since it was last indexed, or is empty.
+
+    A file written in place is empty for a moment: a skill with such a reference would be indexed without it.
+    """
     if job.fingerprint is None:
         return False
+    if job.hollow:
+        return True
     if job.error is not None:
         return isinstance(job.error, BadFile)
     lost = len(job.plan.deletes)

@@ -157,6 +157,7 @@ class _Worker:
             reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
             job.fingerprint, job.racy, job.digest = reading.fingerprint, reading.racy, reading.digest
             job.size_bytes = sum(map(len, reading.sources.values()))
+            job.hollow = not all(reading.sources.values())
             job.document = kinds.parse(place, reading.sources)
             job.problems = list(job.document.problems)
         except files.Vanished:

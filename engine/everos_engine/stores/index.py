@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LIBRARY = f"lancedb {lancedb.__version__}"
-FORMAT = "1"
+FORMAT = "2"
 MERGE_ROWS = 2048
 OPTIMIZE_LEAST_ROWS = 64
 """Fewer rows are as soon read one by one as looked up."""
@@ -445,7 +445,9 @@ class Index:
         schema = self._schema(self.kinds[kind], model, incarnation)
         table = await connection.create_table(kind, schema=schema)
         for column in self.kinds[kind].fts_columns:
-            await table.create_index(column, config=FTS(base_tokenizer="icu", with_position=False))
+            await table.create_index(
+                column, config=FTS(base_tokenizer="icu", with_position=False, remove_stop_words=False)
+            )
         return table, incarnation
 
     async def _connect(self, generation: Generation) -> AsyncConnection:
