@@ -204,6 +204,20 @@ async def test_an_accident_to_the_root_holds_everything(reason: Reason, root: Pa
             assert await held(engine) == {}
 
 
+async def test_asking_for_a_file_that_went_with_the_marker_is_refused_with_the_reason(root: Path) -> None:
+    first, *_ = plant(root, 3)
+    async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        (root / ".index" / "engine" / "marker").unlink()
+        first.unlink()
+        with trio.fail_after(HANG_SECONDS), pytest.raises(Transient, match=r"not deleted: .* marker .*release"):
+            await engine.sync([str(first)])
+        assert len(await indexed(engine)) == 3
+        await engine.release()
+        await engine.settle()
+        assert len(await indexed(engine)) == 2
+
+
 @pytest.mark.parametrize("reason", ["root_empty", "marker_missing"])
 async def test_a_sync_beside_the_engine_brakes_like_the_engine(reason: Reason, root: Path) -> None:
     plant(root, 3)

@@ -13,7 +13,7 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import BadQuestion, EngineError, OutsideRoot, SettingsError, Unavailable
+from everos_engine.errors import BadQuestion, EngineError, OutsideRoot, SettingsError, Transient, Unavailable
 from everos_engine.loops.agree import agree
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
@@ -104,7 +104,8 @@ class Engine:
     async def reach(self, lsn: int) -> None:
         """Wait until every change up to ``lsn`` is applied or dead-lettered.
 
-        Raises Unavailable once the embedding service has been down for ``embedder.outage_patience_seconds``; the changes wait on.
+        Raises Unavailable once the embedding service has been down for ``embedder.outage_patience_seconds``, and Transient where a
+        deletion waits because the root looks wrong; the changes wait on.
         """
         patience_seconds = self._desk.settings.embedder.outage_patience_seconds
         self._desk.wake_up()
@@ -113,6 +114,8 @@ class Engine:
             if await self._desk.database.aread(queue.watermark) >= lsn:
                 return
             self._desk.vectors.raise_if_down(longer_than_seconds=patience_seconds)
+            if (why := await self._desk.database.aread(lambda tx: queue.refused(tx, lsn))) is not None:
+                raise Transient(why)
             await wait_moved(self._desk.applied, seen, at_most_seconds=self._desk.settings.worker_poll_interval_seconds)
 
     async def search(

@@ -19,7 +19,7 @@ from trio_util import AsyncValue
 from everos_engine.embed.gate import WAITING
 from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Transient, Unavailable, exhausted
 from everos_engine.loops.agree import heal
-from everos_engine.loops.brake import WHY
+from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.job import Job, Unsettled, complaint, looks_torn, note_written, put_off, refuse, unsettled
 from everos_engine.loops.vectors import MODEL_CHANGED
@@ -191,7 +191,7 @@ class _Worker:
             return error
         if trouble in {None, "root_empty"}:
             return None
-        return Transient(f"not deleted: {WHY[trouble]}", counts_as_retry=False)
+        return Transient(f"{queue.REFUSED}: {WHY[trouble]}; {REMEDY[trouble]}", counts_as_retry=False)
 
     async def _look_up(self, jobs: list[Job]) -> None:
         texts = list(dict.fromkeys(text for job in jobs if job.error is None for text in job.missing))

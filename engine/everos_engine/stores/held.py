@@ -103,7 +103,11 @@ def paths(tx: Transaction, *, limit: int) -> list[str]:
 
 
 def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
-    """Queue every held deletion after all, and expect no mount that is gone to come back; the paths."""
+    """Queue every held deletion after all, and expect no mount that is gone to come back; the paths.
+
+    A deletion that somebody asked for by its path, and that was refused, is tried again now.
+    """
+    queue.hurry(tx, queue.REFUSED)
     meta.put(tx, MOUNTS, "[]")  # the next sweep puts in those there are
     rows = list(tx.execute("DELETE FROM held RETURNING md_path, kind"))
     gone: Sequence[queue.Observation] = [

@@ -336,6 +336,21 @@ def rebuilding(tx: Transaction) -> int | None:
     return cast("int | None", lsn)
 
 
+REFUSED = "not deleted"
+"""How the message of every change begins that waits because a root that looks wrong proves no deletion."""
+WAITS_REFUSED = """
+SELECT md_path, error FROM md_change_state
+WHERE status = 'pending' AND not_before > 0 AND pos <= ?1 AND error LIKE ?2 || '%' ORDER BY pos LIMIT 1
+"""
+
+
+def refused(tx: Transaction, lsn: int) -> str | None:
+    """The first change up to ``lsn`` that waits for a person to put the root right, and why; None where none does."""
+    for path, error in tx.execute(WAITS_REFUSED, (lsn, REFUSED)):
+        return f"{path!s}: {error!s}"
+    return None
+
+
 def ready(tx: Transaction) -> int:
     """How many changes could be claimed now."""
     sql = "SELECT count(*) FROM md_change_state WHERE status = 'pending' AND not_before = 0"

@@ -198,7 +198,10 @@ def _expect_answer(settings: Settings) -> None:
 
 
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:
-    """Wait for the running engine's watermark. Raises Transient if it goes away, or its embedder is down for too long."""
+    """Wait for the running engine's watermark.
+
+    Raises Transient if it goes away, its embedder is down for too long, or a deletion waits because the root looks wrong.
+    """
     patience_milliseconds = settings.embedder.outage_patience_seconds * 1000
     wake.send(settings.engine_directory / "wake.sock")
     asked = answered = time.monotonic()
@@ -212,6 +215,8 @@ async def _reach(settings: Settings, database: Database, lsn: int) -> None:
             outage = database.read(meta.outage)
             if outage and now_milliseconds() - outage[0] >= patience_milliseconds:
                 raise Unavailable(f"{WAITING}: {outage[1]}; the changes are queued, and indexed when it answers")
+            if (why := database.read(lambda tx: queue.refused(tx, lsn))) is not None:
+                raise Transient(why)
             if running_pid(settings.engine_directory / "engine.lock") is None:
                 message = "the engine stopped before it was done; everything is queued: run the command again"
                 raise Transient(message)
