@@ -15,8 +15,9 @@ import pytest
 import trio
 
 from derived import counted, described, indexed
-from everos_engine.engine import Engine, enqueue, open_engine, open_queue
+from everos_engine.engine import Engine, open_engine, open_queue
 from everos_engine.errors import Transient
+from everos_engine.loops.asked import enqueue
 from everos_engine.settings import Settings, load
 from everos_engine.stores import meta, queue
 from everos_engine.system import files

@@ -7,35 +7,35 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, cast
 
 import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import BadQuestion, EngineError, OutsideRoot, SettingsError, Transient, Unavailable
+from everos_engine.errors import EngineError, SettingsError, Transient, Unavailable
 from everos_engine.loops.agree import agree
+from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.guard import guard
 from everos_engine.loops.maintain import compact, maintain
-from everos_engine.loops.observe import audit, key_in_root, observe_paths, sweep
+from everos_engine.loops.observe import audit, sweep
 from everos_engine.loops.scan import AUDIT_FILES, scan
 from everos_engine.loops.vectors import Vectors, open_vectors
 from everos_engine.loops.watch import watch
 from everos_engine.loops.work import work
-from everos_engine.search import Filter, Mode, Result
+from everos_engine.search import Filter, Mode, Result, check_question
 from everos_engine.search import search as search_index
 from everos_engine.stores import census, embeddings, held, ledger, meta, queue
 from everos_engine.stores.database import Database
 from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import alone, keep
-from everos_engine.system import ceiling, fds, files, locks, wake
+from everos_engine.system import ceiling, fds, locks, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
 from everos_engine.text import kinds
-from everos_engine.text.kinds.layout import nearest
 
 if TYPE_CHECKING:
     from everos_engine.embed.protocol import Embedder
@@ -126,7 +126,7 @@ class Engine:
         Raises BadQuestion for a limit below 1, a mode or a kind there is none of.
         """
         desk = self._desk
-        _check_question(mode, (only or Filter()).kind, limit)
+        check_question(mode, (only or Filter()).kind, limit)
         chosen = mode or default_mode(desk.settings)
         parts = (desk.index, desk.database, desk.vectors, query)
         try:
@@ -240,18 +240,6 @@ def default_mode(settings: Settings) -> Mode:
     return "hybrid" if settings.embedder.kind == "http" else "fts"
 
 
-def _check_question(mode: str | None, kind: str | None, limit: int) -> None:
-    if limit < 1:
-        message = f"limit={limit} asks for nothing: it must be at least 1"
-        raise BadQuestion(message)
-    if mode is not None and mode not in get_args(Mode):
-        message = f"there is no mode {mode!r}: choose one of {', '.join(get_args(Mode))}"
-        raise BadQuestion(message)
-    if kind is not None and kind not in kinds.KINDS:
-        message = f"there is no kind {kind!r}: choose one of {', '.join(kinds.KINDS)}"
-        raise BadQuestion(message)
-
-
 def check_root(settings: Settings, *, may_make: bool = False) -> None:
     """Raises SettingsError where the memory root is no directory; ``may_make``: one that is not there yet will be made.
 
@@ -288,54 +276,6 @@ def status_of(tx: Transaction) -> Status:
     last_scan = meta.get(tx, "last_scan")
     scanned = None if last_scan is None else int(last_scan)
     return Status(census.counts(tx), ledger.rows_per_kind(tx), scanned, held.counts(tx))
-
-
-def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tuple[list[str], int]:
-    """Queue single paths whatever their state; their keys and the newest lsn. Raises OutsideRoot."""
-    keys = [key_of(settings, path) for path in paths]
-    observations = observe_paths(settings, keys)
-    now = now_milliseconds()
-
-    def record(tx: Transaction) -> int:
-        queue.record(tx, observations, source="sync", now_milliseconds=now, force=True)
-        return queue.newest(tx)
-
-    return keys, database.write(record)
-
-
-def key_of(settings: Settings, path: str) -> str:
-    """The key of the change that ``path`` belongs to, or that ``path`` is as listed by us. Raises OutsideRoot."""
-    if not _is_path(path):
-        message = f"{path!r} is no path that a file can have: name a path below {settings.root}"
-        raise OutsideRoot(message)
-    listed = files.path_of(settings.root, path)
-    if not os.path.lexists(os.path.join(settings.root, path)) and os.path.lexists(listed):
-        path = listed
-    key = key_in_root(settings, path)
-    place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
-    if place is None:
-        raise OutsideRoot(_refusal(settings, path, key))
-    return place.md_path
-
-
-def _is_path(text: str) -> bool:
-    """Whether the system could have a file of this name: no NUL, and nothing that has no bytes."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def _refusal(settings: Settings, path: str, key: str | None) -> str:
-    """Why a path cannot be queued, and what to name instead."""
-    full = os.path.join(settings.root, path)
-    if os.path.isdir(full) and (key is not None or os.path.samefile(full, settings.root)):
-        return f"{path!r} is a directory: name files, or no path at all to bring everything in step"
-    if key is None:
-        return f"{path!r} is outside the memory root {settings.root}: name a path below it"
-    near = nearest(key)
-    where = f"the nearest layout is {near.layout}" if near is not None else "note.globs has no pattern for it"
-    return f"{key!r} is of no kind the engine indexes: {where}; `everos-engine explain` says more"
 
 
 @asynccontextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
+from everos_engine.errors import BadQuestion
 from everos_engine.stores import ledger
 from everos_engine.stores.index import Hit, text_literal
+from everos_engine.text import kinds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -87,6 +89,19 @@ async def search(  # noqa: PLR0913 - the stores, and the question
         )
         for hit in best
     ]
+
+
+def check_question(mode: str | None, kind: str | None, limit: int) -> None:
+    """Raises BadQuestion for what cannot find anything: no such mode or kind, or a limit below 1."""
+    if limit < 1:
+        message = f"limit={limit} asks for nothing: it must be at least 1"
+        raise BadQuestion(message)
+    if mode is not None and mode not in get_args(Mode):
+        message = f"there is no mode {mode!r}: choose one of {', '.join(get_args(Mode))}"
+        raise BadQuestion(message)
+    if kind is not None and kind not in kinds.KINDS:
+        message = f"there is no kind {kind!r}: choose one of {', '.join(kinds.KINDS)}"
+        raise BadQuestion(message)
 
 
 def encodable(text: str) -> str:

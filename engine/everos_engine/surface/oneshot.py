@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from everos_engine.embed.gate import WAITING
-from everos_engine.engine import Engine, check_root, enqueue, open_engine, open_queue, open_reader
+from everos_engine.engine import Engine, check_root, open_engine, open_queue, open_reader
 from everos_engine.errors import AlreadyRunning, Transient, Unavailable
+from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import Brake, lay_marker
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.loops.observe import audit as audit_next

@@ -1,0 +1,68 @@
+"""Paths that a person names: which changes they are, and queued whatever their state."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from everos_engine.errors import OutsideRoot
+from everos_engine.loops.desk import now_milliseconds
+from everos_engine.loops.observe import key_in_root, observe_paths
+from everos_engine.stores import queue
+from everos_engine.system import files
+from everos_engine.text import kinds
+from everos_engine.text.kinds.layout import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from everos_engine.settings import Settings
+    from everos_engine.stores.database import Database, Transaction
+
+
+def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tuple[list[str], int]:
+    """Queue single paths whatever their state; their keys and the newest lsn. Raises OutsideRoot."""
+    keys = [key_of(settings, path) for path in paths]
+    observations = observe_paths(settings, keys)
+    now = now_milliseconds()
+
+    def record(tx: Transaction) -> int:
+        queue.record(tx, observations, source="sync", now_milliseconds=now, force=True)
+        return queue.newest(tx)
+
+    return keys, database.write(record)
+
+
+def key_of(settings: Settings, path: str) -> str:
+    """The key of the change that ``path`` belongs to, or that ``path`` is as listed by us. Raises OutsideRoot."""
+    if not _is_path(path):
+        message = f"{path!r} is no path that a file can have: name a path below {settings.root}"
+        raise OutsideRoot(message)
+    listed = files.path_of(settings.root, path)
+    if not os.path.lexists(os.path.join(settings.root, path)) and os.path.lexists(listed):
+        path = listed
+    key = key_in_root(settings, path)
+    place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
+    if place is None:
+        raise OutsideRoot(_refusal(settings, path, key))
+    return place.md_path
+
+
+def _is_path(text: str) -> bool:
+    """Whether the system could have a file of this name: no NUL, and nothing that has no bytes."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _refusal(settings: Settings, path: str, key: str | None) -> str:
+    """Why a path cannot be queued, and what to name instead."""
+    full = os.path.join(settings.root, path)
+    if os.path.isdir(full) and (key is not None or os.path.samefile(full, settings.root)):
+        return f"{path!r} is a directory: name files, or no path at all to bring everything in step"
+    if key is None:
+        return f"{path!r} is outside the memory root {settings.root}: name a path below it"
+    near = nearest(key)
+    where = f"the nearest layout is {near.layout}" if near is not None else "note.globs has no pattern for it"
+    return f"{key!r} is of no kind the engine indexes: {where}; `everos-engine explain` says more"
