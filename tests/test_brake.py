@@ -17,7 +17,9 @@ from derived import described, indexed
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Fatal, Transient
 from everos_engine.loops import brake
+from everos_engine.loops.agree import expect_root
 from everos_engine.loops.brake import Brake, without_moved
+from everos_engine.loops.maintain import _optimize
 from everos_engine.settings import Settings, load
 from everos_engine.stores.held import Reason
 from everos_engine.stores.sweeps import Vanished
@@ -202,6 +204,21 @@ async def test_an_accident_to_the_root_holds_everything(reason: Reason, root: Pa
             (root.parent / "elsewhere").rename(root)
             await engine.settle()
             assert await held(engine) == {}
+
+
+async def test_nothing_makes_a_root_that_was_moved_away_anew(root: Path) -> None:
+    plant(root, 3)
+    async with open_engine(quiet(root), embedder=FakeEmbedder(), watching=False) as engine:
+        await engine.settle()
+        rename(root)
+        engine.desk.index.rotate()  # the next Session connects
+        assert await engine.search("word1") == []
+        with pytest.raises(Transient, match="the memory root is not there"):
+            await expect_root(engine.desk)
+        assert not await _optimize(engine.desk, "atomic_fact", alone=True)
+        assert not root.exists()
+        (root.parent / "elsewhere").rename(root)
+        assert len(await engine.search("word1")) == 1
 
 
 async def test_asking_for_a_file_that_went_with_the_marker_is_refused_with_the_reason(root: Path) -> None:

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
@@ -242,13 +243,13 @@ def fifty_starts_and_stops() -> Sequence[Figure]:
     ]
 
 
-@BOOK.bench
-def idle_engine() -> Sequence[Figure]:
-    """CPU of a real engine over 20 s in which nothing happens."""
+@contextmanager
+def _serving(files: int) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, str]]]:
+    """A real engine over so many notes, in step, and the environment of commands beside it."""
     with tempfile.TemporaryDirectory(prefix="everos-bench-") as name:
         root = Path(name) / "root"
         root.mkdir()
-        notes(root, 200)
+        notes(root, files)
         environment = engine_environment(root) | {"EVEROS_EMBEDDER__KIND": "none"}
         process = subprocess.Popen([*MODULE, "run"], env=environment, stderr=subprocess.DEVNULL)
         try:
@@ -256,16 +257,43 @@ def idle_engine() -> Sequence[Figure]:
                 time.sleep(0.05)  # else `sync` would be the engine
             subprocess.run([*MODULE, "sync"], env=environment, check=True, capture_output=True)
             time.sleep(10)  # what a start leaves to do is done
-            before, began = _cpu_of(process.pid), time.perf_counter()
-            time.sleep(20)
-            share = (_cpu_of(process.pid) - before) / (time.perf_counter() - began)
+            yield process, environment
             if process.poll() is not None:
                 message = f"the engine ended with {process.returncode}"
                 raise AssertionError(message)
         finally:
             process.terminate()
             process.wait(30)
+
+
+@BOOK.bench
+def idle_engine() -> Sequence[Figure]:
+    """CPU of a real engine over 20 s in which nothing happens."""
+    with _serving(200) as (process, _):
+        before, began = _cpu_of(process.pid), time.perf_counter()
+        time.sleep(20)
+        share = (_cpu_of(process.pid) - before) / (time.perf_counter() - began)
     return [Figure("idle engine: share of a core over 20 s", "%", [100 * share])]
+
+
+@BOOK.bench
+def commands_beside_an_engine() -> Sequence[Figure]:
+    """What the commands that ask a running engine cost themselves, and how long a person waits for a search."""
+    found = []
+    with _serving(200) as (_, environment):
+        for words, target in ((["fds"], 0.3), (["status"], 0.25), (["search", "herons"], 0.25)):
+            waited, spent = [], []
+            for _ in range(9):
+                with timed() as watch:
+                    status, cpu = child_cpu([*MODULE, *words], environment)
+                if status:
+                    message = f"{words} failed"
+                    raise AssertionError(message)
+                waited.append(watch.wall_seconds)
+                spent.append(cpu)
+            name = f"`everos-engine {' '.join(words)}` beside an engine"
+            found += [Figure(f"{name}: CPU", "s", spent, target), Figure(f"{name}: wall", "s", waited)]
+    return found
 
 
 def _cpu_of(pid: int) -> float:

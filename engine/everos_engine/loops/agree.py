@@ -48,9 +48,7 @@ async def heal(desk: Desk, kind: str) -> None:
 
     Raises Transient while the root is out of reach, and the table with it.
     """
-    if await trio.to_thread.run_sync(desk.brake.is_lost):
-        message = "the memory root is not there: its index is written when it is back"
-        raise Transient(message, counts_as_retry=False)
+    await expect_root(desk)
     reason = await _damage(desk, kind)
     if reason is None:
         return
@@ -58,6 +56,17 @@ async def heal(desk: Desk, kind: str) -> None:
     count = await desk.database.awrite(lambda tx: begin_anew(tx, kind))
     logger.warning("index_damaged kind={} requeued={} error={!r}", kind, count, reason)
     desk.wake_up()
+
+
+async def expect_root(desk: Desk) -> None:
+    """Raises Transient where the root is not the one we began with.
+
+    LanceDB makes the directories of what it writes: a root that was moved away would lie there again, empty, in the way of
+    the one that is moved back.
+    """
+    if await trio.to_thread.run_sync(desk.brake.is_lost):
+        message = "the memory root is not there: its index is written when it is back"
+        raise Transient(message, counts_as_retry=False)
 
 
 def begin_anew(tx: Transaction, kind: str) -> int:

@@ -13,6 +13,7 @@ import trio
 from loguru import logger
 
 from everos_engine.errors import Transient
+from everos_engine.loops.agree import expect_root
 from everos_engine.loops.desk import Desk, Point, now_milliseconds, wait_moved
 from everos_engine.loops.law import Law, prove
 from everos_engine.stores import meta
@@ -171,6 +172,7 @@ class Guard:
     async def _prove(self, mode: DescriptorMode) -> Law:
         desk = self.desk
         directory = desk.settings.engine_directory
+        await expect_root(desk)
         async with desk.index.turn_to_read():
             law = await prove(desk.index.bridge, desk.index.settings, directory=directory, claimed=mode)
         text = json.dumps(asdict(law))

@@ -8,6 +8,7 @@ import trio
 from loguru import logger
 
 from everos_engine.errors import Transient
+from everos_engine.loops.agree import expect_root
 from everos_engine.loops.desk import wait_moved
 from everos_engine.stores import embeddings, ledger
 
@@ -58,6 +59,7 @@ def _patience(desk: Desk) -> float:
 async def _optimize(desk: Desk, kind: str, *, alone: bool) -> bool:
     """Whether the table is compact now."""
     try:
+        await expect_root(desk)
         incarnation = desk.index.incarnation_of(kind)
         version = await desk.index.optimize(kind, alone=alone)
     except Transient as error:

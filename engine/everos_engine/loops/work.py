@@ -18,7 +18,7 @@ from trio_util import AsyncValue
 
 from everos_engine.embed.gate import WAITING
 from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Transient, Unavailable, exhausted
-from everos_engine.loops.agree import heal
+from everos_engine.loops.agree import expect_root, heal
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.job import Job, Unsettled, complaint, looks_torn, note_written, put_off, refuse, unsettled
@@ -282,6 +282,7 @@ class _Worker:
             written = None
             if writing:
                 try:
+                    await expect_root(self.desk)
                     written = await self._write(kind, writing)
                 except Transient as failure:
                     error = failure

@@ -452,7 +452,7 @@ class Index:
 
     async def _connect(self, generation: Generation) -> AsyncConnection:
         if generation.connection is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(exist_ok=True)  # without its parents: a root that is gone stays gone
             session = lancedb.Session(index_cache_size_bytes=self.cap_bytes)
             uri = uri_of(self.directory, self.settings.descriptor_mode)
             generation.connection = await lancedb.connect_async(uri, session=session)
