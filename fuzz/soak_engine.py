@@ -25,7 +25,7 @@ from everos_engine.text import kinds
 
 SEARCHERS, SHOWN = 3, 5
 PAUSE_SECONDS = 0.05
-SETTLE_SECONDS = 120.0
+SETTLE_SECONDS = 60.0
 BYTES_REST_SECONDS = 5.0
 """Between two rotations for the Session's bytes; a minute in a daemon, less here so that a short run sees many."""
 MODES: tuple[Mode, ...] = ("fts", "vector", "hybrid")

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import trio
 import trio.testing
+from loguru import logger
 from numpy.typing import NDArray
 
 from derived import counted, described, indexed
 from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import AlreadyRunning, BadQuestion, OutsideRoot
 from everos_engine.search import Filter
-from everos_engine.settings import Settings, load
+from everos_engine.settings import MemorySettings, Settings, load
 from everos_engine.stores import census
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
@@ -320,3 +322,17 @@ async def test_the_sample_corpus_indexes_whole(settings: Settings, root: Path) -
                 assert row["parent_id"] == entry["parent_id"]
                 assert row["timestamp"].isoformat() == entry["timestamp"]  # type: ignore[attr-defined]
                 assert (row["owner_id"], row["session_id"]) == (entry["owner_id"], entry["session_id"])
+
+
+async def test_a_root_that_is_made_is_logged(settings: Settings, tmp_path: Path) -> None:
+    lines: list[str] = []
+    sink = logger.add(lambda line: lines.append(str(line)), level="WARNING")
+    missing = tmp_path / "not" / "mounted"
+    try:
+        async with open_engine(replace(settings, memory=MemorySettings(root=missing)), embedder=FakeEmbedder()):
+            pass
+        async with open_engine(replace(settings, memory=MemorySettings(root=missing)), embedder=FakeEmbedder()):
+            pass
+    finally:
+        logger.remove(sink)
+    assert [line.split("root_made")[1].strip() for line in lines if "root_made" in line] == [f"root={missing}"]

@@ -186,6 +186,8 @@ async def open_engine(
     where there is a root. Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come.
     """
     check_root(settings, may_make=watching)
+    if not settings.root.exists():
+        logger.warning("root_made root={}", settings.root)
     try:
         async with (
             _owned(settings) as owner,
