@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> None:
         return leak(whole.bridge, whole.settings, whole.kinds, whole.directory, whole.cap_bytes)
 
     engine.open_index = opened  # type: ignore[assignment]
+    soak_engine.SETTLE_SECONDS = 20.0  # it will not, for want of descriptors
     soak_engine.main(arguments)
 
 
