@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from everos_engine.surface.cli import main
 from everos_engine.text import kinds
-from everos_engine.text.kinds.layout import LAYOUTS, nearest
+from everos_engine.text.kinds.layout import LAYOUTS, PLACES, nearest
 
 PART = st.text("abAB.~# _é'", min_size=1, max_size=6).filter(lambda part: part not in {".", ".."})
 WORD = st.sampled_from(
@@ -56,3 +59,15 @@ def test_a_slip_is_seen_for_what_was_meant(path: str, meant: str) -> None:
 )
 def test_plain_markdown_is_near_nothing(path: str) -> None:
     assert nearest(path) is None
+
+
+def test_the_command_shows_each_kind_at_a_place_of_its_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--root", str(root), "kinds"]) == 0
+    said = capsys.readouterr().out
+    for place, kind in PLACES.items():
+        found = kinds.recognise(place.replace("<", "my").replace(">", ""))
+        assert found is not None
+        assert found.kind == kind
+        assert any(line.split() == [kind, place] for line in said.splitlines())
+    assert set(PLACES.values()) | {"note"} == set(kinds.KINDS)
+    assert "note.globs is empty" in said

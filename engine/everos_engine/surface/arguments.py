@@ -121,6 +121,7 @@ def _add_questions(add: _Add) -> None:
         "--rows", action="store_true", help="count its rows in the index itself too, which takes a second"
     )
     explain.add_argument("--json", action="store_true", help=JSON_HELP)
+    add("kinds", "which files are indexed, and where each kind of them stands")
     add("settings", "every setting and its value here", "Secrets are masked.")
 
 

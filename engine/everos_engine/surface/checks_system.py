@@ -67,7 +67,9 @@ def check_root(case: Case) -> Check:
         cause = f"{plural(len(tree.unreadable), 'file')} cannot be read, the first {case.show(path)}"
         return Check("root", "warn", cause, permit(path, "r"))
     if not tree.files and not tree.index_directories and not any(os.scandir(root)):
-        remedy = "if a file system belongs there, mount it; else put memory into it: docs/kinds.md shows the layout"
+        remedy = (
+            "if a file system belongs there, mount it; else put memory into it: `everos-engine kinds` shows the layout"
+        )
         return Check("root", "warn", f"{case.show(root)} is empty, and was never indexed", remedy)
     found = f"{plural(tree.files, 'file')} of a kind in {plural(tree.directories, 'directory', 'directories')}"
     links = f"; {plural(len(tree.linked), 'link')} to directories not followed" if tree.linked else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from everos_engine.errors import BadQuestion, EngineError
 from everos_engine.settings import describe, load
 from everos_engine.surface import arguments as grammar
-from everos_engine.surface.paint import ago, shown
+from everos_engine.surface.paint import ago, plural, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
             "search": _search,
             "status": _status,
             "explain": _explain,
+            "kinds": _kinds,
             "settings": _settings,
             "fds": _fds,
             "fds calibrate": _calibrate,
@@ -198,6 +199,17 @@ def _fds(settings: Settings, arguments: argparse.Namespace) -> int:
     return fds.show(settings, watch=arguments.watch, as_json=arguments.json)
 
 
+def _kinds(settings: Settings, _arguments: argparse.Namespace) -> int:
+    from everos_engine.text.kinds.layout import PLACES  # noqa: PLC0415 - not needed by --help
+
+    print(f"below {shown(str(settings.root))}, with or without <app>/<project>/ in front:")
+    for place, kind in PLACES.items():
+        print(f"{kind:<14}{place}")
+    globs = ", ".join(map(repr, settings.note.globs))
+    print(f"{'note':<14}" + (f"any other markdown that matches {globs}" if globs else "off: note.globs is empty"))
+    return OK
+
+
 def _settings(settings: Settings, _arguments: argparse.Namespace) -> int:
     for name, value in describe(settings).items():
         print(f"{name} = {json.dumps(value)}")
@@ -214,7 +226,7 @@ def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings, ar
 
         found = status.snapshot(settings)
         held = sum(one.count for one in found.moment.held) if found.moment else 0
-        waits = f", {held} deletions held: `{program(settings, arguments)} status` says why" if held else ""
+        waits = f", {plural(held, 'deletion')} held: `{program(settings, arguments)} status` says why" if held else ""
         print(
             f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(bad)} failed{waits}"
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BY_NAME = {"no_layout", "wrong_case", "not_markdown", "hidden_name", "no_glob"}
 """Codes that a name alone decides, be there a file or not."""
-LAYOUT_HELP = "docs/kinds.md shows the layout"
+LAYOUT_HELP = "`everos-engine kinds` shows the layout"
 
 
 @dataclass(frozen=True, slots=True)

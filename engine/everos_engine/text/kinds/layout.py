@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import product
 
-_PLACES = (
-    "users/<owner>/user.md",
-    "users/<owner>/episodes/<name>.md",
-    "users/<owner>/.atomic_facts/<name>.md",
-    "users/<owner>/.foresights/<name>.md",
-    "agents/<owner>/.cases/<name>.md",
-    "agents/<owner>/skills/<skill>/SKILL.md",
-    "agents/<owner>/skills/<skill>/references/<name>.md",
-)
-LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project>/"), _PLACES))
+PLACES = {
+    "users/<owner>/user.md": "user_profile",
+    "users/<owner>/episodes/<name>.md": "episode",
+    "users/<owner>/.atomic_facts/<name>.md": "atomic_fact",
+    "users/<owner>/.foresights/<name>.md": "foresight",
+    "agents/<owner>/.cases/<name>.md": "agent_case",
+    "agents/<owner>/skills/<skill>/SKILL.md": "agent_skill",
+    "agents/<owner>/skills/<skill>/references/<name>.md": "agent_skill",
+}
+"""Where a file of a built-in kind stands -> its kind."""
+LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project>/"), PLACES))
 """Every place a file of a built-in kind may stand at, relative to the root."""
 _DEFAULTS = {"<app>": "default_app", "<project>": "default_project"}
 _GAP, _OTHER, _FAR = 1.0, 1.6, 2.2
