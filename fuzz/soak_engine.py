@@ -15,6 +15,7 @@ import trio
 
 from everos_engine import load, open_engine
 from everos_engine.engine import Engine
+from everos_engine.errors import Transient
 from everos_engine.loops import guard
 from everos_engine.search import Mode
 from everos_engine.settings import Settings
@@ -64,7 +65,12 @@ async def serve(settings: Settings) -> dict[str, object]:
             await engine.settle()
         status = await engine.status()
         failed = await engine.desk.database.aread(census.failed)
-        indexed, described = await rows_of(engine), tree_of(settings)
+        indexed: dict[tuple[str, str], str] = {}
+        described: dict[tuple[str, str], str] = {}
+        try:
+            indexed, described = await rows_of(engine), tree_of(settings)
+        except Transient as error:  # a leak took every descriptor: the engine still tells what is pending
+            tally.errors.append(repr(error)[:300])
         return {
             "searches": tally.searches,
             "search_errors": tally.errors[:SHOWN],
