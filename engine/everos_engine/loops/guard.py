@@ -118,16 +118,16 @@ class Guard:
         self._lowest_since = min(self._lowest_since, count)
         self._classify(now, count)
         if heard or count >= limit:
-            self._rotate(now, count, reason="exhausted")
+            self._rotate_for_descriptors(now, count, reason="exhausted")
         elif count > soft and self.classes["lance_index"] + self.classes["deleted"]:
-            self._rotate(now, count, reason="over_budget")
+            self._rotate_for_descriptors(now, count, reason="over_budget")
         else:  # without pinned indexes a rotation frees bytes only, also where the limit is so low that any count is over
             if count <= soft:
                 self._rest_seconds = FIRST_REST_SECONDS
             too_many = desk.index.session_bytes() > desk.settings.lancedb.session_most_bytes
             if too_many and now - self._rotated_for_bytes >= BYTES_REST_SECONDS:
                 self._rotated_for_bytes = now
-                self._rotate(now, count, reason="session_bytes")
+                self._rotate(count, reason="session_bytes")
         count = self.count()
         self.peak = max(self.peak, count)
         calm = now - desk.exhausted_at_seconds >= CALM_SECONDS
@@ -204,16 +204,20 @@ class Guard:
         self._classified = now, count
         self.classes = fds.classify(count, lancedb=settings.lancedb_directory, engine=settings.engine_directory)
 
-    def _rotate(self, now: float, before: int, *, reason: str) -> None:
+    def _rotate_for_descriptors(self, now: float, before: int, *, reason: str) -> None:
+        """Rotate, unless the last rotation freed none and its rest is not over."""
         if now < self._rotate_after:
             return
-        index, held_bytes = self.desk.index, self.desk.index.session_bytes()
-        index.rotate()
-        after = self.count()
+        self._rotate(before, reason=reason)
         helped = self._before_last - self._lowest_since > 1 or not self._before_last  # its readers may have gone later
         self._rest_seconds = FIRST_REST_SECONDS if helped else min(2 * self._rest_seconds, MOST_REST_SECONDS)
         self._rotate_after = now + self._rest_seconds
         self._before_last = self._lowest_since = before
+
+    def _rotate(self, before: int, *, reason: str) -> None:
+        index, held_bytes = self.desk.index, self.desk.index.session_bytes()
+        index.rotate()
+        after = self.count()
         logger.warning(
             "session_rotated reason={} before={} after={} session_bytes={} rotations={} waiting={} classes={}",
             reason,
