@@ -1,9 +1,10 @@
 """Is a series flat? The slope of its second half with a confidence interval that allows for autocorrelation.
 
 Samples taken tenths of a second apart are far from independent, so an ordinary regression's interval is much too narrow.
-The half is cut into BATCHES stretches of equal length; their means are nearly independent once a stretch is a few
-correlation times long (the method of batch means), and a least-squares line through those means has Student's interval
-with BATCHES - 2 degrees of freedom. ``test_slope.py`` holds the false-alarm rate and the power to figures.
+The half is cut into stretches of equal length; their means are nearly independent once a stretch is as long as what comes
+round in the series (the method of batch means): here BATCH_SECONDS, in which an engine trims its heap and rotates its
+Session once at least. A least-squares line through n such means has Student's interval with n - 2 degrees of freedom.
+``test_slope.py`` holds the false-alarm rate and the power to figures.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BATCHES = 12
+BATCH_SECONDS = 37.0
+"""Longer than any such cycle, and no multiple of one."""
+LEAST_BATCHES, MOST_BATCHES = 6, 12
+NEEDS_SECONDS = 2 * LEAST_BATCHES * BATCH_SECONDS
+"""A shorter series can be told, but not judged: its stretches are parts of one cycle."""
 LEVEL = 0.995
-"""Of each interval. A full run asks eight times (four limits, two series), so it cries wolf in 2 of 100 runs."""
-STUDENT = 3.581
-"""The two-sided 99.5 % quantile of Student's t with BATCHES - 2 = 10 degrees of freedom."""
+"""Of each interval. A full run asks ten times (five soaks, two series), so it cries wolf in 3 of 100 runs."""
+STUDENT = {4: 5.598, 5: 4.773, 6: 4.317, 7: 4.029, 8: 3.833, 9: 3.690, 10: 3.581}
+"""The two-sided 99.5 % quantiles of Student's t, by degrees of freedom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,19 @@ def slope(seconds: Sequence[float], values: Sequence[float]) -> Slope:
     when, what = np.asarray(seconds, dtype=float), np.asarray(values, dtype=float)
     late = when >= (when[0] + when[-1]) / 2
     when, what = when[late], what[late]
-    if when.size < 2 * BATCHES:
-        message = f"{when.size} samples in the second half are too few for {BATCHES} batches: let it run longer"
+    batches = int(np.clip((when[-1] - when[0]) / BATCH_SECONDS, LEAST_BATCHES, MOST_BATCHES)) if when.size else 0
+    if when.size < 2 * MOST_BATCHES:
+        message = f"{when.size} samples in the second half are too few for {MOST_BATCHES} batches: let it run longer"
         raise ValueError(message)
     if np.ptp(what) == 0.0:
         return Slope(0.0, 0.0, 0.0)
-    edges = np.linspace(when[0], when[-1], BATCHES + 1)
-    which = np.clip(np.searchsorted(edges, when, side="right") - 1, 0, BATCHES - 1)
-    x = np.array([when[which == batch].mean() for batch in range(BATCHES)]) / 60.0
-    y = np.array([what[which == batch].mean() for batch in range(BATCHES)])
+    edges = np.linspace(when[0], when[-1], batches + 1)
+    which = np.clip(np.searchsorted(edges, when, side="right") - 1, 0, batches - 1)
+    x = np.array([when[which == batch].mean() for batch in range(batches)]) / 60.0
+    y = np.array([what[which == batch].mean() for batch in range(batches)])
     centred = x - x.mean()
     spread = float(centred @ centred)
     found = float(centred @ y) / spread
     residuals = y - y.mean() - found * centred
-    half = STUDENT * float(np.sqrt(residuals @ residuals / (BATCHES - 2) / spread))
+    half = STUDENT[batches - 2] * float(np.sqrt(residuals @ residuals / (batches - 2) / spread))
     return Slope(found, found - half, found + half)

@@ -14,19 +14,21 @@ from collections.abc import Sequence
 import descriptors
 import soak
 
-BOUNDED_MINUTES, BOUNDED_PLAN = 1.0, ((64, "reopen"), (1024, "reopen"), (256, "pinned"))
-MACHINE_SHARE = 0.2
-"""Of the time for the state machine; the soaks need the rest to see a slope."""
+BOUNDED_MINUTES, BOUNDED_PLAN = 0.5, ((64, "reopen"), (1024, "reopen"), (256, "pinned"))
+MACHINE_SHARE = 0.4
+"""The state machine's minutes for each minute of a soak."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Everything in turn; exit status 1 where anything fails."""
     parser = argparse.ArgumentParser(description="The descriptor stress.")
-    parser.add_argument("--minutes", type=float, help="for everything; by default one minute, of fewer limits")
+    parser.add_argument(
+        "--minutes", type=float, help="how long each soak lasts; by default half a minute, of fewer limits"
+    )
     asked = parser.parse_args(arguments).minutes
     minutes, plan = (BOUNDED_MINUTES, BOUNDED_PLAN) if asked is None else (asked, soak.PLAN)
     descriptors.main(["--minutes", str(MACHINE_SHARE * minutes)])
-    return soak.run_plan(plan, (1 - MACHINE_SHARE) * minutes)
+    return soak.run_plan(plan, minutes)
 
 
 if __name__ == "__main__":

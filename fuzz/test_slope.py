@@ -44,6 +44,16 @@ def test_growth_that_ends_within_the_first_half_is_warm_up() -> None:
     assert not slope(SECONDS, series).rises
 
 
+def test_what_comes_round_about_every_half_minute_rarely_raises_an_alarm() -> None:
+    rng = np.random.default_rng(10)
+    alarms = 0
+    for _ in range(200):
+        turns = np.cumsum(rng.uniform(20.0, 35.0, 40)) - 20.0
+        last = turns[np.searchsorted(turns, SECONDS, side="right") - 1]
+        alarms += slope(SECONDS, 30 * (SECONDS - last) / 30.0 + correlated(rng, time_seconds=2.0)).rises
+    assert alarms <= 3
+
+
 def test_a_constant_series_has_a_slope_of_exactly_zero() -> None:
     found = slope(SECONDS, np.full(SECONDS.size, 31.0))
     assert (found.low, found.per_minute, found.high) == (0.0, 0.0, 0.0)
