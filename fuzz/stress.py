@@ -15,7 +15,7 @@ import descriptors
 import soak
 
 BOUNDED_MINUTES, BOUNDED_PLAN = 0.5, ((64, "reopen"), (1024, "reopen"), (256, "pinned"))
-MACHINE_SHARE = 0.4
+MACHINE_SHARE = 0.2
 """The state machine's minutes for each minute of a soak."""
 
 
