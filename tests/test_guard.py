@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from loguru import logger
 
 from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import SettingsError
+from everos_engine.loops.desk import HISTORY, History, Point
 from everos_engine.loops.guard import Guard, share_of_breadth
 from everos_engine.loops.law import prove
 from everos_engine.settings import DescriptorMode, LanceDBSettings, Settings, load
@@ -257,6 +259,23 @@ async def test_the_guard_counts_what_is_open_and_tells_the_classes_apart_as_soon
         after = engine.desk.fds
     assert after["count"] >= 500  # type: ignore[operator]
     assert after["classes"]["other"] >= 500  # type: ignore[index]
+
+
+def test_the_history_holds_the_last_hour_in_the_memory_of_its_first_point() -> None:
+    history = History()
+    points = [Point(number, number % 50, number << 20, number % 3 / 2, number << 33) for number in range(HISTORY + 7)]
+    for number, point in enumerate(points[:3]):
+        assert list(history) == points[:number]
+        history.append(point)
+    tracemalloc.start()
+    try:
+        for point in points[3:]:
+            history.append(point)
+        assert tracemalloc.get_traced_memory()[0] < 1000
+    finally:
+        tracemalloc.stop()
+    assert list(history) == points[-HISTORY:]
+    assert len(history) == HISTORY
 
 
 async def test_the_history_is_kept_and_written(settings: Settings, tmp_path: Path) -> None:

@@ -292,7 +292,8 @@ async def _owned(settings: Settings) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncIterator[Vectors]:
     settings.engine_directory.mkdir(parents=True, exist_ok=True)
-    cache = Database(settings.engine_directory / "embeddings.db", schema=embeddings.SCHEMA)
+    path = settings.engine_directory / "embeddings.db"
+    cache = Database(path, schema=embeddings.SCHEMA, cache_kibibytes=embeddings.PAGES_KIBIBYTES)
     try:
         async with (
             open_embedder(settings.embedder) as configured,

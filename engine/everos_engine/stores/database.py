@@ -42,7 +42,14 @@ class Database:
     """
 
     def __init__(
-        self, path: Path, *, schema: str = "", version: int = 0, may_replace: bool = False, readonly: bool = False
+        self,
+        path: Path,
+        *,
+        schema: str = "",
+        version: int = 0,
+        may_replace: bool = False,
+        readonly: bool = False,
+        cache_kibibytes: int = 0,
     ) -> None:
         flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         self.path = path
@@ -58,6 +65,8 @@ class Database:
                 self._retried(lambda: self._run("PRAGMA journal_mode=WAL"))
                 self._run("PRAGMA synchronous=NORMAL")
                 self._run("PRAGMA journal_size_limit=8388608")
+            if cache_kibibytes:
+                self._run(f"PRAGMA cache_size=-{cache_kibibytes}")
             self._run("PRAGMA temp_store=MEMORY")
             if schema:
                 self._lay(schema, version, may_replace=may_replace)

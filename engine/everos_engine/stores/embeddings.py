@@ -23,6 +23,8 @@ CREATE TABLE IF NOT EXISTS embedding (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS embedding_used ON embedding (used);
 """
+PAGES_KIBIBYTES = 256
+"""SQLite's own page cache: keys are hashes, so a page read is hardly ever asked for again soon, and the system caches files too."""
 USED_GRAIN_MILLISECONDS = 86_400_000
 ROW_OVERHEAD_BYTES = 64
 
