@@ -49,8 +49,8 @@ def check_limit(limit: int) -> None:
 
 
 def reads_of(settings: LanceDBSettings, *, limit: int) -> int:
-    """How many reads of the index may run at once: ``concurrent_reads``, or as many as a low ``limit`` has room for."""
-    return max(1, min(settings.concurrent_reads, (limit - BASE_DESCRIPTORS) // READ_DESCRIPTORS))
+    """How many reads of the index may run at once: ``concurrent_reads``, or as many as a low ``limit`` has room for beside a writer."""
+    return max(1, min(settings.concurrent_reads, (limit - BASE_DESCRIPTORS) // READ_DESCRIPTORS - 1))
 
 
 def own_of(settings: LanceDBSettings, *, limit: int) -> int:
