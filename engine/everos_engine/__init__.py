@@ -16,7 +16,7 @@ _LAZY = {"Engine": "everos_engine.engine", "open_engine": "everos_engine.engine"
 
 def __getattr__(name: str) -> object:
     """LanceDB takes a second to import; only those who open an engine pay for it."""
-    import importlib  # noqa: PLC0415
+    import importlib
 
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

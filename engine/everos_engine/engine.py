@@ -153,7 +153,7 @@ class Engine:
         desk, after, found = self._desk, "", list[str]()
         while True:
             _, queued, end = await trio.to_thread.run_sync(
-                lambda start=after: audit(desk.settings, desk.database, after=start, limit=AUDIT_FILES),  # type: ignore[misc]
+                lambda start=after: audit(desk.settings, desk.database, after=start, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
                 limiter=desk.database.limiter,
             )
             found += queued

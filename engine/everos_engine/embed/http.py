@@ -157,7 +157,7 @@ async def open_http_embedder(settings: EmbedderSettings) -> AsyncIterator[HttpEm
     direct = is_loopback(endpoint(settings.url))
     limits = httpx.Limits(max_connections=2 * settings.concurrency + 2, max_keepalive_connections=settings.concurrency)
     # no time-outs of the client's own: a deadline of ours encloses each call
-    async with httpx.AsyncClient(timeout=None, trust_env=not direct, limits=limits) as client:  # noqa: S113
+    async with httpx.AsyncClient(timeout=None, trust_env=not direct, limits=limits) as client:  # noqa: S113 - each call has a deadline of its own
         yield HttpEmbedder(settings, client)
 
 

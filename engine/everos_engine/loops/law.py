@@ -49,7 +49,7 @@ class Law:
 @dataclass(frozen=True, slots=True)
 class _Throwaway:
     name: str = KIND
-    columns: Mapping[str, str] = ()  # type: ignore[assignment]
+    columns: Mapping[str, str] = ()  # type: ignore[assignment]  # always given
     fts_columns: tuple[str, ...] = ("text",)
 
 
@@ -60,7 +60,7 @@ async def prove(bridge: Bridge, settings: LanceDBSettings, *, directory: Path, c
     """
     began = time.process_time()
     for stale in directory.glob(PREFIX + "*"):
-        await trio.to_thread.run_sync(lambda path=stale: shutil.rmtree(path, ignore_errors=True))  # type: ignore[misc]
+        await trio.to_thread.run_sync(lambda path=stale: shutil.rmtree(path, ignore_errors=True))  # type: ignore[misc]  # a default binds the value of this turn
     place = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
     kind = _Throwaway(columns={"text": "string"})
     bound = 0 if claimed == "reopen" else 4 * CYCLES - 1

@@ -210,7 +210,7 @@ async def _audit(desk: Desk) -> None:
         known, position = await desk.database.aread(lambda tx: (sweeps.files(tx), meta.get(tx, AUDIT_POSITION) or ""))
         await trio.sleep(max(1.0, hours * 3600 * AUDIT_FILES / max(known, AUDIT_FILES)))
         _, queued, _ = await trio.to_thread.run_sync(
-            lambda after=position: audit(desk.settings, desk.database, after=after, limit=AUDIT_FILES),  # type: ignore[misc]
+            lambda after=position: audit(desk.settings, desk.database, after=after, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
             limiter=desk.database.limiter,
         )
         if queued:

@@ -300,7 +300,7 @@ def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
             directories = True
             desk.progress.directories_added += 1
         elif place is None:
-            keys.update(dict.fromkeys(desk.database.read(lambda tx, k=key: sweeps.known_below(tx, k))))  # type: ignore[misc]
+            keys.update(dict.fromkeys(desk.database.read(lambda tx, k=key: sweeps.known_below(tx, k))))  # type: ignore[misc]  # a default binds the value of this turn
     return observe_paths(settings, list(keys)), directories
 
 

@@ -297,7 +297,7 @@ class _Worker:
                     job.error = Exhausted(str(job.error))
                 if job.put_off is not None and self.desk.starved(job.put_off):
                     job.put_off = Exhausted(str(job.put_off))
-            await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, w=written: self._mark(tx, k, o, w))  # type: ignore[misc]
+            await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, w=written: self._mark(tx, k, o, w))  # type: ignore[misc]  # a default binds the value of this turn
             self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
             self.desk.progress.applied += len(of_kind)
             if written is not None:

@@ -142,7 +142,7 @@ class Database:
         return self._limiter
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        import trio  # noqa: PLC0415
+        import trio
 
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
 

@@ -21,13 +21,13 @@ import trio
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
 
-import lancedb  # noqa: E402
-import pyarrow as pa  # noqa: E402
-from lancedb.index import FTS  # noqa: E402
-from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402
+import lancedb  # noqa: E402 - after LANCEDB_LOG is set
+import pyarrow as pa  # noqa: E402 - after LANCEDB_LOG is set
+from lancedb.index import FTS  # noqa: E402 - after LANCEDB_LOG is set
+from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after LANCEDB_LOG is set
 
-from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402
-from everos_engine.stores.generation import Generation, Generations  # noqa: E402
+from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402 - after LANCEDB_LOG is set
+from everos_engine.stores.generation import Generation, Generations  # noqa: E402 - after LANCEDB_LOG is set
 
 if TYPE_CHECKING:
     from lancedb import AsyncConnection, AsyncTable

@@ -80,12 +80,12 @@ def calibrate(settings: Settings, *, quick: bool, output: Path) -> int:
         for mode, cap in [*(("pinned", cap) for cap in (*caps, UNBOUNDED)), ("reopen", caps[-1])]
     }
     counts: dict[int, Sequence[int]] = {
-        cap: trial["per_cycle"]  # type: ignore[misc]
+        cap: trial["per_cycle"]  # type: ignore[misc]  # a default binds the value of this turn
         for (mode, cap), trial in found.items()
         if mode == "pinned"
     }
     slope = slope_of(counts, otherwise=settings.lancedb.descriptors_per_mebibyte)
-    lines = [_line(mode, cap, trial, slope) for (mode, cap), trial in found.items()]  # type: ignore[arg-type]
+    lines = [_line(mode, cap, trial, slope) for (mode, cap), trial in found.items()]  # type: ignore[arg-type]  # our own trial's JSON
     facts: dict[str, object] = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "lancedb": importlib.metadata.version("lancedb"),
@@ -223,7 +223,7 @@ def _try(plan: Mapping[str, object], shape: Shape) -> dict[str, object]:
 
 
 def _line(mode: DescriptorMode, cap: int, trial: Mapping[str, object], slope: float) -> Line:
-    times = sorted(trial["query_milliseconds"] or [0.0])  # type: ignore[call-overload]
+    times = sorted(trial["query_milliseconds"] or [0.0])  # type: ignore[call-overload]  # our own trial's JSON
     pinned, peak = int(str(trial["pinned"])), int(str(trial["peak"]))
     own = own_of(LanceDBSettings(), limit=ROOMY)
     seen, projected = max(peak, own + pinned), 0
@@ -244,7 +244,7 @@ def _line(mode: DescriptorMode, cap: int, trial: Mapping[str, object], slope: fl
         float(str(trial["query_cpu_milliseconds"])),
         int(str(trial["session_bytes"])),
         None if ceiling is None else next((limit for limit in LIMITS if limit >= HEADROOM * ceiling), None),
-        trial["per_cycle"],  # type: ignore[arg-type]
+        trial["per_cycle"],  # type: ignore[arg-type]  # our own trial's JSON
         bool(trial["exhausted"]),
     )
 

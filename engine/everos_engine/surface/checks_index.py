@@ -147,8 +147,8 @@ def _of_another_model(case: Case, model: str, probe: Sequence[float]) -> list[st
     """Kinds whose vectors another model made: the probe sentence got another vector then. None without an answer to that."""
     import numpy as np  # noqa: PLC0415 - only where vectors are compared
 
-    from everos_engine.embed.protocol import similar  # noqa: PLC0415
-    from everos_engine.stores import embeddings  # noqa: PLC0415
+    from everos_engine.embed.protocol import similar
+    from everos_engine.stores import embeddings
 
     cache = case.settings.engine_directory / "embeddings.db"
     if case.books is None or not case.books.incarnations or not cache.exists():
@@ -168,7 +168,7 @@ def _of_another_model(case: Case, model: str, probe: Sequence[float]) -> list[st
 async def _ask(case: Case) -> tuple[str, list[float]]:
     """One call: (model, vector of the probe sentence). The width is taken as it comes, so that a wrong one can be named."""
     from everos_engine.embed import open_embedder  # noqa: PLC0415 - only where it is asked
-    from everos_engine.embed.protocol import PROBE_SENTENCE  # noqa: PLC0415
+    from everos_engine.embed.protocol import PROBE_SENTENCE
 
     settings = dataclasses.replace(case.settings.embedder, dimension=0)
     with trio.fail_after(min(EMBED_SECONDS, settings.deadline_seconds + 1)):

@@ -266,5 +266,5 @@ def _limit_of(pid: int | None) -> tuple[int, int] | None:
     for line in text.splitlines():
         if line.startswith("Max open files"):
             soft, hard = line.split()[3:5]
-            return tuple(int(one) if one.isdigit() else limits.UNLIMITED for one in (soft, hard))  # type: ignore[return-value]
+            return tuple(int(one) if one.isdigit() else limits.UNLIMITED for one in (soft, hard))  # type: ignore[return-value]  # two in, two out
     return None

@@ -96,7 +96,7 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
-    from everos_engine.surface.paint import paint_for  # noqa: PLC0415
+    from everos_engine.surface.paint import paint_for
 
     found = status.snapshot(settings)
     if arguments.json:
@@ -108,8 +108,8 @@ def _status(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface.explain import as_json, explain  # noqa: PLC0415 - not needed by --help
-    from everos_engine.surface.explain_text import as_text  # noqa: PLC0415
-    from everos_engine.surface.paint import paint_for  # noqa: PLC0415
+    from everos_engine.surface.explain_text import as_text
+    from everos_engine.surface.paint import paint_for
 
     found = explain(settings, arguments.path, program=program(settings, arguments), rows=arguments.rows)
     if arguments.json:
@@ -121,10 +121,10 @@ def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface import doctor  # noqa: PLC0415 - imports LanceDB where there is an index
-    from everos_engine.surface.paint import paint_for  # noqa: PLC0415
+    from everos_engine.surface.paint import paint_for
 
     if arguments.bundle is not None:
-        from everos_engine.surface import bundle  # noqa: PLC0415
+        from everos_engine.surface import bundle
 
         written = bundle.write(
             settings, Path(arguments.bundle or bundle.default_name(time.time())), offline=arguments.offline

@@ -164,7 +164,7 @@ def _do(
             screen.clear()
 
 
-def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable[list[dict[str, object]]]]) -> list:  # type: ignore[type-arg]
+def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable[list[dict[str, object]]]]) -> list:  # type: ignore[type-arg]  # of what the work's list is of
     try:
         return trio.run(work)
     except BaseExceptionGroup as group:

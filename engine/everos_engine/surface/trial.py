@@ -7,7 +7,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -109,9 +109,9 @@ async def _cycles(index: Index, plan: Plan, trial: Trial, chance: random.Random,
         trial.cycles = cycle + 1
 
 
-async def _look(trial: Trial, count: object) -> None:
+async def _look(trial: Trial, count: Callable[[], int]) -> None:
     while True:
-        trial.peak = max(trial.peak, count())  # type: ignore[operator]
+        trial.peak = max(trial.peak, count())
         await trio.sleep(LOOK_SECONDS)
 
 
@@ -137,7 +137,7 @@ def main() -> int:
     """Read a Plan as JSON from standard input, write the Trial as JSON to standard output."""
     facts: Mapping[str, object] = json.load(sys.stdin)
     with tempfile.TemporaryDirectory(prefix="everos-calibrate-") as directory:
-        trial = trio.run(run, Plan(**facts), Path(directory).resolve() / "lancedb")  # type: ignore[arg-type]
+        trial = trio.run(run, Plan(**facts), Path(directory).resolve() / "lancedb")  # type: ignore[arg-type]  # our own trial's JSON
     json.dump(asdict(trial), sys.stdout)
     return 0
 
