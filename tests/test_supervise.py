@@ -58,6 +58,27 @@ async def test_troubles_of_the_world_are_waited_out_however_often_they_come(
     assert len(starts) == 50
 
 
+async def test_an_error_at_the_moment_of_the_end_does_not_outlive_it() -> None:
+    async def fails() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            message = "at the last moment"
+            raise OSError(message)
+
+    async def loop() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails)
+            await trio.sleep_forever()
+
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep, "watch", loop)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+    assert scope.cancelled_caught
+
+
 @pytest.mark.parametrize("error", [Fatal("only a human"), SettingsError("a bad value")])
 async def test_what_only_a_human_can_change_ends_the_process_at_once(error: Exception) -> None:
     loop, starts = dying(lambda _: ExceptionGroup("", [ValueError("beside it"), error]))

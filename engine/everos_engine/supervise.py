@@ -30,7 +30,7 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
     delay = FIRST_DELAY_SECONDS
     while True:
         started = trio.current_time()
-        error = await _death(loop)
+        error = await _death(name, loop)
         if error is None:
             return
         now = trio.current_time()
@@ -55,12 +55,21 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
         delay = min(delay * 2, MOST_DELAY_SECONDS)
 
 
-async def _death(loop: Callable[[], Awaitable[None]]) -> BaseException | None:
-    """What the loop died of, out of its one-member groups; None where it ended well. Cancellation passes through."""
+async def _death(name: str, loop: Callable[[], Awaitable[None]]) -> BaseException | None:
+    """What the loop died of, out of its one-member groups; None where it ended well.
+
+    Cancellation passes through, alone: an error that came at the same moment is told, but the end is no failure for it.
+    """
     try:
         await loop()
     except Exception as error:  # noqa: BLE001 - the supervisor's is the one broad handler
         return alone(error)
+    except BaseExceptionGroup as group:
+        cancelled, others = group.split(trio.Cancelled)
+        if cancelled is None or not isinstance(others, ExceptionGroup):
+            raise
+        logger.opt(exception=others).warning("loop_died_at_the_end loop={}", name)
+        raise cancelled from None
     return None
 
 

@@ -42,10 +42,6 @@ REMEDIES = {
 }
 
 
-class _Replaced(Exception):
-    """The root is not the directory the watches were laid on."""
-
-
 async def watch(desk: Desk) -> None:
     """Record events until cancelled, and lay the watches anew whenever they may be stale.
 
@@ -61,13 +57,12 @@ async def watch(desk: Desk) -> None:
         desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         try:
             await _listen(desk)
+            logger.warning("watch_laid_anew root={}", desk.settings.root)
         except OSError as error:
             if error.errno in {errno.ENOENT, errno.ENOTDIR}:
                 await trio.sleep(LOOK_SECONDS)  # the root is gone: the scan says so
                 continue
             await _degraded(desk, error)
-        except _Replaced:
-            logger.warning("watch_laid_anew root={}", desk.settings.root)
 
 
 async def _idle(desk: Desk) -> None:
@@ -119,17 +114,17 @@ def _raise(code: str) -> str:
 
 
 async def _listen(desk: Desk) -> None:
-    """Lay the watches, and record what they tell. Raises OSError where they cannot be laid, _Replaced when stale."""
+    """Lay the watches, and record what they tell until they are stale. Raises OSError where they cannot be laid."""
     laid_on, stop = _identity(desk.settings.root), threading.Event()
     send, receive = trio.open_memory_channel[set[str]](64)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_cancelled, stop)
-            nursery.start_soon(_check, desk, laid_on)
             nursery.start_soon(_receive, desk, receive)
-            await trio.to_thread.run_sync(_run, desk, stop, send)
+            nursery.start_soon(trio.to_thread.run_sync, _run, desk, stop, send)
+            await _until_stale(desk, laid_on)
             nursery.cancel_scope.cancel()
-    except* (OSError, _Replaced) as group:
+    except* OSError as group:
         raise group.exceptions[0] from None
     finally:
         desk.progress.watching = False
@@ -162,7 +157,7 @@ def _lay(settings: Settings) -> RustNotify:
         raise OSError(errno.EMFILE, str(error)) from error  # the user's share of inotify instances
     except (
         PermissionError
-    ):  # a blind directory, which the scan names; ignoring it hides a watch limit, which _check finds
+    ):  # a blind directory, which the scan names; ignoring it hides a watch limit, which _until_stale finds
         return RustNotify(paths, debug, polling, delay, recursive, ignore_permission_denied=True)
 
 
@@ -180,19 +175,19 @@ async def _stop_when_cancelled(stop: threading.Event) -> None:
         stop.set()
 
 
-async def _check(desk: Desk, laid_on: tuple[int, int]) -> None:
-    """The watches are on the root there is, and there is one for each directory."""
+async def _until_stale(desk: Desk, laid_on: tuple[int, int]) -> None:
+    """Return once the root is not the one the watches were laid on; meanwhile see that there is one for each directory."""
     due, added = time.monotonic() + LOOK_SECONDS, 0
     short_before, exhausted_before = 0, desk.exhaustion.value
     while True:
         await trio.sleep(LOOK_SECONDS)
         desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         if _identity(desk.settings.root) != laid_on:
-            raise _Replaced
+            return
         if desk.exhaustion.value != exhausted_before:
             if desk.pressure.value <= 0:
                 continue  # there is no descriptor to look with
-            raise _Replaced  # directories that appeared meanwhile may have got no watch
+            return  # directories that appeared meanwhile may have got no watch
         if time.monotonic() < due and added == desk.progress.directories_added:
             continue
         added = desk.progress.directories_added
