@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import trio.lowlevel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everos_engine.errors import SettingsError
+from everos_engine.errors import SettingsError, Transient, UnknownOutcome
 from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores.generation import Generations
 from everos_engine.stores.index import Index, Model, Row, open_index
@@ -34,8 +34,10 @@ class Letter:
 
 
 @asynccontextmanager
-async def opened(directory: Path, mode: DescriptorMode = "reopen") -> AsyncIterator[Index]:
-    settings = LanceDBSettings(descriptor_mode=mode)
+async def opened(
+    directory: Path, mode: DescriptorMode = "reopen", *, keep_versions_seconds: float = 600.0
+) -> AsyncIterator[Index]:
+    settings = LanceDBSettings(descriptor_mode=mode, keep_versions_seconds=keep_versions_seconds)
     async with open_asyncio_thread() as bridge:
         index = open_index(bridge, settings, kinds={"letter": Letter()}, directory=directory, cap_bytes=16 * MIB)
         try:
@@ -165,6 +167,58 @@ async def test_an_optimize_of_a_table_that_is_written_without_pause_has_commits_
                 await index.optimize("letter", alone=True)
             stop.set()
         assert len(await found(index, "heron")) == 10
+
+
+async def test_what_a_voided_optimize_left_behind_goes_with_the_next_that_is_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "lance"
+
+    def indexes() -> int:
+        return len(list((directory / "letter.lance" / "_indices").iterdir()))
+
+    async with opened(directory) as index:
+        await index.create("letter", NO_VECTORS)
+        await index.commit("letter", [row(n, "heron") for n in range(300)], [])
+        voided = 0
+
+        async def optimize() -> None:
+            nonlocal voided
+            try:
+                await index.optimize("letter", alone=False)
+            except Transient:
+                voided += 1
+
+        for number in range(100):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(optimize)
+                for other in range(4):
+                    await index.commit("letter", [row((4 * number + other) % 300, f"heron {number}")], [])
+            if voided >= 3:
+                break
+        assert voided >= 3
+        assert indexes() > 2
+        index.settings = replace(index.settings, keep_versions_seconds=0.0)
+        await index.optimize("letter", alone=True)
+        assert indexes() <= 2, "today's, and the one that it replaced a moment ago"
+        assert len(await found(index, "heron")) == len(await index.rows("letter"))
+
+
+async def test_files_that_a_write_cut_off_at_its_deadline_may_yet_commit_are_left_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "lance"
+    async with opened(directory, keep_versions_seconds=0.0) as index:
+        await index.create("letter", NO_VECTORS)
+        await index.commit("letter", [row(0, "heron")], [])
+        stray = directory / "letter.lance" / "data" / "stray.lance"
+        stray.write_bytes(b"half")
+        index.settings = replace(index.settings, write_deadline_seconds=0.0)
+        with pytest.raises(UnknownOutcome):
+            await index.commit("letter", [row(1, "heron")], [])
+        index.settings = replace(index.settings, write_deadline_seconds=60.0)
+        await index.optimize("letter", alone=True)
+        assert stray.exists()
+    async with opened(directory, keep_versions_seconds=0.0) as index:
+        assert "e0" in await found(index, "heron")
+        await index.optimize("letter", alone=True)
+        assert not stray.exists()
 
 
 async def test_a_table_is_due_once_a_fifth_of_it_is_in_no_index_whoever_wrote_it(tmp_path: Path) -> None:

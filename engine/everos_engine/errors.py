@@ -52,6 +52,10 @@ class Transient(EngineError):
         self.counts_as_retry = counts_as_retry
 
 
+class UnknownOutcome(Transient):
+    """A write was cut off at its deadline: it may or may not have happened, so it must be done again."""
+
+
 class Exhausted(Transient):
     """The process or the system has no file descriptor left: the work waits until it has, and no attempt is counted."""
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -26,7 +27,7 @@ import pyarrow as pa  # noqa: E402 - after LANCEDB_LOG is set
 from lancedb.index import FTS  # noqa: E402 - after LANCEDB_LOG is set
 from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after LANCEDB_LOG is set
 
-from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402 - after LANCEDB_LOG is set
+from everos_engine.errors import Exhausted, Fatal, Transient, UnknownOutcome, exhausted  # noqa: E402 - after LANCEDB_LOG is set
 from everos_engine.stores.generation import Generation, Generations  # noqa: E402 - after LANCEDB_LOG is set
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Index:
     _moved: dict[str, int] = field(default_factory=dict)
     _unmade: set[str] = field(default_factory=set)
     _turns: dict[str, trio.Lock] = field(default_factory=dict)
+    _adrift: set[str] = field(default_factory=set)
     _reads: trio.CapacityLimiter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -275,14 +277,14 @@ class Index:
     async def optimize(self, kind: str, *, alone: bool = True) -> int:
         """Compact, fold new rows into the indexes, prune old versions; the table's new version.
 
-        ``alone`` has commits wait meanwhile; else one that comes in between voids the work, and Transient is raised.
+        ``alone`` has commits wait meanwhile; else one that comes in between voids the work, and Transient is raised. What
+        voided work and killed engines left in the table's folder is removed by the next that is alone.
         """
-        life = self._lives[kind]
+        life, keep_seconds = self._lives[kind], self.settings.keep_versions_seconds
         commits, rows = life.commits, life.rows
         async with self._turn(kind) if alone else nullcontext(), self._writing(kind) as table:
-            version, life.indexed = await self.write(
-                _optimize, table, self.kinds[kind], self.settings.keep_versions_seconds
-            )
+            optimize = partial(_optimize, nobody_else=alone and kind not in self._adrift)
+            version, life.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
         life.commits -= commits
         life.rows -= rows
         return version
@@ -380,6 +382,9 @@ class Index:
                 raise Transient(message)
             try:
                 yield table
+            except UnknownOutcome:
+                self._adrift.add(kind)  # it may go on, with files that no version names yet
+                raise
             finally:
                 self._written(kind, table)
 
@@ -545,9 +550,12 @@ async def _delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
     return int(result.version)
 
 
-async def _optimize(table: AsyncTable, kind: TableKind, keep_seconds: float) -> tuple[int, int]:
-    """The version then, and the rows that the full-text indexes cover."""
-    await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds))
+async def _optimize(table: AsyncTable, kind: TableKind, keep_seconds: float, *, nobody_else: bool) -> tuple[int, int]:
+    """The version then, and the rows that the full-text indexes cover.
+
+    Lance keeps files of no version for a week, since a writer may be about to commit them; with ``nobody_else`` writing they go.
+    """
+    await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds), delete_unverified=nobody_else)
     return int(await table.version()), (await _covered(table, kind))[0]
 
 

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar, TypeVarTuple, cast
 
 import trio
 
-from everos_engine.errors import Fatal, Transient
+from everos_engine.errors import Fatal, Transient, UnknownOutcome
 
 CANCEL_GRACE_SECONDS = 5.0
 """How long a call that was told to stop is waited for."""
@@ -20,10 +20,6 @@ STOP_GRACE_SECONDS = 10.0
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-class UnknownOutcome(Transient):
-    """A write was cut off at its deadline: it may or may not have happened, so it must be done again."""
 
 
 class AsyncioThreadDied(Fatal):
