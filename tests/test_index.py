@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from everos_engine.errors import SettingsError, Transient, UnknownOutcome
 from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores.generation import Generations
-from everos_engine.stores.index import Index, Model, Row, open_index
+from everos_engine.stores.index import Index, open_index
+from everos_engine.stores.lance import Model, Row
 from everos_engine.system import fds
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.system.ceiling import BASE_DESCRIPTORS, cap_of, ceiling_of, own_of, reads_of

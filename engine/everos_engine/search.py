@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from everos_engine.errors import BadQuestion
 from everos_engine.stores import ledger
-from everos_engine.stores.index import Hit, text_literal
+from everos_engine.stores.lance import Hit, text_literal
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:

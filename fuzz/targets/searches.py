@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from everos_engine.engine import Engine, open_engine
 from everos_engine.search import Filter, Mode
 from everos_engine.settings import load
-from everos_engine.stores.index import Model, Row
+from everos_engine.stores.lance import Model, Row
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
 

@@ -10,7 +10,7 @@ from loguru import logger
 from everos_engine.errors import Exhausted, Transient
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import ledger, queue
-from everos_engine.stores.index import Model
+from everos_engine.stores.lance import Model
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:

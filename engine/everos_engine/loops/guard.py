@@ -17,7 +17,7 @@ from everos_engine.loops.agree import expect_root
 from everos_engine.loops.desk import Desk, Point, now_milliseconds, wait_moved
 from everos_engine.loops.law import Law, prove
 from everos_engine.stores import meta
-from everos_engine.stores.index import LIBRARY
+from everos_engine.stores.lance import LIBRARY
 from everos_engine.system import ceiling, fds, memory
 
 if TYPE_CHECKING:

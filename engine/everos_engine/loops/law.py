@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import trio
 from loguru import logger
 
-from everos_engine.stores.index import LIBRARY, Bridge, Model, Row, open_index
+from everos_engine.stores.index import Bridge, open_index
+from everos_engine.stores.lance import LIBRARY, Model, Row
 from everos_engine.system import fds
 
 if TYPE_CHECKING:

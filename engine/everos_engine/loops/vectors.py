@@ -14,7 +14,7 @@ from everos_engine.embed.protocol import similar
 from everos_engine.errors import BadText, EngineError, Transient, Unavailable
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import embeddings
-from everos_engine.stores.index import Model
+from everos_engine.stores.lance import Model
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence

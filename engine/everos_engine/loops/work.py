@@ -24,7 +24,7 @@ from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.job import Job, Unsettled, complaint, looks_torn, note_written, put_off, refuse, unsettled
 from everos_engine.loops.vectors import MODEL_CHANGED
 from everos_engine.stores import ledger, meta, queue
-from everos_engine.stores.index import Model, Row
+from everos_engine.stores.lance import Model, Row
 from everos_engine.system import files, locks
 from everos_engine.text import diff, kinds
 

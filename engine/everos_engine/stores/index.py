@@ -1,77 +1,35 @@
-"""The one door to LanceDB: tables that carry their identity, one commit per kind and batch, and searches."""
+"""The index: one table per kind, one commit per kind and batch, searches, and a Session that can be rotated beneath them."""
 
 from __future__ import annotations
 
-import math
-import os
-import re
 import shutil
-import uuid
-import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import numpy as np
 import trio
 
-os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
-
-import lancedb  # noqa: E402 - after LANCEDB_LOG is set
-import pyarrow as pa  # noqa: E402 - after LANCEDB_LOG is set
-from lancedb.index import FTS  # noqa: E402 - after LANCEDB_LOG is set
-from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after LANCEDB_LOG is set
-
-from everos_engine.errors import Exhausted, Fatal, Transient, UnknownOutcome, exhausted  # noqa: E402 - after LANCEDB_LOG is set
-from everos_engine.stores.generation import Generation, Generations  # noqa: E402 - after LANCEDB_LOG is set
+from everos_engine.errors import Exhausted, Transient, UnknownOutcome
+from everos_engine.stores import lance
+from everos_engine.stores.generation import Generation, Generations
 
 if TYPE_CHECKING:
+    import numpy as np
     from lancedb import AsyncConnection, AsyncTable
     from numpy.typing import NDArray
 
-    from everos_engine.settings import DescriptorMode, LanceDBSettings
+    from everos_engine.settings import LanceDBSettings
+    from everos_engine.stores.lance import Hit, Model, Row, TableKind
 
 T = TypeVar("T")
-LIBRARY = f"lancedb {lancedb.__version__}"
-FORMAT = "2"
 MERGE_ROWS = 2048
 OPTIMIZE_LEAST_ROWS = 64
 """Fewer rows are as soon read one by one as looked up."""
 DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
-VECTOR_INDEX_ROWS = 200_000
-"""Below this many rows an exact scan of 512-wide vectors answers in tens of milliseconds, so none is built."""
-_PLACE = re.compile(r",? /\S+\.rs:\d+(:\d+)?")
-"""Where in the library's source an error was made."""
-KEY_COLUMNS = ("md_path", "entry_id", "content_hash")
-_ARROW = {
-    "string": pa.string(),
-    "int": pa.int64(),
-    "float": pa.float64(),
-    "timestamp": pa.timestamp("us", tz="UTC"),
-    "strings": pa.list_(pa.string()),
-}
-
-
-class TableKind(Protocol):
-    """What the index needs to know of a kind."""
-
-    @property
-    def name(self) -> str:
-        """The table's name."""
-
-    @property
-    def columns(self) -> Mapping[str, str]:
-        """Column -> string, int, float, timestamp or strings."""
-
-    @property
-    def fts_columns(self) -> Sequence[str]:
-        """Columns with a full-text index."""
 
 
 class Bridge(Protocol):
@@ -82,36 +40,6 @@ class Bridge(Protocol):
 
     async def write(self, function: Callable[..., Awaitable[T]], *args: object, deadline_seconds: float) -> T:
         """Shielded; past its deadline the outcome is unknown and Transient is raised."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """Which vectors a table holds; ``name`` is unique per model fingerprint, ``dimension`` 0 means none."""
-
-    name: str
-    dimension: int
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row to write; ``vector`` has shape (dimension,) or is None for a row without text."""
-
-    md_path: str
-    entry_id: str
-    content_hash: bytes
-    values: Mapping[str, object]
-    vector: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One row found; ``score`` grows with relevance (BM25, or cosine similarity)."""
-
-    kind: str
-    md_path: str
-    entry_id: str
-    score: float
-    values: Mapping[str, object]
 
 
 @dataclass(slots=True)
@@ -156,12 +84,12 @@ class Index:
 
     async def read(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Run a coroutine function on LanceDB's loop, its troubles sorted."""
-        with _sorted():
+        with lance.sorted_troubles():
             return await self.bridge.read(function, *args, deadline_seconds=self.settings.read_deadline_seconds)
 
     async def write(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         """Run a shielded coroutine function on LanceDB's loop, its troubles sorted."""
-        with _sorted():
+        with lance.sorted_troubles():
             return await self.bridge.write(function, *args, deadline_seconds=self.settings.write_deadline_seconds)
 
     async def lives(self) -> dict[str, tuple[str, int, str]]:
@@ -178,7 +106,7 @@ class Index:
                 if table is not None and life is not None:
                     found[kind] = (life.incarnation, await self.read(table.version), life.model)
                 elif life is not None:
-                    await self.write(_drop, await self.read(self._connect, generation), kind)
+                    await self.write(lance.drop, await self.read(self._connect, generation), kind)
                     del self._lives[kind]
         return found
 
@@ -222,10 +150,10 @@ class Index:
         life, version = self._lives[kind], 0
         async with self._turn(kind), self._writing(kind) as table:
             for start in range(0, len(rows), MERGE_ROWS):
-                batch = self._batch(self.kinds[kind], life, rows[start : start + MERGE_ROWS])
-                version = await self.write(_merge, table, batch)
+                batch = lance.batch_of(self.kinds[kind], life.dimension, rows[start : start + MERGE_ROWS])
+                version = await self.write(lance.merge, table, batch)
             for start in range(0, len(deletes), DELETE_KEYS):
-                version = await self.write(_delete, table, deletes[start : start + DELETE_KEYS])
+                version = await self.write(lance.delete, table, deletes[start : start + DELETE_KEYS])
         life.commits += 1
         life.rows += len(rows) + len(deletes)
         return version
@@ -283,7 +211,7 @@ class Index:
         life, keep_seconds = self._lives[kind], self.settings.keep_versions_seconds
         commits, rows = life.commits, life.rows
         async with self._turn(kind) if alone else nullcontext(), self._writing(kind) as table:
-            optimize = partial(_optimize, nobody_else=alone and kind not in self._adrift)
+            optimize = partial(lance.optimize, nobody_else=alone and kind not in self._adrift)
             version, life.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
         life.commits -= commits
         life.rows -= rows
@@ -291,15 +219,15 @@ class Index:
 
     async def keys(self, kind: str) -> dict[tuple[str, str], bytes]:
         """(md_path, entry_id) -> content hash of every row."""
-        return await self._ask(kind, _keys) or {}
+        return await self._ask(kind, lance.keys) or {}
 
     async def rows(self, kind: str, *, where: str = "") -> list[dict[str, object]]:
         """Every row of a kind, vectors as lists; for checks and small tables."""
-        return await self._ask(kind, _rows, where) or []
+        return await self._ask(kind, lance.rows, where) or []
 
     async def search_text(self, kind: str, query: str, *, where: str, limit: int) -> list[Hit]:
         """The best rows by BM25 over the kind's text columns; words only, no operators."""
-        return await self._ask(kind, _search_text, self.kinds[kind], query, where, limit) or []
+        return await self._ask(kind, lance.search_text, self.kinds[kind], query, where, limit) or []
 
     async def search_vector(
         self, kind: str, vector: NDArray[np.float32], *, model: str, where: str, limit: int
@@ -311,7 +239,7 @@ class Index:
         life = self._lives.get(kind)
         if life is None or not life.dimension or life.model != model:
             return []
-        return await self._ask(kind, _search_vector, self.kinds[kind], vector, where, limit) or []
+        return await self._ask(kind, lance.search_vector, self.kinds[kind], vector, where, limit) or []
 
     @asynccontextmanager
     async def turn_to_read(self) -> AsyncIterator[None]:
@@ -419,283 +347,36 @@ class Index:
     async def _open(self, generation: Generation, kind: str) -> tuple[AsyncTable, _Life] | None:
         if not (self.directory / f"{kind}.lance").is_dir():
             return None
-        connection = await self._connect(generation)
-        try:
-            table = await connection.open_table(kind)
-        except ValueError as error:
-            if "was not found" not in str(error):
-                raise
-            return None  # its directory is being made, or its maker died before the first manifest
-        schema = await table.schema()
-        facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        incarnation, model = facts.get("everos_engine.incarnation", ""), facts.get("everos_engine.model", "")
-        dimension = int(facts.get("everos_engine.dimension", "0"))
-        if not incarnation:
-            raise Fatal(_drift(kind, schema, self._schema(self.kinds[kind], Model(model, dimension), "")))
-        expected = self._schema(self.kinds[kind], Model(model, dimension), incarnation)
-        current = schema.equals(expected) and facts.get("everos_engine.format") == FORMAT
-        life = _Life(incarnation, model, dimension=dimension, current=current)
-        if current and kind not in self._lives:
-            life.indexed, life.rows = await _covered(table, self.kinds[kind])
-        return table, life
+        opened = await lance.open_table(await self._connect(generation), self.kinds[kind])
+        if opened is None:
+            return None
+        identity = opened.identity
+        life = _Life(
+            identity.incarnation, identity.model.name, dimension=identity.model.dimension, current=opened.current
+        )
+        if opened.current and kind not in self._lives:
+            life.indexed, life.rows = await lance.covered(opened.table, self.kinds[kind])
+        return opened.table, life
 
     async def _create(self, generation: Generation, kind: str, model: Model) -> tuple[AsyncTable, str]:
         connection = await self._connect(generation)
-        if (self.directory / f"{kind}.lance").exists():
-            try:
-                await connection.drop_table(kind)
-            except (RuntimeError, ValueError, OSError):
-                shutil.rmtree(self.directory / f"{kind}.lance")
-        incarnation = uuid.uuid4().hex
-        schema = self._schema(self.kinds[kind], model, incarnation)
-        table = await connection.create_table(kind, schema=schema)
-        for column in self.kinds[kind].fts_columns:
-            await table.create_index(
-                column, config=FTS(base_tokenizer="icu", with_position=False, remove_stop_words=False)
-            )
-        return table, incarnation
+        return await lance.create_table(connection, self.directory, self.kinds[kind], model)
 
     async def _connect(self, generation: Generation) -> AsyncConnection:
         if generation.connection is None:
-            self.directory.mkdir(exist_ok=True)  # without its parents: a root that is gone stays gone
-            session = lancedb.Session(index_cache_size_bytes=self.cap_bytes)
-            uri = uri_of(self.directory, self.settings.descriptor_mode)
-            generation.connection = await lancedb.connect_async(uri, session=session)
-            generation.session = session
+            mode, cap_bytes = self.settings.descriptor_mode, self.cap_bytes
+            generation.connection, generation.session = await lance.connect(self.directory, mode, cap_bytes)
         return generation.connection
-
-    def _schema(self, kind: TableKind, model: Model, incarnation: str) -> pa.Schema:
-        fields = [
-            pa.field("md_path", pa.string(), nullable=False),
-            pa.field("entry_id", pa.string(), nullable=False),
-            pa.field("content_hash", pa.string(), nullable=False),
-            *(pa.field(name, _ARROW[column]) for name, column in kind.columns.items()),
-        ]
-        if model.dimension:
-            fields.append(pa.field("vector", pa.list_(pa.float32(), model.dimension)))
-        facts = {"format": FORMAT, "incarnation": incarnation, "model": model.name, "dimension": str(model.dimension)}
-        return pa.schema(fields, metadata={f"everos_engine.{name}": value for name, value in facts.items()})
-
-    def _batch(self, kind: TableKind, life: _Life, rows: Sequence[Row]) -> pa.RecordBatch:
-        arrays = [
-            pa.array([row.md_path for row in rows], pa.string()),
-            pa.array([row.entry_id for row in rows], pa.string()),
-            pa.array([row.content_hash.hex() for row in rows], pa.string()),
-            *(
-                pa.array([row.values.get(name) for row in rows], _ARROW[column])
-                for name, column in kind.columns.items()
-            ),
-        ]
-        names = [*KEY_COLUMNS, *kind.columns]
-        if life.dimension:
-            arrays.append(_vectors([row.vector for row in rows]))
-            names.append("vector")
-        return pa.RecordBatch.from_arrays(arrays, names=names)
 
 
 def open_index(
     bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path, cap_bytes: int
 ) -> Index:
-    """The index of one memory root, its cache capped; connects when first used.
-
-    Arrow's buffers are the system allocator's from then on: mimalloc, its own choice, keeps what it once had.
-    """
-    pa.set_memory_pool(pa.system_memory_pool())
-    warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
+    """The index of one memory root, its cache capped; connects when first used. Prepares LanceDB for the whole process."""
+    lance.prepare()
     return Index(bridge, settings, kinds, directory, cap_bytes)
-
-
-def uri_of(directory: Path, mode: DescriptorMode) -> str:
-    """Where to connect. Mode ``reopen`` is a URI under which no index descriptor is ever pinned, ``pinned`` the plain path.
-
-    Unquoted, ``%``, ``#`` and ``?`` in a URI would open another folder.
-    """
-    return "file-object-store://" + quote(os.fspath(directory)) if mode == "reopen" else os.fspath(directory)
 
 
 def _remove(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.unlink(missing_ok=True)
-
-
-def text_literal(text: str) -> str:
-    """A SQL string literal."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _vectors(vectors: Sequence[NDArray[np.float32] | None]) -> pa.Array:
-    width = next((vector.shape[0] for vector in vectors if vector is not None), 1)
-    flat = np.zeros((len(vectors), width), dtype=np.float32)
-    for at, vector in enumerate(vectors):
-        if vector is not None:
-            flat[at] = vector
-    mask = pa.array([vector is None for vector in vectors])
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), width, mask=mask)
-
-
-async def _drop(connection: AsyncConnection, kind: str) -> None:
-    await connection.drop_table(kind)
-
-
-async def _merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
-    merge = table.merge_insert(["md_path", "entry_id"]).when_matched_update_all().when_not_matched_insert_all()
-    result = await merge.execute(batch)
-    return int(result.version)
-
-
-async def _delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
-    paths = ", ".join(text_literal(path) for path in dict.fromkeys(path for path, _ in keys))
-    wanted = ", ".join(text_literal(f"{path}\n{entry_id}") for path, entry_id in keys)
-    result = await table.delete(f"md_path IN ({paths}) AND concat(md_path, '\n', entry_id) IN ({wanted})")
-    return int(result.version)
-
-
-async def _optimize(table: AsyncTable, kind: TableKind, keep_seconds: float, *, nobody_else: bool) -> tuple[int, int]:
-    """The version then, and the rows that the full-text indexes cover.
-
-    Lance keeps files of no version for a week, since a writer may be about to commit them; with ``nobody_else`` writing they go.
-    """
-    await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds), delete_unverified=nobody_else)
-    return int(await table.version()), (await _covered(table, kind))[0]
-
-
-async def _covered(table: AsyncTable, kind: TableKind) -> tuple[int, int]:
-    """Rows in the full-text indexes, and rows in none yet; an index is called as Lance calls it by default."""
-    found = await table.index_stats(f"{kind.fts_columns[0]}_idx")
-    return (0, 0) if found is None else (int(found.num_indexed_rows), int(found.num_unindexed_rows))
-
-
-async def _keys(table: AsyncTable) -> dict[tuple[str, str], bytes]:
-    found: dict[tuple[str, str], bytes] = {}
-    async for batch in await table.query().select(list(KEY_COLUMNS)).to_batches():
-        paths, entries, hashes = (batch.column(name).to_pylist() for name in KEY_COLUMNS)
-        found.update(zip(zip(paths, entries, strict=True), map(bytes.fromhex, hashes), strict=True))
-    return found
-
-
-async def _rows(table: AsyncTable, where: str) -> list[dict[str, object]]:
-    query = table.query().where(where) if where else table.query()
-    return list((await query.to_arrow()).to_pylist())
-
-
-async def _search_text(table: AsyncTable, kind: TableKind, text: str, where: str, limit: int) -> list[Hit]:
-    columns = list(kind.fts_columns)
-    query = MatchQuery(text, columns[0]) if len(columns) == 1 else MultiMatchQuery(text, columns)
-    search = table.query().nearest_to_text(query).select([*KEY_COLUMNS, *kind.columns, "_score"]).limit(limit)
-    if where:
-        search = search.where(where)
-    return _hits(kind, (await search.to_arrow()).to_pylist(), lambda row: float(row["_score"]))
-
-
-async def _search_vector(
-    table: AsyncTable, kind: TableKind, vector: NDArray[np.float32], where: str, limit: int
-) -> list[Hit]:
-    search = table.query().nearest_to(vector).distance_type("cosine")
-    search = search.select([*KEY_COLUMNS, *kind.columns, "_distance"]).limit(limit)
-    if where:
-        search = search.where(where)
-    return _hits(kind, (await search.to_arrow()).to_pylist(), lambda row: 1.0 - float(row["_distance"]))
-
-
-def _hits(kind: TableKind, rows: Iterable[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> list[Hit]:
-    hits = []
-    for row in rows:
-        value = score(row)
-        if math.isfinite(value):
-            hits.append(
-                Hit(kind.name, row["md_path"], row["entry_id"], value, {name: row[name] for name in kind.columns})
-            )
-    return hits
-
-
-class _sorted:  # noqa: N801 - a context manager used as a verb
-    """LanceDB reports the world's troubles as bare RuntimeErrors and OSErrors; here they become Transient."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, (RecursionError, NotImplementedError)):
-            first_line = _PLACE.sub("", str(error).strip().split("\n", 1)[0])[:400]
-            message = f"LanceDB: {first_line}"
-            raise (Exhausted if exhausted(error) else Transient)(message) from error
-
-
-def _drift(kind: str, found: pa.Schema, expected: pa.Schema) -> str:
-    missing = [name for name in expected.names if name not in found.names]
-    extra = [name for name in found.names if name not in expected.names]
-    return (
-        f"LanceDB table {kind!r} schema drift: missing={missing}, extra={extra}. It was not made by this engine. The index is "
-        "rebuildable from markdown: remove `<root>/.index/lancedb` and start again."
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Examination:
-    """One table as it is on disk; ``error`` where it does not open, ``drift`` where its columns are not ours."""
-
-    kind: str
-    error: str = ""
-    drift: str = ""
-    incarnation: str = ""
-    model: str = ""
-    dimension: int = 0
-    version: int = 0
-    rows: int = 0
-
-
-async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Examination]:
-    """Look at every table there is, on a connection of its own and on the asyncio loop at hand. Changes nothing."""
-    present = [kind for kind in kinds if (directory / f"{kind}.lance").is_dir()]
-    if not present:
-        return []
-    connection = await lancedb.connect_async(uri_of(directory, mode="reopen"))
-    try:
-        return [await _examined(connection, kinds[kind]) for kind in present]
-    finally:
-        connection.close()
-
-
-async def count_of(directory: Path, kind: str, md_path: str) -> int:
-    """Rows of one path in the table itself, counted as ``examine`` looks; 0 where there is no table."""
-    if not (directory / f"{kind}.lance").is_dir():
-        return 0
-    connection = await lancedb.connect_async(uri_of(directory, mode="reopen"))
-    try:
-        table = await connection.open_table(kind)
-        try:
-            return int(await table.count_rows(f"md_path = {text_literal(md_path)}"))
-        finally:
-            table.close()
-    finally:
-        connection.close()
-
-
-async def _examined(connection: AsyncConnection, kind: TableKind) -> Examination:
-    try:
-        table = await connection.open_table(kind.name)
-        try:
-            schema, version, rows = await table.schema(), await table.version(), await table.count_rows()
-        finally:
-            table.close()
-    except (RuntimeError, OSError, ValueError) as error:
-        return Examination(kind.name, error=str(error).strip().split("\n", 1)[0][:400] or type(error).__name__)
-    facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    wanted = {
-        **dict.fromkeys(KEY_COLUMNS, pa.string()),
-        **{name: _ARROW[type_] for name, type_ in kind.columns.items()},
-    }
-    missing = [name for name in wanted if name not in schema.names]
-    extra = [name for name in schema.names if name not in wanted and name != "vector"]
-    other = [name for name, type_ in wanted.items() if name in schema.names and schema.field(name).type != type_]
-    drift = f"missing={missing}, extra={extra}, of another type={other}" if missing or extra or other else ""
-    dimension = facts.get("everos_engine.dimension", "0")
-    return Examination(
-        kind.name,
-        drift=drift,
-        incarnation=facts.get("everos_engine.incarnation", ""),
-        model=facts.get("everos_engine.model", ""),
-        dimension=int(dimension) if dimension.isdigit() else 0,
-        version=version,
-        rows=rows,
-    )

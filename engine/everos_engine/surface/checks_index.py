@@ -19,7 +19,7 @@ from everos_engine.text import kinds
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from everos_engine.stores.index import Examination
+    from everos_engine.stores.examination import Examination
     from everos_engine.surface.checkup import Case
 
 EXAMINE_SECONDS = 60.0
@@ -38,7 +38,7 @@ def check_index(case: Case) -> Check:
         return Check("index", "fail", cause, f"have it made again from markdown: {case.again()}")
     if not directory.is_dir():
         return Check("index", "ok", "there is none yet")
-    from everos_engine.stores.index import examine  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.stores.examination import examine  # noqa: PLC0415 - imports LanceDB
 
     tables = asyncio.run(asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
     if case.engine.running:  # it may have made a table since the books were read

@@ -105,7 +105,7 @@ def _index_rows(evidence: Evidence) -> int | None:
         return 0
     import asyncio  # noqa: PLC0415 - only here
 
-    from everos_engine.stores.index import count_of  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.stores.examination import count_of  # noqa: PLC0415 - imports LanceDB
 
     try:
         return asyncio.run(count_of(evidence.settings.lancedb_directory, kind, key))

@@ -17,7 +17,8 @@ import trio
 from everos_engine.errors import Exhausted
 from everos_engine.loops.law import pinned_below
 from everos_engine.settings import DescriptorMode, LanceDBSettings
-from everos_engine.stores.index import Index, Model, Row, open_index
+from everos_engine.stores.index import Index, open_index
+from everos_engine.stores.lance import Model, Row
 from everos_engine.system import fds
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.text.kinds import KINDS

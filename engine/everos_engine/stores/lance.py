@@ -1,0 +1,331 @@
+"""The one door to LanceDB and Arrow: tables that carry their identity, and what is said to them. Nothing is kept here."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
+
+import numpy as np
+
+os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
+
+import lancedb  # noqa: E402 - after LANCEDB_LOG is set
+import pyarrow as pa  # noqa: E402 - after LANCEDB_LOG is set
+from lancedb.index import FTS  # noqa: E402 - after LANCEDB_LOG is set
+from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after LANCEDB_LOG is set
+
+from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402 - after LANCEDB_LOG is set
+
+if TYPE_CHECKING:
+    from lancedb import AsyncConnection, AsyncTable
+    from numpy.typing import NDArray
+
+    from everos_engine.settings import DescriptorMode
+
+LIBRARY = f"lancedb {lancedb.__version__}"
+FORMAT = "2"
+KEY_COLUMNS = ("md_path", "entry_id", "content_hash")
+_PLACE = re.compile(r",? /\S+\.rs:\d+(:\d+)?")
+"""Where in the library's source an error was made."""
+_ARROW = {
+    "string": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+    "strings": pa.list_(pa.string()),
+}
+_FACT = "everos_engine."
+"""Before the name of each fact in a schema's metadata."""
+
+
+class TableKind(Protocol):
+    """What the index needs to know of a kind."""
+
+    @property
+    def name(self) -> str:
+        """The table's name."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Column -> string, int, float, timestamp or strings."""
+
+    @property
+    def fts_columns(self) -> Sequence[str]:
+        """Columns with a full-text index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which vectors a table holds; ``name`` is unique per model fingerprint, ``dimension`` 0 means none."""
+
+    name: str
+    dimension: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row to write; ``vector`` has shape (dimension,) or is None for a row without text."""
+
+    md_path: str
+    entry_id: str
+    content_hash: bytes
+    values: Mapping[str, object]
+    vector: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One row found; ``score`` grows with relevance (BM25, or cosine similarity)."""
+
+    kind: str
+    md_path: str
+    entry_id: str
+    score: float
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a table's schema says of itself; ``incarnation`` is empty for a table that is not ours."""
+
+    incarnation: str
+    model: Model
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A table, its identity, and whether its schema is today's."""
+
+    table: AsyncTable
+    identity: Identity
+    current: bool
+
+
+def prepare() -> None:
+    """For the whole process: Arrow's buffers are the system allocator's, since mimalloc, its own choice, keeps what it once had."""
+    pa.set_memory_pool(pa.system_memory_pool())
+    warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
+
+
+async def connect(directory: Path, mode: DescriptorMode, cap_bytes: int) -> tuple[AsyncConnection, lancedb.Session]:
+    """A connection, and its Session with an index cache of so many bytes; makes the directory, but not its parents."""
+    directory.mkdir(exist_ok=True)  # a root that is gone stays gone
+    session = lancedb.Session(index_cache_size_bytes=cap_bytes)
+    return await lancedb.connect_async(uri_of(directory, mode), session=session), session
+
+
+@asynccontextmanager
+async def looking(directory: Path) -> AsyncIterator[AsyncConnection]:
+    """A connection of one's own, on the asyncio loop at hand, to look only."""
+    connection = await lancedb.connect_async(uri_of(directory, mode="reopen"))
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+async def open_table(connection: AsyncConnection, kind: TableKind) -> Opened | None:
+    """The kind's table, None where it has no version yet. Raises Fatal for a table of somebody else's."""
+    try:
+        table = await connection.open_table(kind.name)
+    except ValueError as error:
+        if "was not found" not in str(error):
+            raise
+        return None  # its directory is being made, or its maker died before the first manifest
+    schema = await table.schema()
+    identity = identity_of(schema)
+    expected = schema_of(kind, identity.model, identity.incarnation)
+    if not identity.incarnation:
+        raise Fatal(_drift(kind.name, schema, expected))
+    return Opened(table, identity, schema.equals(expected) and identity.format == FORMAT)
+
+
+async def create_table(
+    connection: AsyncConnection, directory: Path, kind: TableKind, model: Model
+) -> tuple[AsyncTable, str]:
+    """A new table with its full-text indexes, in place of what was there; and its incarnation."""
+    place = directory / f"{kind.name}.lance"
+    if place.exists():
+        try:
+            await connection.drop_table(kind.name)
+        except (RuntimeError, ValueError, OSError):
+            shutil.rmtree(place)
+    incarnation = uuid.uuid4().hex
+    table = await connection.create_table(kind.name, schema=schema_of(kind, model, incarnation))
+    for column in kind.fts_columns:
+        await table.create_index(column, config=FTS(base_tokenizer="icu", with_position=False, remove_stop_words=False))
+    return table, incarnation
+
+
+def schema_of(kind: TableKind, model: Model, incarnation: str) -> pa.Schema:
+    """The schema of a kind's table: its keys, its columns, its vectors where the model has any, and its identity."""
+    fields = [
+        *(pa.field(name, pa.string(), nullable=False) for name in KEY_COLUMNS),
+        *(pa.field(name, _ARROW[column]) for name, column in kind.columns.items()),
+    ]
+    if model.dimension:
+        fields.append(pa.field("vector", pa.list_(pa.float32(), model.dimension)))
+    facts = {"format": FORMAT, "incarnation": incarnation, "model": model.name, "dimension": str(model.dimension)}
+    return pa.schema(fields, metadata={_FACT + name: value for name, value in facts.items()})
+
+
+def identity_of(schema: pa.Schema) -> Identity:
+    """What a schema says of its table."""
+    facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    dimension = facts.get(_FACT + "dimension", "0")
+    model = Model(facts.get(_FACT + "model", ""), int(dimension) if dimension.isdigit() else 0)
+    return Identity(facts.get(_FACT + "incarnation", ""), model, facts.get(_FACT + "format", ""))
+
+
+def batch_of(kind: TableKind, dimension: int, rows: Sequence[Row]) -> pa.RecordBatch:
+    """Rows as Arrow takes them; ``dimension`` is the table's."""
+    arrays = [
+        pa.array([row.md_path for row in rows], pa.string()),
+        pa.array([row.entry_id for row in rows], pa.string()),
+        pa.array([row.content_hash.hex() for row in rows], pa.string()),
+        *(pa.array([row.values.get(name) for row in rows], _ARROW[column]) for name, column in kind.columns.items()),
+    ]
+    names = [*KEY_COLUMNS, *kind.columns]
+    if dimension:
+        arrays.append(_vectors([row.vector for row in rows]))
+        names.append("vector")
+    return pa.RecordBatch.from_arrays(arrays, names=names)
+
+
+def uri_of(directory: Path, mode: DescriptorMode) -> str:
+    """Where to connect. Mode ``reopen`` is a URI under which no index descriptor is ever pinned, ``pinned`` the plain path.
+
+    Unquoted, ``%``, ``#`` and ``?`` in a URI would open another folder.
+    """
+    return "file-object-store://" + quote(os.fspath(directory)) if mode == "reopen" else os.fspath(directory)
+
+
+def text_literal(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+async def drop(connection: AsyncConnection, kind: str) -> None:
+    """Drop a kind's table."""
+    await connection.drop_table(kind)
+
+
+async def merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
+    """Upsert rows by their key; the table's new version."""
+    upsert = table.merge_insert(["md_path", "entry_id"]).when_matched_update_all().when_not_matched_insert_all()
+    result = await upsert.execute(batch)
+    return int(result.version)
+
+
+async def delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
+    """Delete rows by their (md_path, entry_id); the table's new version."""
+    paths = ", ".join(text_literal(path) for path in dict.fromkeys(path for path, _ in keys))
+    wanted = ", ".join(text_literal(f"{path}\n{entry_id}") for path, entry_id in keys)
+    result = await table.delete(f"md_path IN ({paths}) AND concat(md_path, '\n', entry_id) IN ({wanted})")
+    return int(result.version)
+
+
+async def optimize(table: AsyncTable, kind: TableKind, keep_seconds: float, *, nobody_else: bool) -> tuple[int, int]:
+    """The version then, and the rows that the full-text indexes cover.
+
+    Lance keeps files of no version for a week, since a writer may be about to commit them; with ``nobody_else`` writing they go.
+    """
+    await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds), delete_unverified=nobody_else)
+    return int(await table.version()), (await covered(table, kind))[0]
+
+
+async def covered(table: AsyncTable, kind: TableKind) -> tuple[int, int]:
+    """Rows in the full-text indexes, and rows in none yet; an index is called as Lance calls it by default."""
+    found = await table.index_stats(f"{kind.fts_columns[0]}_idx")
+    return (0, 0) if found is None else (int(found.num_indexed_rows), int(found.num_unindexed_rows))
+
+
+async def keys(table: AsyncTable) -> dict[tuple[str, str], bytes]:
+    """(md_path, entry_id) -> content hash of every row."""
+    found: dict[tuple[str, str], bytes] = {}
+    async for batch in await table.query().select(list(KEY_COLUMNS)).to_batches():
+        paths, entries, hashes = (batch.column(name).to_pylist() for name in KEY_COLUMNS)
+        found.update(zip(zip(paths, entries, strict=True), map(bytes.fromhex, hashes), strict=True))
+    return found
+
+
+async def rows(table: AsyncTable, where: str) -> list[dict[str, object]]:
+    """Every row that a SQL condition, or none, lets through."""
+    query = table.query().where(where) if where else table.query()
+    return list((await query.to_arrow()).to_pylist())
+
+
+async def search_text(table: AsyncTable, kind: TableKind, text: str, where: str, limit: int) -> list[Hit]:
+    """The best rows by BM25 over the kind's text columns."""
+    columns = list(kind.fts_columns)
+    query = MatchQuery(text, columns[0]) if len(columns) == 1 else MultiMatchQuery(text, columns)
+    search = table.query().nearest_to_text(query).select([*KEY_COLUMNS, *kind.columns, "_score"]).limit(limit)
+    if where:
+        search = search.where(where)
+    return _hits(kind, (await search.to_arrow()).to_pylist(), lambda row: float(row["_score"]))
+
+
+async def search_vector(
+    table: AsyncTable, kind: TableKind, vector: NDArray[np.float32], where: str, limit: int
+) -> list[Hit]:
+    """The nearest rows by cosine."""
+    search = table.query().nearest_to(vector).distance_type("cosine")
+    search = search.select([*KEY_COLUMNS, *kind.columns, "_distance"]).limit(limit)
+    if where:
+        search = search.where(where)
+    return _hits(kind, (await search.to_arrow()).to_pylist(), lambda row: 1.0 - float(row["_distance"]))
+
+
+class sorted_troubles:  # noqa: N801 - a context manager, named as one reads it
+    """LanceDB reports the world's troubles as bare RuntimeErrors and OSErrors; here they become Transient."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, (RecursionError, NotImplementedError)):
+            first_line = _PLACE.sub("", str(error).strip().split("\n", 1)[0])[:400]
+            message = f"LanceDB: {first_line}"
+            raise (Exhausted if exhausted(error) else Transient)(message) from error
+
+
+def _vectors(vectors: Sequence[NDArray[np.float32] | None]) -> pa.Array:
+    width = next((vector.shape[0] for vector in vectors if vector is not None), 1)
+    flat = np.zeros((len(vectors), width), dtype=np.float32)
+    for at, vector in enumerate(vectors):
+        if vector is not None:
+            flat[at] = vector
+    mask = pa.array([vector is None for vector in vectors])
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), width, mask=mask)
+
+
+def _hits(kind: TableKind, rows: Iterable[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> list[Hit]:
+    hits = []
+    for row in rows:
+        value = score(row)
+        if math.isfinite(value):
+            hits.append(
+                Hit(kind.name, row["md_path"], row["entry_id"], value, {name: row[name] for name in kind.columns})
+            )
+    return hits
+
+
+def _drift(kind: str, found: pa.Schema, expected: pa.Schema) -> str:
+    missing = [name for name in expected.names if name not in found.names]
+    extra = [name for name in found.names if name not in expected.names]
+    return (
+        f"LanceDB table {kind!r} schema drift: missing={missing}, extra={extra}. It was not made by this engine. The index is "
+        "rebuildable from markdown: remove `<root>/.index/lancedb` and start again."
+    )
