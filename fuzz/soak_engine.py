@@ -6,6 +6,7 @@ Prints one JSON line: searches made and failed, and after the last change whethe
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Mapping
@@ -121,7 +122,7 @@ def tree_of(settings: Settings) -> dict[tuple[str, str], str]:
 
 
 def main(arguments: list[str]) -> None:
-    memory.give_back()  # as `everos-engine run` does
+    memory.begin_again(os.environ)  # as `everos-engine run` does
     flags: Mapping[str, object] = json.loads(arguments[-1])
     print(json.dumps(trio.run(serve, load(flags, environment={}))), flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import shlex
 import sys
 import time
@@ -30,6 +31,7 @@ AS_THE_ENGINE = "run the command as the user the engine runs as"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 1 something is not in order, 2 it could not be tried."""
     arguments = parser().parse_args(argv)
+    arguments.is_program = argv is None
     flags = {
         "memory.root": arguments.at or arguments.root,
         "log_format": getattr(arguments, "log_format", None),
@@ -72,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     )
 
 
-def _run(settings: Settings, _arguments: argparse.Namespace) -> int:
+def _run(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.system import memory  # noqa: PLC0415 - the other commands need none of it
+
+    if arguments.is_program:
+        memory.begin_again(os.environ)
     from everos_engine.surface.daemon import run  # noqa: PLC0415 - imports LanceDB
 
     return run(settings)

@@ -16,14 +16,12 @@ from everos_engine.settings import Settings
 from everos_engine.supervise import alone
 from everos_engine.surface.live import Screen, show_status
 from everos_engine.surface.logs import set_up
-from everos_engine.system import memory
 
 STOPPED_AT_ONCE = 130
 
 
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; a second signal stops at once. Exit status 0 after a graceful stop."""
-    memory.give_back()
     screen = set_up(settings)
     try:
         trio.run(_serve, settings, screen)

@@ -1,28 +1,46 @@
-"""Has the allocator give memory back, so that what a long-lived process holds is what it uses."""
+"""Has glibc's allocator give memory back, so that what a long-lived process holds is what it uses."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
+from collections.abc import Mapping
 
-# The numbers of mallopt(3) in glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-TRIM_BYTES = 64 << 10
-MMAP_BYTES = 32 << 10
-"""Larger blocks are mapped one by one, and unmapped when freed; a fixed bound also keeps glibc from raising it."""
+VARIABLE = "GLIBC_TUNABLES"
+TUNABLES = {
+    "glibc.malloc.arena_max": "1",
+    "glibc.malloc.tcache_count": "0",
+    "glibc.malloc.mmap_threshold": str(32 << 10),
+    "glibc.malloc.trim_threshold": str(64 << 10),
+}
+"""One heap for all threads, not eight for each core with holes of its own; no thread keeps freed blocks for itself (0.2 MiB
+each, which no trim returns); larger blocks are mapped one by one, and unmapped when freed; the heap's free end goes back.
+Names and units are those of the GNU C Library manual, "Memory Allocation Tunables"."""
 
 
-def give_back() -> bool:
-    """One arena for all threads, its free end trimmed, large blocks outside of it; False where libc is not glibc.
+def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment in which a process gives memory back; None where it is that already, or libc is not glibc.
 
-    By default glibc lets eight arenas a core grow, each with holes that it never returns. For a process of one's own,
-    before its threads begin.
+    What a user has set of the tunables stands.
     """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return False
-    wanted = ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, MMAP_BYTES), (M_TRIM_THRESHOLD, TRIM_BYTES))
-    taken = [bool(libc.mallopt(name, value)) for name, value in wanted]
-    return all(taken)
+    if not _is_glibc():
+        return None
+    given = environment.get(VARIABLE, "")
+    names = {setting.partition("=")[0] for setting in given.split(":")}
+    missing = [f"{name}={value}" for name, value in TUNABLES.items() if name not in names]
+    return {**environment, VARIABLE: ":".join(filter(None, [given, *missing]))} if missing else None
+
+
+def begin_again(environment: Mapping[str, str]) -> None:
+    """Begin this program once more in the same process, tuned: glibc reads its tunables before a program begins, and never again.
+
+    Returns where that is not needed. For a process of one's own, before anything else is done in it: nothing is closed or
+    flushed, and descriptors stay open as after any exec.
+    """
+    again = tuned(environment)
+    if again is not None and sys.executable:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], again)  # noqa: S606 - this very program
 
 
 def trim() -> bool:
@@ -32,3 +50,10 @@ def trim() -> bool:
         return False
     libc.malloc_trim(0)
     return True
+
+
+def _is_glibc() -> bool:
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (ValueError, OSError, AttributeError):  # another libc, another system
+        return False
