@@ -19,13 +19,16 @@ from urllib.parse import quote
 import numpy as np
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
+os.environ.setdefault(
+    "LANCE_IO_THREADS", "2"
+)  # by default 8, which is no faster and opens more at once; with 1 it hangs
 
-import lancedb  # noqa: E402 - after LANCEDB_LOG is set
-import pyarrow as pa  # noqa: E402 - after LANCEDB_LOG is set
-from lancedb.index import FTS  # noqa: E402 - after LANCEDB_LOG is set
-from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after LANCEDB_LOG is set
+import lancedb  # noqa: E402 - after its environment is set
+import pyarrow as pa  # noqa: E402 - after its environment is set
+from lancedb.index import FTS  # noqa: E402 - after its environment is set
+from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after its environment is set
 
-from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402 - after LANCEDB_LOG is set
+from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402 - after its environment is set
 
 if TYPE_CHECKING:
     from lancedb import AsyncConnection, AsyncTable
