@@ -14,7 +14,7 @@ BASE_DESCRIPTORS = 48
 `ulimit -n 64`, searched by hundreds at once, and asserts this bound."""
 BASE_READS = 2
 READ_DESCRIPTORS = 8
-"""Files that each further read at once may have open: LanceDB's parallel accesses to a local store."""
+"""Files that each further read at once may have open, amply: two accesses at once, to each of several files of an index and of the data."""
 LEAST_LIMIT = 64
 """Below this the engine's own descriptors exceed its hard budget, and no work would ever begin."""
 HEADROOM = 2
