@@ -6,11 +6,10 @@ with whatever else is ready, so that one slow text or bad file never holds up it
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from contextlib import aclosing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
@@ -21,7 +20,8 @@ from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Trans
 from everos_engine.loops.agree import expect_root, heal
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
-from everos_engine.loops.job import Job, Unsettled, complaint, looks_torn, note_written, put_off, refuse, unsettled
+from everos_engine.loops.job import Job, looks_torn, put_off, refuse, unsettled
+from everos_engine.loops.marks import Written, mark
 from everos_engine.loops.vectors import MODEL_CHANGED
 from everos_engine.stores import ledger, meta, queue
 from everos_engine.stores.lance import Model, Row
@@ -55,13 +55,6 @@ async def work(desk: Desk) -> None:
     finally:
         with trio.CancelScope(shield=True):
             await desk.database.awrite(lambda tx: queue.recover(tx, [desk.owner]))
-
-
-class Written(NamedTuple):
-    """A commit: to which life of the table, and its version then."""
-
-    incarnation: str
-    version: int
 
 
 class _Worker:
@@ -297,7 +290,7 @@ class _Worker:
                     job.error = Exhausted(str(job.error))
                 if job.put_off is not None and self.desk.starved(job.put_off):
                     job.put_off = Exhausted(str(job.put_off))
-            await self.desk.database.awrite(lambda tx, k=kind, o=of_kind, w=written: self._mark(tx, k, o, w))  # type: ignore[misc]  # a default binds the value of this turn
+            await self.desk.database.awrite(partial(mark, desk=self.desk, kind=kind, jobs=of_kind, written=written))
             self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
             self.desk.progress.applied += len(of_kind)
             if written is not None:
@@ -345,79 +338,6 @@ class _Worker:
         logger.info("table_created kind={} model={} requeued={}", kind, model.name, count)
         self.desk.wake_up()
 
-    def _mark(self, tx: Transaction, kind: str, jobs: list[Job], written: Written | None) -> None:
-        now = now_milliseconds()
-        if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
-            for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
-                job.error = job.error or Transient(f"the table {kind!r} began anew", counts_as_retry=False)
-            written = None
-        for job in jobs:
-            if isinstance(job.error, Transient):
-                self._try_later(tx, job, job.error, now)
-                continue
-            if job.error is None:
-                note_written(tx, kind, job)
-            message = complaint(job)
-            if job.put_off is not None:
-                self._try_later(tx, job, job.put_off, now)
-                continue
-            if message is None:
-                queue.mark_done(
-                    tx,
-                    job.claim,
-                    job.fingerprint,
-                    racy=job.racy,
-                    digest=job.digest,
-                    settle_milliseconds=self.desk.settings.settle_milliseconds,
-                    now_milliseconds=now,
-                )
-                continue
-            queue.mark_failed(
-                tx,
-                job.claim,
-                message,
-                retryable=False,
-                fingerprint=job.fingerprint,
-                racy=job.racy,
-                digest=job.digest,
-                now_milliseconds=now,
-            )
-            logger.warning("change_failed path={!r} error={!r}", job.claim.md_path, message)
-        if written is not None:
-            ledger.moved_on(tx, kind, written.incarnation, version=written.version)
-
-    def _try_later(self, tx: Transaction, job: Job, error: Transient, now: int) -> None:
-        settings, gate = self.desk.settings, self.desk.vectors.gate
-        said = str(error)
-        if job.error is None:
-            where = job.put_off_where if error.counts_as_retry else ""
-            said = "\n".join(filter(None, [f"{where}{error}", complaint(job)]))
-        if error.counts_as_retry and job.claim.retry_count >= settings.worker_max_retry:
-            message = f"{said} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
-            queue.mark_failed(tx, job.claim, message, retryable=True, now_milliseconds=now)
-            logger.warning("change_failed path={!r} retryable=true error={!r}", job.claim.md_path, message)
-            return
-        delay = backoff_seconds(
-            job.claim.retry_count,
-            seed=settings.worker_retry_backoff_seconds,
-            most=settings.worker_retry_backoff_max_seconds,
-            asked=error.retry_after_seconds,
-        )
-        if isinstance(error, Unsettled):
-            delay = error.retry_after_seconds or 0.0
-        if isinstance(error, Unavailable) and gate is not None and gate.down.value is not None:
-            # its return wakes whatever waits for it: reading the files again before that would be for nothing
-            delay = max(delay, settings.worker_retry_backoff_max_seconds)
-        not_before = now + max(1, int(delay * 1000))
-        counts = error.counts_as_retry
-        queue.postpone(tx, job.claim, said, not_before=not_before, now_milliseconds=now, counts_as_retry=counts)
-
-
-def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
-    """Delay before the next attempt: doubles per retry with up to 25 % jitter on top, and never less than was asked for."""
-    jitter = 1 + random.random() / 4  # noqa: S311 - spreads retries, guards nothing
-    return max(min(seed * float(2**retries) * jitter, most), asked or 0.0)
-
 
 def _has_ready(tx: Transaction) -> bool:
     if queue.ready(tx):
@@ -462,6 +382,3 @@ async def _reap(desk: Desk) -> None:
                 logger.info("cascade_recovered_orphan_processing count={}", count)
                 desk.wake_up()
         await trio.sleep(REAP_SECONDS)
-
-
-__all__ = ["Job", "backoff_seconds", "work"]
