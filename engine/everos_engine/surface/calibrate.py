@@ -190,18 +190,15 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415 - an extra
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for line in lines:
         cap = "unbounded" if line.cap_bytes is None else f"{line.cap_bytes // MIB} MiB"
-        left.plot(range(1, len(line.per_cycle) + 1), line.per_cycle, linewidth=1, label=f"{line.mode} {cap}")
-        right.errorbar(
-            line.pinned, line.p50_milliseconds, yerr=[[0], [line.p95_milliseconds - line.p50_milliseconds]], fmt="o"
-        )
-        right.annotate(f"{line.mode} {cap}", (line.pinned, line.p50_milliseconds), fontsize=7, rotation=30)
+        (drawn,) = left.plot(range(1, len(line.per_cycle) + 1), line.per_cycle, linewidth=1, label=f"{line.mode} {cap}")
+        beyond = [[0], [line.p95_milliseconds - line.p50_milliseconds]]
+        right.errorbar(line.pinned, line.p50_milliseconds, yerr=beyond, fmt="o", color=drawn.get_color())
     left.set(xlabel="add + optimize cycles", ylabel="index descriptors pinned", ylim=(0, None))
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(lines), fontsize=7)
     right.set(xlabel="index descriptors pinned at most", ylabel="query, p50 to p95, ms", ylim=(0, None))
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
