@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -201,6 +202,29 @@ async def test_what_a_voided_optimize_left_behind_goes_with_the_next_that_is_alo
         await index.optimize("letter", alone=True)
         assert indexes() <= 2, "today's, and the one that it replaced a moment ago"
         assert len(await found(index, "heron")) == len(await index.rows("letter"))
+
+
+async def test_a_table_is_begun_anew_only_when_an_optimize_that_removes_stray_files_is_done(tmp_path: Path) -> None:
+    async with opened(tmp_path / "lance") as index:
+        await index.create("letter", NO_VECTORS)
+        await index.commit("letter", [row(n, " ".join(WORDS[n : n + 50])) for n in range(5000)], [])
+        ended = []
+
+        async def optimize() -> None:
+            await index.optimize("letter", alone=True)
+            ended.append("optimize")
+
+        async def create() -> None:
+            await index.create("letter", NO_VECTORS)
+            ended.append("create")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(optimize)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(create)
+        assert ended == ["optimize", "create"]
+        await index.commit("letter", [row(1, "otter")], [])
+        assert await found(index, "otter") == {"e1"}
 
 
 async def test_files_that_a_write_cut_off_at_its_deadline_may_yet_commit_are_left_alone(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ class Index:
     _unmade: set[str] = field(default_factory=set)
     _turns: dict[str, trio.Lock] = field(default_factory=dict)
     _adrift: set[str] = field(default_factory=set)
+    """Kinds of which a write was cut off: it may go on, with files that no version names yet."""
     _reads: trio.CapacityLimiter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,9 +126,12 @@ class Index:
         return self._lives[kind].dimension
 
     async def create(self, kind: str, model: Model) -> str:
-        """Begin a new life of a kind's table, dropping what was there; its incarnation."""
+        """Begin a new life of a kind's table, dropping what was there; its incarnation.
+
+        In its turn: an optimize that is alone removes files that no version names, as those of a table in the making.
+        """
         with self._generations.using() as generation:
-            async with generation.opening:
+            async with self._turn(kind), generation.opening:
                 old = generation.tables.pop(kind, None)
                 if old is not None:
                     old.close()
@@ -135,6 +139,9 @@ class Index:
                 self._unmade.add(kind)  # until it has its indexes nobody may take it for a table
                 try:
                     table, incarnation = await self.write(self._create, generation, kind, model)
+                except UnknownOutcome:
+                    self._adrift.add(kind)
+                    raise
                 finally:
                     self._written(kind, None)
                 self._unmade.discard(kind)
@@ -311,7 +318,7 @@ class Index:
             try:
                 yield table
             except UnknownOutcome:
-                self._adrift.add(kind)  # it may go on, with files that no version names yet
+                self._adrift.add(kind)
                 raise
             finally:
                 self._written(kind, table)
