@@ -259,7 +259,7 @@ def main(arguments: Sequence[str]) -> int:
     """Soak under each limit in turn; exit status 1 where one fails."""
     parser = argparse.ArgumentParser(description="Soak the engine under low descriptor limits.")
     parser.add_argument(
-        "--minutes", type=float, default=5.0, help="how long each soak lasts; slopes are judged from 6 on"
+        "--minutes", type=float, default=5.0, help="how long each soak lasts; slopes are judged from 7.5 on"
     )
     parser.add_argument("--limit", type=int, action="append", help="only this one, in mode reopen; may be repeated")
     chosen = parser.parse_args(arguments)
