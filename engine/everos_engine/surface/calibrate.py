@@ -247,7 +247,7 @@ def _line(mode: DescriptorMode, cap: int, trial: Mapping[str, object], slope: fl
 
 
 def _advice(facts: Mapping[str, object], lines: Sequence[Line]) -> list[str]:
-    chosen: Mapping[str, object] = facts["offer"]  # type: ignore[assignment]
+    chosen: Mapping[str, object] = facts["offer"]  # type: ignore[assignment]  # our own JSON
     reopen = next(line for line in lines if line.mode == "reopen")
     beside = next(line for line in lines if line.mode == "pinned" and line.cap_bytes == reopen.cap_bytes)
     dearer = reopen.cpu_milliseconds / max(beside.cpu_milliseconds, 1e-9) - 1
