@@ -26,3 +26,22 @@ def test_a_name_that_looks_like_an_escaped_byte_has_a_key_of_its_own(root: Path)
 def test_a_key_as_listed_names_its_file_on_the_command_line(name: bytes, settings: Settings, root: Path) -> None:
     key = str(files.key_of(root, save(root, name)))
     assert key_of(settings, key) == key
+
+
+@pytest.mark.parametrize(
+    ("standing", "asked", "meant"),
+    [
+        ("..", "{root}/a/gone.md", "a/gone.md"),
+        ("a", "gone.md", "gone.md"),
+        ("a", "a/gone.md", "a/gone.md"),
+        ("a", "b/gone.md", "b/gone.md"),
+        ("..", "elsewhere/gone.md", "elsewhere/gone.md"),
+    ],
+)
+def test_a_deleted_file_is_looked_for_where_its_directory_is(
+    standing: str, asked: str, meant: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "a").mkdir()
+    (root.parent / "elsewhere").mkdir(exist_ok=True)
+    monkeypatch.chdir(root / standing)
+    assert files.locate(root, asked.format(root=root.name)) == str(root / meant)

@@ -113,16 +113,24 @@ def path_of(root: Path, key: str) -> str:
 def locate(root: Path, asked: str) -> str:
     """The absolute path a person means: from the root, or from the working directory where only that has such a file.
 
-    No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
+    Where neither is there, as after a deletion, it is the one from the root, unless only the other's directory is there
+    and within the root. No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
     """
     asked = asked.replace("\0", "\\x00")
     if os.path.isabs(asked):
         return os.path.normpath(asked)
     here, below = os.path.abspath(asked), os.path.normpath(os.path.join(root, asked))
-    if os.path.lexists(below) or not os.path.lexists(here):
+    if os.path.lexists(below) or not (os.path.lexists(here) or _was_here(root, here, below)):
         escaped = path_of(root, os.path.relpath(below, root))
         return os.path.normpath(escaped) if os.path.lexists(escaped) else below
     return here
+
+
+def _was_here(root: Path, here: str, below: str) -> bool:
+    """Whether of two paths that are not there only ``here`` has a directory, within the root."""
+    if key_of(root, here) is None:
+        return False
+    return os.path.isdir(os.path.dirname(here)) and not os.path.isdir(os.path.dirname(below))
 
 
 def _unescaped(match: re.Match[str]) -> str:
