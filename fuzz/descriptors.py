@@ -398,7 +398,7 @@ def main(arguments: Sequence[str]) -> int:
             examples = run_for(minutes)
     finally:
         meter.stop()
-        run = Run(meter.seconds, meter.counts, meter.rss, LIMIT)
+        run = Run(meter.seconds, meter.counts, meter.rss, [], LIMIT)
         facts = {"examples": examples, "passed": examples > 0, "peak": meter.peak, "limit": LIMIT, "minutes": minutes}
         print(
             f"descriptors: {examples} examples, peak {meter.peak} of {LIMIT}, in {write_result('descriptors', facts, run)}"

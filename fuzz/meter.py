@@ -56,6 +56,7 @@ class Meter:
     index: list[int] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)
     peak: int = 0
+    began_milliseconds: int = 0
     _stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -77,6 +78,7 @@ class Meter:
     def _sample(self) -> None:
         """The peak of every look; of each tenth of a second one sample, its highest count."""
         began = kept = time.monotonic()
+        self.began_milliseconds = time.time_ns() // 1_000_000
         highest = 0
         while not self._stopped.wait(self.every_seconds):
             try:

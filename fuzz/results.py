@@ -1,7 +1,8 @@
-"""Where a run leaves what it saw: one JSON line in ``results/stress.jsonl`` and a plot beside it."""
+"""Where a run leaves what it saw: one JSON line in ``results/stress.jsonl``, its series as CSV and their plot beside it."""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -19,11 +20,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The series of one run, sampled together, and the lines they are held against."""
+    """The series of one run, sampled together, and the lines they are held against; ``session_bytes`` may be empty."""
 
     seconds: Sequence[float]
     counts: Sequence[int]
     rss_bytes: Sequence[int]
+    session_bytes: Sequence[int]
     limit: int
     budget: int | None = None
 
@@ -46,6 +48,15 @@ def _write(name: str, facts: Mapping[str, object], run: Run, folder: Path) -> Pa
     }
     with (folder / "stress.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+    series = {
+        "seconds": [f"{second:.2f}" for second in run.seconds],
+        "descriptors": run.counts,
+        "rss_bytes": run.rss_bytes,
+    }
+    if run.session_bytes:
+        series["session_bytes"] = run.session_bytes
+    with (folder / f"{name}.csv").open("w", encoding="ascii", newline="") as file:
+        csv.writer(file).writerows([series, *zip(*series.values(), strict=True)])
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed (pip install 'everos-engine[plots]')")
     else:
@@ -54,7 +65,7 @@ def _write(name: str, facts: Mapping[str, object], run: Run, folder: Path) -> Pa
 
 
 def draw(title: str, run: Run, path: Path) -> None:
-    """Count, budget and limit above, RSS below, over time."""
+    """Count, budget and limit above, RSS and the Session's bytes below, over time."""
     import matplotlib as mpl  # noqa: PLC0415 - an extra
 
     mpl.use("Agg")
@@ -69,8 +80,12 @@ def draw(title: str, run: Run, path: Path) -> None:
     above.set_ylabel("open descriptors")
     above.set_title(title)
     above.legend(loc="upper left", fontsize="small")
-    below.plot(run.seconds, [value / (1 << 20) for value in run.rss_bytes], linewidth=0.8, color="#2c7a4b")
-    below.set_ylabel("RSS, MiB")
+    below.plot(run.seconds, [value / (1 << 20) for value in run.rss_bytes], linewidth=0.8, color="#2c7a4b", label="RSS")
+    if run.session_bytes:
+        session = [value / (1 << 20) for value in run.session_bytes]
+        below.plot(run.seconds, session, linewidth=0.8, color="#7a4b9c", label="of it the Session's caches")
+        below.legend(loc="center left", fontsize="small")
+    below.set_ylabel("MiB")
     below.set_ylim(bottom=0)
     below.set_xlabel("seconds")
     figure.tight_layout()

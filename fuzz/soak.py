@@ -9,6 +9,7 @@ The tree keeps its size while its content changes without pause, so whatever gro
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import queue
 import random
@@ -37,6 +38,8 @@ PAUSE_SECONDS = 0.08
 END_SECONDS = 180.0
 SESSION_BUDGET_BYTES = 12 << 20
 """Low, so that a short run has rotations enough for its memory to level off."""
+SESSION_BOUND = 1.5
+"""Times its budget a Session may reach: it is looked at once a second, and rotated once in five at most."""
 LASTING_SAMPLES = 20
 """Two seconds: a read of the index in mode `reopen` opens its files for milliseconds."""
 
@@ -148,16 +151,20 @@ def soak(
 
     ``child`` is the script and its arguments, ``flags`` are settings beside those of every soak.
     """
-    with tempfile.TemporaryDirectory(prefix="everos-soak-") as root:
-        forest = Forest(Path(root).resolve(), random.Random(1))
+    with tempfile.TemporaryDirectory(prefix="everos-soak-") as place:
+        forest, history = Forest(Path(place, "memory").resolve(), random.Random(1)), Path(place, "history.jsonl")
         forest.plant()
-        told, meter, log = _live(forest, limit, _settings(forest.root, mode) | dict(flags or {}), minutes, child)
-    run = Run(meter.seconds, meter.counts, meter.rss, limit, _budget(told))
-    counts, rss = slope(run.seconds, run.counts), slope(run.seconds, run.rss_bytes)
+        settings = _settings(forest.root, mode) | {"lancedb.history_file": str(history)} | dict(flags or {})
+        told, meter, log = _live(forest, limit, settings, minutes, child)
+        session = session_bytes(history, meter)
+    run = Run(meter.seconds, meter.counts, meter.rss, session, limit, _budget(told))
+    counts, rss = slope(run.seconds, run.counts), slope(run.seconds, run.rss_bytes, session or None)
     judged = {"descriptors": counts, "RSS bytes": rss} if run.seconds[-1] >= NEEDS_SECONDS else {}
     faults = _faults(told, meter.peak, limit, log, slopes=judged)
     if mode == "reopen" and meter.lasting(LASTING_SAMPLES):
         faults.append(f"mode reopen holds {meter.lasting(LASTING_SAMPLES)} index descriptors open")
+    if max(session, default=0) > SESSION_BOUND * SESSION_BUDGET_BYTES:
+        faults.append(f"the Session's caches held {max(session)} bytes of a budget of {SESSION_BUDGET_BYTES}")
     verdict = Verdict(limit, mode, tuple(faults), meter.peak, told, counts, rss)
     facts = {
         "passed": not faults, "faults": faults, "limit": limit, "mode": mode, "minutes": minutes, "peak": meter.peak,
@@ -167,7 +174,7 @@ def soak(
     return verdict
 
 
-TOLD = ("changes", "searches", "rows", "fds", "session_bytes")
+TOLD = ("changes", "searches", "rows", "fds")
 
 
 def _settings(root: Path, mode: str) -> dict[str, object]:
@@ -209,6 +216,15 @@ def _live(
             process.kill()
         log.seek(0)
         return told, meter, log.read()
+
+
+def session_bytes(history: Path, meter: Meter) -> list[int]:
+    """What the guard's history file says of the Session, at the meter's moments; empty where there is none."""
+    points = [json.loads(line) for line in history.read_text(encoding="ascii").splitlines()] if history.exists() else []
+    if not points:
+        return []
+    when = [(point["at_milliseconds"] - meter.began_milliseconds) / 1000 for point in points]
+    return [int(points[max(0, bisect.bisect(when, second) - 1)]["session_bytes"]) for second in meter.seconds]
 
 
 def _lines(readline: Callable[[], str]) -> Iterator[str]:

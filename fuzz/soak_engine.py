@@ -85,7 +85,6 @@ async def serve(settings: Settings) -> dict[str, object]:
             ],
             "changes": status.counts.lsn_max,
             "fds": engine.desk.fds,
-            "session_bytes": [point.session_bytes for point in engine.desk.fds_history],
         }
 
 

@@ -54,6 +54,45 @@ def test_what_comes_round_about_every_half_minute_rarely_raises_an_alarm() -> No
     assert alarms <= 3
 
 
+def cache(rng: np.random.Generator) -> np.ndarray:
+    """A Session's bytes: they grow to 12 MiB at paces of their own and fall at each rotation, as in the soaks."""
+    turns = np.cumsum(rng.uniform(20.0, 45.0, 40)) - 20.0
+    at = np.searchsorted(turns, SECONDS, side="right") - 1
+    return 12 * (SECONDS - turns[at]) / (turns[at + 1] - turns[at])
+
+
+def soaked(rng: np.random.Generator, held: np.ndarray, *, leak_per_minute: float) -> np.ndarray:
+    """An engine's memory about its cache: noise of 1.4 MiB that lasts a second, as in the soaks, and a leak."""
+    return 0.5 * held + 1.4 * correlated(rng, time_seconds=1.1) + leak_per_minute * SECONDS / 60.0
+
+
+def test_what_a_cache_explains_rarely_raises_an_alarm() -> None:
+    rng = np.random.default_rng(11)
+    alarms = 0
+    for _ in range(200):
+        held = cache(rng)
+        alarms += slope(SECONDS, soaked(rng, held, leak_per_minute=0.0), held).rises
+    assert alarms <= 3
+
+
+def test_a_leak_of_half_a_mebibyte_a_minute_is_seen_where_the_cache_stands_beside_it() -> None:
+    rng = np.random.default_rng(12)
+    seen = blind = 0
+    for _ in range(100):
+        held = cache(rng)
+        leaking = soaked(rng, held, leak_per_minute=0.5)
+        seen += slope(SECONDS, leaking, held).rises
+        blind += slope(SECONDS, leaking).rises
+    assert seen >= 95
+    assert blind < seen / 2
+
+
+def test_a_cache_that_holds_still_explains_nothing() -> None:
+    rng = np.random.default_rng(14)
+    series = correlated(rng, time_seconds=1.0)
+    assert slope(SECONDS, series, np.full(SECONDS.size, 4.0)) == slope(SECONDS, series)
+
+
 def test_a_constant_series_has_a_slope_of_exactly_zero() -> None:
     found = slope(SECONDS, np.full(SECONDS.size, 31.0))
     assert (found.low, found.per_minute, found.high) == (0.0, 0.0, 0.0)

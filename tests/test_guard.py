@@ -246,6 +246,27 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budg
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+async def test_memory_of_an_old_session_goes_back_once_its_last_reader_is_done(
+    settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trims: list[int] = []
+    monkeypatch.setattr("everos_engine.system.memory.trim", lambda: trims.append(len(trims)))
+    tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
+    put(root, day(1), facts(fact(1, "heron")))
+    async with quiet(tight) as engine:
+        guard, index = Guard(engine.desk), engine.desk.index
+        await guard.look()
+        monkeypatch.setattr("everos_engine.loops.guard.TRIM_SECONDS", float("inf"))  # but for what growth asks
+        del trims[:]
+        assert len(await engine.search("heron")) == 1
+        with index._generations.using():
+            await guard.look()
+            assert (index.rotations, index.generations_open, trims) == (1, 2, [])
+        for _ in range(3):
+            await guard.look()
+        assert (index.generations_open, trims) == (1, [0])
+
+
 async def test_the_guard_counts_what_is_open_and_tells_the_classes_apart_as_soon_as_the_count_jumps(
     settings: Settings, root: Path
 ) -> None:

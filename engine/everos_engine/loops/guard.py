@@ -89,6 +89,7 @@ class Guard:
     _rotated_for_bytes: float = float("-inf")
     _was_exhausted: bool = False
     _trimmed: tuple[float, int] = (float("-inf"), 0)
+    _let_go: bool = False
     _history: TextIOWrapper | None = None
 
     def __post_init__(self) -> None:
@@ -140,9 +141,11 @@ class Guard:
         await self._trim(now)
 
     async def _trim(self, now: float) -> None:
-        """What was freed in a heap's midst goes back to the system only when asked for."""
+        """What was freed in a heap's midst goes back to the system only when asked for: by growth, and by a Session let go."""
         at, rss_bytes = self._trimmed
-        if now - at < TRIM_SECONDS or self.memory.rss_bytes - rss_bytes < TRIM_BYTES:
+        if self._let_go and self.desk.index.generations_open == 1:
+            self._let_go = False
+        elif now - at < TRIM_SECONDS or self.memory.rss_bytes - rss_bytes < TRIM_BYTES:
             return
         await trio.to_thread.run_sync(memory.trim)
         self.memory = fds.memory() or self.memory
@@ -217,6 +220,7 @@ class Guard:
     def _rotate(self, before: int, *, reason: str) -> None:
         index, held_bytes = self.desk.index, self.desk.index.session_bytes()
         index.rotate()
+        self._let_go = True
         after = self.count()
         logger.warning(
             "session_rotated reason={} before={} after={} session_bytes={} rotations={} waiting={} classes={}",
