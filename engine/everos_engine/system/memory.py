@@ -1,4 +1,4 @@
-"""Has glibc's allocator give memory back, so that what a long-lived process holds is what it uses."""
+"""Has memory go back to the system, so that what a long-lived process holds is what it uses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ TUNABLES = {
 each, which no trim returns); larger blocks are mapped one by one, and unmapped when freed; the heap's free end goes back.
 Names and units are those of the GNU C Library manual, "Memory Allocation Tunables"."""
 
+PR_SET_THP_DISABLE = 41
+"""Of prctl(2), from linux/prctl.h."""
+
 
 def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
     """The environment in which a process gives memory back; None where it is that already, or libc is not glibc.
@@ -36,11 +39,21 @@ def begin_again(environment: Mapping[str, str]) -> None:
     """Begin this program once more in the same process, tuned: glibc reads its tunables before a program begins, and never again.
 
     Returns where that is not needed. For a process of one's own, before anything else is done in it: nothing is closed or
-    flushed, and descriptors stay open as after any exec.
+    flushed, and descriptors stay open as after any exec. Its pages are small from here on.
     """
+    small_pages()
     again = tuned(environment)
     if again is not None and sys.executable:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], again)  # noqa: S606 - this very program
+
+
+def small_pages() -> bool:
+    """Have no page of this process be a huge one: each holds 2 MiB for the first byte asked of it, and takes holes back.
+
+    False where the kernel is not Linux, or has none. An exec keeps it.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    return prctl is not None and prctl(PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0))) == 0
 
 
 def trim() -> bool:
