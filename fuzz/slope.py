@@ -1,33 +1,30 @@
 """Is a series flat? The slope of its second half with a confidence interval that allows for autocorrelation.
 
 Samples taken tenths of a second apart are far from independent, so an ordinary regression's interval is much too narrow.
-The half is cut into stretches of equal length; their means are nearly independent once a stretch is longer than what one
-sample tells of the next (the method of batch means). A least-squares line through n such means has Student's interval with
-n - 2 degrees of freedom.
-
-What moves a series and is itself bounded and known, as the bytes of a cache move the memory of its process, may stand
-beside it: then the line is fitted together with it (analysis of covariance, n - 3 degrees of freedom), its ups and downs are no
-noise any more, and the interval is of what they do not explain. ``test_slope.py`` holds false alarms and power to figures.
+The half is cut into stretches of equal length, each is summed up in one number, and these are nearly independent once a stretch is as
+long as what comes round in the series (the method of batch means): here STRETCH_SECONDS, in which a soaked engine rotates its Session
+once at least. A least-squares line through n such numbers has Student's interval with n - 2 degrees of freedom.
+``test_slope.py`` holds the false-alarm rate and the power to figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-BATCH_SECONDS = 19.0
-"""Several times as long as the noise of a process' memory lasts, and no multiple of anything the engine does by the clock."""
-LEAST_BATCHES, MOST_BATCHES = 6, 16
-NEEDS_SECONDS = 450.0
-"""A shorter series can be told, but not judged: an engine's memory takes minutes to be level, and a half needs its stretches."""
+STRETCH_SECONDS = 37.0
+"""Longer than any such cycle, and no multiple of one."""
+LEAST_STRETCHES, MOST_STRETCHES = 6, 12
+NEEDS_SECONDS = 2 * LEAST_STRETCHES * STRETCH_SECONDS
+"""A shorter series can be told, but not judged: its stretches are parts of one cycle."""
 LEVEL = 0.995
 """Of each interval. A full run asks ten times (five soaks, two series), so it cries wolf in 3 of 100 runs."""
-STUDENT = {
-    3: 7.453, 4: 5.598, 5: 4.773, 6: 4.317, 7: 4.029, 8: 3.833, 9: 3.690, 10: 3.581, 11: 3.497, 12: 3.428, 13: 3.372, 14: 3.326,
-}  # fmt: skip
+STUDENT = {4: 5.598, 5: 4.773, 6: 4.317, 7: 4.029, 8: 3.833, 9: 3.690, 10: 3.581}
 """The two-sided 99.5 % quantiles of Student's t, by degrees of freedom."""
+CREST = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,39 +40,46 @@ class Slope:
         """Whether the interval lies above zero: a leak."""
         return self.low > 0.0
 
-    @property
-    def resolution(self) -> float:
-        """The steepest rise that could have gone unseen, per minute."""
-        return self.high
-
     def as_json(self) -> dict[str, float]:
         """For the results."""
         return {"per_minute": self.per_minute, "low": self.low, "high": self.high, "level": LEVEL}
 
 
-def slope(seconds: Sequence[float], values: Sequence[float], beside: Sequence[float] | None = None) -> Slope:
-    """The slope of the second half of a series, by time, and of what ``beside`` does not explain where that is given.
+def mean(stretch: NDArray[np.float64]) -> float:
+    """Sums a stretch up: of all its samples."""
+    return float(stretch.mean())
 
-    Raises ValueError below two samples a batch.
+
+def crest(stretch: NDArray[np.float64]) -> float:
+    """Sums a stretch up: what it exceeds a tenth of the time.
+
+    For memory that fills and is let go in turns. What a cache lets go the allocator cannot return whole once younger
+    blocks lie among it, so its low tide rises for half an hour, towards a high tide that does not; a leak raises both.
     """
-    when, columns = (
-        np.asarray(seconds, dtype=float),
-        np.asarray([values, values if beside is None else beside], dtype=float),
-    )
+    return float(np.quantile(stretch, CREST))
+
+
+def slope(
+    seconds: Sequence[float], values: Sequence[float], sum_up: Callable[[NDArray[np.float64]], float] = mean
+) -> Slope:
+    """The slope of the second half of a series, by time. Raises ValueError below two samples a stretch."""
+    when, what = np.asarray(seconds, dtype=float), np.asarray(values, dtype=float)
     late = when >= (when[0] + when[-1]) / 2
-    when, (what, other) = when[late], columns[:, late]
-    if when.size < 2 * MOST_BATCHES:
-        message = f"{when.size} samples in the second half are too few for {MOST_BATCHES} batches: let it run longer"
+    when, what = when[late], what[late]
+    if when.size < 2 * MOST_STRETCHES:
+        message = (
+            f"{when.size} samples in the second half are too few for {MOST_STRETCHES} stretches: let it run longer"
+        )
         raise ValueError(message)
+    count = int(np.clip((when[-1] - when[0]) / STRETCH_SECONDS, LEAST_STRETCHES, MOST_STRETCHES))
     if np.ptp(what) == 0.0:
         return Slope(0.0, 0.0, 0.0)
-    batches = int(np.clip((when[-1] - when[0]) / BATCH_SECONDS, LEAST_BATCHES, MOST_BATCHES))
-    which = np.searchsorted(np.linspace(when[0], when[-1], batches + 1)[1:-1], when, side="right")
-    means = [np.bincount(which, weights=series) / np.bincount(which) for series in (when / 60.0, other, what)]
-    explains = beside is not None and np.ptp(means[1]) > 0.0
-    known = np.column_stack([np.ones(batches), *means[: 1 + explains]])
-    found, *_ = np.linalg.lstsq(known, means[2], rcond=None)
-    residuals, free = means[2] - known @ found, batches - known.shape[1]
-    variance = residuals @ residuals / free * np.linalg.inv(known.T @ known)[1, 1]
-    half = STUDENT[free] * float(np.sqrt(variance))
-    return Slope(float(found[1]), float(found[1]) - half, float(found[1]) + half)
+    which = np.searchsorted(np.linspace(when[0], when[-1], count + 1)[1:-1], when, side="right")
+    x = np.array([when[which == stretch].mean() for stretch in range(count)]) / 60.0
+    y = np.array([sum_up(what[which == stretch]) for stretch in range(count)])
+    centred = x - x.mean()
+    spread = float(centred @ centred)
+    found = float(centred @ y) / spread
+    residuals = y - y.mean() - found * centred
+    half = STUDENT[count - 2] * float(np.sqrt(residuals @ residuals / (count - 2) / spread))
+    return Slope(found, found - half, found + half)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from meter import Meter
 from results import RESULTS, Run, write_result
-from slope import NEEDS_SECONDS, Slope, slope
+from slope import NEEDS_SECONDS, Slope, crest, slope
 from soak_engine import WORDS
 
 CHILD = Path(__file__).with_name("soak_engine.py")
@@ -36,8 +36,8 @@ AT_ONCE = 5
 PAUSE_SECONDS = 0.08
 """Between two changes of the tree."""
 END_SECONDS = 180.0
-SESSION_BUDGET_BYTES = 12 << 20
-"""Low, so that a short run has rotations enough for its memory to level off."""
+SESSION_BUDGET_BYTES = 8 << 20
+"""Low, so that every stretch by which slopes are judged has a Session that is full, and one that was rotated."""
 SESSION_BOUND = 1.5
 """Times its budget a Session may reach: it is looked at once a second, and rotated once in five at most."""
 LASTING_SAMPLES = 20
@@ -158,8 +158,8 @@ def soak(
         told, meter, log = _live(forest, limit, settings, minutes, child)
         session = session_bytes(history, meter)
     run = Run(meter.seconds, meter.counts, meter.rss, session, limit, _budget(told))
-    counts, rss = slope(run.seconds, run.counts), slope(run.seconds, run.rss_bytes, session or None)
-    judged = {"descriptors": counts, "RSS bytes": rss} if run.seconds[-1] >= NEEDS_SECONDS else {}
+    counts, rss = slope(run.seconds, run.counts), slope(run.seconds, run.rss_bytes, crest)
+    judged = {"descriptors": counts, "crests of RSS in bytes": rss} if run.seconds[-1] >= NEEDS_SECONDS else {}
     faults = _faults(told, meter.peak, limit, log, slopes=judged)
     if mode == "reopen" and meter.lasting(LASTING_SAMPLES):
         faults.append(f"mode reopen holds {meter.lasting(LASTING_SAMPLES)} index descriptors open")

@@ -38,7 +38,7 @@ FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
 CALM_SECONDS = 2.0
 """After an exhaustion new work waits until none was seen for so long."""
 BYTES_REST_SECONDS = 60.0
-TRIM_SECONDS, TRIM_BYTES = 30.0, 256 << 10
+TRIM_SECONDS, TRIM_BYTES = 5.0, 256 << 10
 """How often the allocator is asked for what it holds free, and how much more than after the last time must be resident."""
 PROVE_AFTER_SECONDS = 3.0
 """The first changes after a start go before the self-test."""
