@@ -89,7 +89,7 @@ class Guard:
     _rotated_for_bytes: float = float("-inf")
     _was_exhausted: bool = False
     _trimmed: tuple[float, int] = (float("-inf"), 0)
-    _let_go: bool = False
+    _trim_due: bool = False
     _history: TextIOWrapper | None = None
 
     def __post_init__(self) -> None:
@@ -143,8 +143,8 @@ class Guard:
     async def _trim(self, now: float) -> None:
         """What was freed in a heap's midst goes back to the system only when asked for: by growth, and by a Session let go."""
         at, rss_bytes = self._trimmed
-        if self._let_go and self.desk.index.generations_open == 1:
-            self._let_go = False
+        if self._trim_due and self.desk.index.generations_open == 1:
+            self._trim_due = False
         elif now - at < TRIM_SECONDS or self.memory.rss_bytes - rss_bytes < TRIM_BYTES:
             return
         await trio.to_thread.run_sync(memory.trim)
@@ -220,7 +220,7 @@ class Guard:
     def _rotate(self, before: int, *, reason: str) -> None:
         index, held_bytes = self.desk.index, self.desk.index.session_bytes()
         index.rotate()
-        self._let_go = True
+        self._trim_due = True
         after = self.count()
         logger.warning(
             "session_rotated reason={} before={} after={} session_bytes={} rotations={} waiting={} classes={}",
