@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from everos_engine.stores.held import Held
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Version 2 was written by everos-engine 0.1.0."""
+STORES = (queue, held, ledger)
+"""The modules whose tables are in engine.db."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +265,21 @@ def check_root(settings: Settings, *, may_make: bool = False) -> None:
 
 
 def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
-    """The queue and ledger of a root; ``may_replace`` empties one that another version of the engine laid.
+    """Open the queue and ledger of a root, and bring a file of an older version up to date.
 
-    Raises SettingsError where there is no root, and makes none.
+    While an engine runs, only the engine does that, with ``may_replace``. Raises SettingsError if there is no root, and
+    creates none.
     """
     check_root(settings)
     settings.engine_directory.mkdir(parents=True, exist_ok=True)
-    schema = queue.SCHEMA + held.SCHEMA + ledger.SCHEMA
-    path = settings.engine_directory / "engine.db"
-    return Database(path, schema=schema, version=SCHEMA_VERSION, may_replace=may_replace)
+    may_replace = may_replace or locks.running_pid(settings.engine_directory / "engine.lock") is None
+    return Database(
+        settings.engine_directory / "engine.db",
+        schema="".join(store.SCHEMA for store in STORES),
+        version=SCHEMA_VERSION,
+        upgrades={SCHEMA_VERSION: "".join(store.UPGRADE_TO_3 for store in STORES)},
+        may_replace=may_replace,
+    )
 
 
 def status_of(tx: Transaction) -> Status:

@@ -73,6 +73,23 @@ class Unavailable(Transient):
         super().__init__(message, retry_after_seconds=retry_after_seconds, counts_as_retry=False)
 
 
+class Unexpected(Transient):
+    """A library raised something that is on none of our lists. It is the world's trouble, and no change is to blame.
+
+    The library's own error is its ``__cause__``.
+    """
+
+    def __init__(self, message: str, *, counts_as_retry: bool = False) -> None:
+        super().__init__(message, counts_as_retry=counts_as_retry)
+
+
+class Damaged(Transient):
+    """A store's file is proven not to hold what its library wrote. It is set aside and made again from markdown."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, counts_as_retry=False)
+
+
 class BadFile(EngineError):
     """A file that only an edit can heal.
 

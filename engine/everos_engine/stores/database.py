@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 from urllib.parse import quote
 
 import apsw
@@ -47,6 +47,7 @@ class Database:
         *,
         schema: str = "",
         version: int = 0,
+        upgrades: Mapping[int, str] | None = None,
         may_replace: bool = False,
         readonly: bool = False,
         cache_kibibytes: int = 0,
@@ -69,7 +70,7 @@ class Database:
                 self._run(f"PRAGMA cache_size=-{cache_kibibytes}")
             self._run("PRAGMA temp_store=MEMORY")
             if schema:
-                self._lay(schema, version, may_replace=may_replace)
+                self._lay(schema, version, upgrades or {}, may_replace=may_replace)
         except apsw.CantOpenError as error:
             if path.exists() and not os.access(path, os.R_OK):
                 raise Fatal(_forbidden(path)) from error
@@ -83,18 +84,34 @@ class Database:
             message = f"{path} is damaged ({error}): stop the engine, remove it with its -wal and -shm, and start again: it is made again from markdown"
             raise Fatal(message) from error
 
-    def _lay(self, schema: str, version: int, *, may_replace: bool) -> None:
-        """Lay the schema; a database of another version is emptied first, for all in it can be had again."""
+    def _lay(self, schema: str, version: int, upgrades: Mapping[int, str], *, may_replace: bool) -> None:
+        """Create the schema, and bring a database of an older version to this one.
+
+        ``upgrades`` maps a version to the SQL that leads to it from the version before. New tables and indexes come with
+        ``schema``, so an upgrade only changes what is there. A database that no chain of upgrades leads from is emptied,
+        because all in it can be made again from markdown. Raises Fatal for one of a newer engine.
+        """
 
         def lay(tx: Transaction) -> None:
-            ((found,),) = tx.execute("PRAGMA user_version")
+            ((found,),) = cast("Iterable[tuple[int]]", tx.execute("PRAGMA user_version"))
             tables = [str(name) for (name,) in tx.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
-            if tables and found != version:
+            if tables and found > version:
+                message = (
+                    f"{self.path} has version {found}, and this engine knows versions up to {version}: "
+                    "a newer everos-engine made it, install that version again"
+                )
+                raise Fatal(message)
+            if tables and found < version:
                 if not may_replace:
-                    message = f"{self.path} was laid by another version of the engine: restart the engine, it is made again from markdown"
+                    message = f"{self.path} was made by an older version of the engine: restart the engine, it upgrades the file by itself"
                     raise Fatal(message)
-                for name in tables:
-                    _drain(tx.execute(f'DROP TABLE IF EXISTS "{name}"'))
+                steps = range(found + 1, version + 1)
+                if all(step in upgrades for step in steps):
+                    for step in steps:
+                        _drain(tx.execute(upgrades[step]))
+                else:
+                    for name in tables:
+                        _drain(tx.execute(f'DROP TABLE IF EXISTS "{name}"'))
             _drain(tx.execute(schema))
             _drain(tx.execute(f"PRAGMA user_version = {version}"))
 

@@ -18,6 +18,8 @@ CREATE TABLE IF NOT EXISTS held (
     md_path TEXT PRIMARY KEY, kind TEXT NOT NULL, reason TEXT NOT NULL, since INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+UPGRADE_TO_3 = ""
+"""What version 3 changes in the tables of version 2. New tables and indexes come with SCHEMA."""
 Reason = Literal[
     "mass_delete",
     "unreadable",

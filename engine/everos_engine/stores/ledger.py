@@ -22,6 +22,8 @@ CREATE TABLE IF NOT EXISTS incarnation (
     kind TEXT PRIMARY KEY, incarnation TEXT NOT NULL, version INTEGER NOT NULL, model TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+UPGRADE_TO_3 = ""
+"""What version 3 changes in the tables of version 2. New tables and indexes come with SCHEMA."""
 UNKNOWN = b""
 
 INTEND = """

@@ -48,6 +48,8 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT) STRICT, WITH
 INSERT INTO counter VALUES ('lsn', 0), ('claim', 0), ('found_by_scan', 0), ('found_by_watch', 0)
     ON CONFLICT (name) DO NOTHING;
 """
+UPGRADE_TO_3 = ""
+"""What version 3 changes in the tables of version 2. New tables and indexes come with SCHEMA."""
 
 Status = Literal["pending", "processing", "done", "failed"]
 Fingerprint4 = tuple[int, int, int, int]
