@@ -94,8 +94,10 @@ def unsettled(job: Job, settle_milliseconds: int) -> Unsettled | None:
     """The error to wait with, where the file is younger than it takes to settle."""
     if job.fingerprint is None:
         return None
-    age = now_milliseconds() - max(job.fingerprint.mtime_ns, job.fingerprint.ctime_ns) // 1_000_000
-    if not 0 <= age < settle_milliseconds:
+    now = now_milliseconds()
+    ages = [now - moment // 1_000_000 for moment in (job.fingerprint.mtime_ns, job.fingerprint.ctime_ns)]
+    age = min((age for age in ages if age >= 0), default=None)  # a time in the future says nothing of the last write
+    if age is None or age >= settle_milliseconds:
         return None
     wait_seconds = (settle_milliseconds - age) / 1000
     message = "the file may still be being written"

@@ -221,9 +221,9 @@ def _sort(
 
 
 def _shade(path: str, dark: Mapping[Reason, Sequence[str]]) -> Reason | None:
-    """Why nothing can be said of a path, if it lies below a directory that is out of sight."""
+    """Why nothing can be said of a path, if it is out of sight or lies below a directory that is."""
     for reason, directories in dark.items():
-        if any(path.startswith(directory + "/") for directory in directories):
+        if any(path == directory or path.startswith(directory + "/") for directory in directories):
             return reason
     return None
 

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -25,6 +25,10 @@ COARSE_RACY_NS = 2_000_000_000
 """File systems that keep whole seconds (FAT: two) need a wider margin; most others tick every 1 to 10 ms."""
 _ESCAPED = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 _LOOKS_ESCAPED = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
+FUTURE_NS = 86_400_000_000_000
+"""A time further ahead of ours than a day is no clock that differs from ours: somebody set it, and a write ends it."""
+_INT64_MAX = (1 << 63) - 1
+"""The largest whole number that SQLite keeps."""
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What says nothing of the directory, but of this process or machine."""
@@ -64,7 +68,10 @@ class SweepAborted(Transient):
 
 @dataclass(frozen=True, slots=True)
 class Walk(Generic[P]):
-    """What a sweep saw: key -> (place, fingerprint), the blind directories by key with the reason, and how many there are."""
+    """What a sweep saw: key -> (place, fingerprint), the blind by key with the reason, and how many directories there are.
+
+    Blind are directories that cannot be read, and files that cannot be asked for: a link into a forbidden directory.
+    """
 
     found: Mapping[str, tuple[P, Fingerprint]]
     blind: Mapping[str, str]
@@ -139,50 +146,111 @@ def _unescaped(match: re.Match[str]) -> str:
 
 
 def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> Walk[P]:
-    """One sweep of the tree, or of one directory ``below`` it.
+    """Look at the tree once, or at one directory ``below`` the root.
 
     Links to directories are not followed, links to files are. A directory below the root that cannot be read is
-    *blind*: nothing is known of what it holds. Raises SweepAborted where the root cannot be read, or nothing can.
+    *blind*: nothing is known of what it holds. So is a file of which only its name can be had.
+    Raises SweepAborted where the root cannot be read, or nothing can.
     """
-    found: dict[str, tuple[P, Fingerprint]] = {}
-    folded: dict[str, dict[str, Fingerprint]] = {}
-    places: dict[str, P] = {}
-    blind: dict[str, str] = {}
-    top = os.fspath(root).rstrip(os.sep)
-    base, directories = len(top) + 1, 0
+    walker = Walker(root, recognise, below=below)
     stack = [below or os.fspath(root)]
     while stack:
-        directory = stack.pop()
-        directories += 1
+        stack += walker.add(walker.visit(stack.pop()))
+    return walker.walk()
+
+
+@dataclass(frozen=True, slots=True)
+class Visit(Generic[P]):
+    """What one directory holds: directories, (key, place, fingerprint) of files, and (key, place, reason) of blind ones."""
+
+    directory: str
+    directories: Sequence[str]
+    files: Sequence[tuple[str, P, Fingerprint]]
+    blind: Sequence[tuple[str, P, str]]
+    error: OSError | None
+
+
+class Walker(Generic[P]):
+    """A walk in steps: ``visit`` may run in any thread, ``add`` and ``lose`` take what came of it."""
+
+    def __init__(self, root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> None:
+        self._recognise, self._below = recognise, below
+        self._top = os.fspath(root).rstrip(os.sep)
+        self._tops = {self._top, os.fspath(root)}
+        self._base = len(self._top) + 1
+        self._found: dict[str, tuple[P, Fingerprint]] = {}
+        self._folded: dict[str, dict[str, Fingerprint]] = {}
+        self._places: dict[str, P] = {}
+        self._blind: dict[str, str] = {}
+        self._directories = 0
+
+    def visit(self, directory: str) -> Visit[P]:
+        """Look at one directory, and keep nothing of it."""
+        directories: list[str] = []
+        found: list[tuple[str, P, Fingerprint]] = []
+        blind: list[tuple[str, P, str]] = []
         try:
             with os.scandir(directory) as items:
                 for item in items:
                     if item.is_dir(follow_symlinks=False):
-                        if item.name != INDEX_DIRECTORY or len(directory) >= base:
-                            stack.append(item.path)
+                        if item.name != INDEX_DIRECTORY or len(directory) >= self._base:
+                            directories.append(item.path)
                         continue
                     if not item.name.endswith(".md"):
                         continue
-                    key = _escape(item.path[base:])
-                    place = recognise(key)
-                    print_ = None if place is None else _stat(item.path)
-                    if place is None or print_ is None:
+                    key = _escape(item.path[self._base :])
+                    place = self._recognise(key)
+                    if place is None:
                         continue
-                    if place.md_path is key and item.name != MAIN:
-                        found[key] = (place, print_)
-                    else:
-                        folded.setdefault(place.md_path, {})[key] = print_
-                        places.setdefault(place.md_path, place)
+                    try:
+                        print_ = _stat(item.path)
+                    except OSError as error:
+                        if error.errno in _OURS:
+                            raise
+                        blind.append((key, place, error.strerror or str(error)))
+                        continue
+                    if print_ is not None:
+                        found.append((key, place, print_))
         except OSError as error:
-            if directory in (top, os.fspath(root)) or error.errno in _OURS:
-                message = f"the sweep stopped at {directory!r}: {error.strerror}; nothing was recorded, the next sweep tries again"
-                raise SweepAborted(message) from error
+            return Visit(directory, directories, found, blind, error)
+        return Visit(directory, directories, found, blind, None)
+
+    def add(self, seen: Visit[P]) -> Sequence[str]:
+        """Take what a visit saw, and return the directories to go on with. Raises SweepAborted."""
+        self._directories += 1
+        error = seen.error
+        if error is not None:
+            if seen.directory in self._tops or error.errno in _OURS:
+                raise self._aborted(seen.directory, error.strerror or str(error)) from error
             if error.errno not in _GONE:
-                blind[_escape(directory[base:])] = error.strerror or str(error)
-    for key, members in folded.items():
-        if below is not None or key in members:
-            found[key] = (places[key], _fold(members))
-    return Walk(found, blind, directories)
+                self.lose(seen.directory, error.strerror or str(error))
+        for key, place, print_ in seen.files:
+            if place.md_path is key and not key.endswith("/" + MAIN):
+                self._found[key] = (place, print_)
+            else:
+                self._folded.setdefault(place.md_path, {})[key] = print_
+                self._places.setdefault(place.md_path, place)
+        for _, place, reason in seen.blind:
+            self._blind[place.md_path] = reason
+        return seen.directories
+
+    def lose(self, directory: str, reason: str) -> None:
+        """Note a directory of which nothing can be known. Raises SweepAborted where that is the root."""
+        if directory in self._tops:
+            raise self._aborted(directory, reason)
+        self._blind[_escape(directory[self._base :])] = reason
+
+    def walk(self) -> Walk[P]:
+        """Return what was seen. A change of several files with a blind one among them is blind."""
+        for key, members in self._folded.items():
+            if key not in self._blind and (self._below is not None or key in members):
+                self._found[key] = (self._places[key], _fold(members))
+        return Walk(self._found, self._blind, self._directories)
+
+    def _aborted(self, directory: str, reason: str) -> SweepAborted:
+        return SweepAborted(
+            f"the sweep stopped at {directory!r}: {reason}; nothing was recorded, the next sweep tries again"
+        )
 
 
 def directories_below(directory: str) -> int:
@@ -221,7 +289,7 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
             _sort(place, error)
             continue
         if fingerprint(root, place) == before and place.md_path in sources:
-            return Reading(sources, before, racy=_racy(before, observed_ns))
+            return Reading(sources, before, racy=is_racy(before, observed_ns))
     message = f"{place.md_path!r} kept changing while it was read"
     raise Transient(message)
 
@@ -275,7 +343,17 @@ def _stat(path: str) -> Fingerprint | None:
         raise
     if not stat.S_ISREG(found.st_mode):
         return None
-    return Fingerprint(found.st_mtime_ns, found.st_size, found.st_ino & 0x7FFF_FFFF_FFFF_FFFF, found.st_ctime_ns)
+    return fingerprint_of(found)
+
+
+def fingerprint_of(found: os.stat_result) -> Fingerprint:
+    """Return what SQLite can keep of a stat: times, size and inode of 64 bits with a sign, whatever the file system says."""
+    mtime_ns, size, ctime_ns = map(_clamped, (found.st_mtime_ns, found.st_size, found.st_ctime_ns))
+    return Fingerprint(mtime_ns, size, found.st_ino & _INT64_MAX, ctime_ns)
+
+
+def _clamped(value: int) -> int:
+    return max(~_INT64_MAX, min(value, _INT64_MAX))
 
 
 def _fold(members: Mapping[str, Fingerprint]) -> Fingerprint:
@@ -287,16 +365,20 @@ def _fold(members: Mapping[str, Fingerprint]) -> Fingerprint:
     )
     return Fingerprint(
         max(print_.mtime_ns for print_ in members.values()),
-        sum(print_.size for print_ in members.values()),
+        _clamped(sum(print_.size for print_ in members.values())),
         int.from_bytes(digest.digest(), "big") >> 1,
         max(print_.ctime_ns for print_ in members.values()),
     )
 
 
-def _racy(found: Fingerprint, observed_ns: int) -> bool:
-    """Git's rule: a file whose last change is not clearly older than the look at it is not trusted by fingerprint."""
+def is_racy(found: Fingerprint, observed_ns: int) -> bool:
+    """Tell whether a later write could leave the same fingerprint: git's rule, a last change not clearly older than the look.
+
+    A time far in the future says nothing: the next write takes it back to the present.
+    """
     margin = COARSE_RACY_NS if found.mtime_ns % 1_000_000_000 == 0 and found.ctime_ns % 1_000_000_000 == 0 else RACY_NS
-    return max(found.mtime_ns, found.ctime_ns) + margin > observed_ns
+    near = [moment for moment in (found.mtime_ns, found.ctime_ns) if moment <= observed_ns + FUTURE_NS]
+    return any(moment + margin > observed_ns for moment in near)
 
 
 def _bytes(path: str, limit: int) -> bytes:
