@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from everos_engine.settings import choices, table
+from everos_engine.settings import choices, setters, table
 from everos_engine.surface.cli import parser
 from everos_engine.text.kinds import tables
 
@@ -70,6 +70,12 @@ def settings_page() -> str:
         "4. the environment,",
         "5. command line flags.",
         "",
+        "The file of a root may come from somewhere else: a vault that was cloned or synchronised. So it may set only what is about its content and",
+        "its limits. What says where text and keys go, or names a file outside the root, is marked *user* in the last column. In a root's file it is",
+        "refused until you trust the file as it is: `everos-engine trust --show` shows what it sets, `everos-engine trust` trusts it. After a change it",
+        "must be trusted again. What is trusted is remembered for each user, outside the root. A key is sent only to an address that its own source,",
+        "or one with the same rights, has set: a key of the environment never goes to an address that only a root's file names.",
+        "",
         "An unknown name, a value of the wrong type or one out of bounds is refused at the start with its source. Sizes in bytes accept",
         "`8MB` or `1.5GiB` (binary units). A list is separated by `:` in the environment. `everos-engine settings` prints what is in force.",
         "",
@@ -81,14 +87,21 @@ def settings_page() -> str:
         "```",
     ]
     groups: dict[str, list[str]] = defaultdict(list)
-    may_be = choices()
+    may_be, who = choices(), setters()
     for name, variable, default, doc in table():
         allowed = f" One of {', '.join(f'`{choice}`' for choice in may_be[name])}." if name in may_be else ""
-        line = f"| `{name}` | `{default}` | {doc}{allowed} | `{variable}` |"
+        line = f"| `{name}` | `{default}` | {doc}{allowed} | `{variable}` | {who[name]} |"
         groups[name.rpartition(".")[0]].append(line)
     for group, rows in sorted(groups.items()):
         title = f"`[{group}]`" if group else "The engine"
-        lines += ["", f"## {title}", "", "| setting | default | what | environment |", "|---|---|---|---|", *rows]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| setting | default | what | environment | set by |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
 import re
@@ -13,7 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import unquote
 
+from everos_engine import trust
 from everos_engine.errors import SettingsError
 
 N = TypeVar("N", int, float)
@@ -33,9 +36,39 @@ REFUSED = {
 }
 
 
-def knob(default: Any, doc: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """A settings field: its default, its line in the settings table, and its bounds (inclusive)."""
-    return field(default=default, metadata={"doc": doc, "least": least, "most": most})
+Scope = Literal["root", "user"]
+Hidden = Literal["whole", "url"]
+MASK = "********"
+
+
+def knob(
+    default: Any,
+    doc: str,
+    *,
+    scope: Scope,
+    root_values: tuple[object, ...] = (),
+    hidden: Hidden | None = None,
+    sent_to: str = "",
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Declare a setting: its default, its line in the settings table, who may set it, and its bounds (inclusive).
+
+    ``scope`` "root" is for what a memory root's own file may set: its content and its limits. "user" is for what says where text
+    or keys go, or which file outside the root is opened: a root's file may set it only when the user trusts that file, or to one of
+    ``root_values``, which send nothing anywhere. ``hidden`` is "whole" when the value must never be shown, and "url" when it may hold
+    a password or a token. ``sent_to`` names the setting with the address that this credential is sent to.
+    """
+    metadata = {
+        "doc": doc,
+        "scope": scope,
+        "root_values": root_values,
+        "hidden": hidden,
+        "sent_to": sent_to,
+        "least": least,
+        "most": most,
+    }
+    return field(default=default, repr=hidden is None, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,47 +78,65 @@ class LanceDBSettings:
     descriptor_mode: DescriptorMode = knob(
         "reopen",
         "`reopen` opens index files for each read and pins no descriptor; `pinned` keeps them open, bounded by the cap.",
+        scope="root",
     )
     index_cache_size_bytes: int | Literal["auto"] = knob(
         16 << 20,
         "Cap of the LanceDB index cache; sizes such as `8MB` are accepted, `auto` takes what fits under `ulimit -n`.",
         least=0,
+        scope="root",
     )
     descriptors_per_mebibyte: float = knob(
         110.0,
         "Descriptors that one MiB of index cache pins in mode `pinned`; `everos-engine fds calibrate` measures it.",
         least=1,
+        scope="root",
     )
     session_most_bytes: int = knob(
         256 << 20,
         "Bytes in the Session's caches, metadata too, above which it is rotated; sizes are accepted.",
         least=0,
+        scope="root",
     )
     soft_budget_share: float = knob(
         0.5,
         "Share of the descriptor limit above which the Session is rotated and the worker slows down.",
         least=0.1,
         most=0.95,
+        scope="root",
     )
-    hard_budget_share: float = knob(0.8, "Share of the descriptor limit above which new work waits.", least=0.1, most=1)
-    history_file: str = knob("", "File to which the descriptor guard appends one JSON line a second; empty: none.")
+    hard_budget_share: float = knob(
+        0.8, "Share of the descriptor limit above which new work waits.", least=0.1, most=1, scope="root"
+    )
+    history_file: str = knob(
+        "", "File to which the descriptor guard appends one JSON line a second; empty: none.", scope="user"
+    )
     concurrent_reads: int = knob(
-        4, "Most reads of the index at once; each has its files open meanwhile, the others wait their turn.", least=1
+        4,
+        "Most reads of the index at once; each has its files open meanwhile, the others wait their turn.",
+        least=1,
+        scope="root",
     )
-    read_deadline_seconds: float = knob(30.0, "Longest one read of the index may take.", least=0.1)
+    read_deadline_seconds: float = knob(30.0, "Longest one read of the index may take.", least=0.1, scope="root")
     write_deadline_seconds: float = knob(
-        120.0, "Longest one commit may take before its outcome counts as unknown and it is done again.", least=1
+        120.0,
+        "Longest one commit may take before its outcome counts as unknown and it is done again.",
+        least=1,
+        scope="root",
     )
-    optimize_after_commits: int = knob(40, "Commits to a table before it is optimized.", least=1)
-    optimize_after_rows: int = knob(5000, "Rows written to a table before it is optimized.", least=1)
+    optimize_after_commits: int = knob(40, "Commits to a table before it is optimized.", least=1, scope="root")
+    optimize_after_rows: int = knob(5000, "Rows written to a table before it is optimized.", least=1, scope="root")
     optimize_after_share: float = knob(
-        0.2, "Rows written to a table, as a share of those its indexes cover, before it is optimized.", least=0.01
+        0.2,
+        "Rows written to a table, as a share of those its indexes cover, before it is optimized.",
+        least=0.01,
+        scope="root",
     )
     optimize_idle_seconds: float = knob(
-        5.0, "Quiet time after the last commit before a pending optimize runs.", least=0
+        5.0, "Quiet time after the last commit before a pending optimize runs.", least=0, scope="root"
     )
     keep_versions_seconds: float = knob(
-        600.0, "Age before an old table version is pruned; a reader may hold one this long.", least=60
+        600.0, "Age before an old table version is pruned; a reader may hold one this long.", least=60, scope="root"
     )
 
 
@@ -96,39 +147,59 @@ class EmbedderSettings:
     kind: Literal["local", "http", "none"] = knob(
         "local",
         "`local` (offline, ships its weights), `http` (OpenAI-compatible service) or `none` (text search only).",
+        scope="user",
+        root_values=("local", "none"),
     )
-    url: str = knob("", "Base URL of the service, with or without `/embeddings` at its end (kind `http`).")
-    model: str = knob("", "Model name sent to the service (kind `http`).")
-    api_key: str = knob("", "Bearer token for the service; never logged.")
-    dimension: int = knob(0, "Width the service must answer with; 0 takes the width of its first answer.", least=0)
-    batch_size: int = knob(64, "Most texts in one call.", least=1, most=2048)
+    url: str = knob(
+        "",
+        "Base URL of the service, with or without `/embeddings` at its end (kind `http`).",
+        scope="user",
+        hidden="url",
+    )
+    model: str = knob("", "Model name sent to the service (kind `http`).", scope="user")
+    api_key: str = knob(
+        "", "Bearer token for the service; never logged.", scope="user", hidden="whole", sent_to="embedder.url"
+    )
+    dimension: int = knob(
+        0, "Width the service must answer with; 0 takes the width of its first answer.", least=0, scope="root"
+    )
+    batch_size: int = knob(64, "Most texts in one call.", least=1, most=2048, scope="root")
     concurrency: int = knob(
         8,
         "Most calls in flight; texts under suspicion have up to three quarters as many of their own.",
         least=1,
         most=64,
+        scope="root",
     )
-    calls_per_second: float = knob(0.0, "Most calls begun in a second; 0 is without limit.", least=0)
+    calls_per_second: float = knob(0.0, "Most calls begun in a second; 0 is without limit.", least=0, scope="user")
     max_characters: int = knob(
-        32_000, "Longest text sent to a service; the vector of a longer one is made from its beginning.", least=1
+        32_000,
+        "Longest text sent to a service; the vector of a longer one is made from its beginning.",
+        least=1,
+        scope="root",
     )
-    deadline_seconds: float = knob(30.0, "Longest one call may take.", least=0.1)
+    deadline_seconds: float = knob(30.0, "Longest one call may take.", least=0.1, scope="root")
     hedge_seconds: float = knob(
         2.0,
         "A call with several texts that takes longer is split, so that one slow text cannot hold up the others.",
         least=0.05,
+        scope="root",
     )
     outage_probe_seconds: float = knob(
         1.0,
         "First delay before a service that is down is asked again; doubles up to `outage_probe_max_seconds`.",
         least=0.01,
+        scope="root",
     )
-    outage_probe_max_seconds: float = knob(30.0, "Longest delay between two such probes.", least=0.01)
+    outage_probe_max_seconds: float = knob(30.0, "Longest delay between two such probes.", least=0.01, scope="root")
     outage_patience_seconds: float = knob(
-        60.0, "How long `sync`, `fix` and `settle` wait for a service that is down; the changes wait on.", least=0
+        60.0,
+        "How long `sync`, `fix` and `settle` wait for a service that is down; the changes wait on.",
+        least=0,
+        scope="root",
     )
     cache_max_bytes: int = knob(
-        2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0
+        2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0, scope="root"
     )
 
 
@@ -137,7 +208,7 @@ class NoteSettings:
     """Plain markdown as a kind of its own."""
 
     globs: tuple[str, ...] = knob(
-        (), "Globs, relative to the root, of plain markdown indexed as `note`; empty turns the kind off."
+        (), "Globs, relative to the root, of plain markdown indexed as `note`; empty turns the kind off.", scope="root"
     )
 
 
@@ -149,16 +220,21 @@ class WatchSettings:
         "auto",
         "`events` listens for file events; `poll` sweeps every `watch.poll_interval_seconds` instead; `auto` listens, "
         "and polls too where events do not tell of every change; `off` leaves all to the sweeps.",
+        scope="root",
     )
-    debounce_milliseconds: int = knob(200, "Longest time events are gathered before they are recorded.", least=1)
-    poll_interval_seconds: float = knob(5.0, "Time between sweeps where events cannot be relied on.", least=0.05)
+    debounce_milliseconds: int = knob(
+        200, "Longest time events are gathered before they are recorded.", least=1, scope="root"
+    )
+    poll_interval_seconds: float = knob(
+        5.0, "Time between sweeps where events cannot be relied on.", least=0.05, scope="root"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySettings:
     """Where the memory is."""
 
-    root: Path = knob(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.")
+    root: Path = knob(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.", scope="user")
 
     def __post_init__(self) -> None:
         """Absolute from the start, links resolved: the root stays what it was though a link is moved."""
@@ -175,41 +251,51 @@ class Settings:
     note: NoteSettings = field(default_factory=NoteSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
 
-    scan_interval_seconds: float = knob(30.0, "Time between sweeps of the whole tree.", least=0.05)
-    worker_batch_size: int = knob(50, "Changes claimed at once; grows with the backlog.", least=1)
-    worker_batch_max: int = knob(500, "Most changes claimed at once.", least=1)
+    scan_interval_seconds: float = knob(30.0, "Time between sweeps of the whole tree.", least=0.05, scope="root")
+    worker_batch_size: int = knob(50, "Changes claimed at once; grows with the backlog.", least=1, scope="root")
+    worker_batch_max: int = knob(500, "Most changes claimed at once.", least=1, scope="root")
     worker_max_retry: int = knob(
-        3, "Attempts again after a transient failure, before the change is dead-lettered.", least=0
+        3, "Attempts again after a transient failure, before the change is dead-lettered.", least=0, scope="root"
     )
     worker_poll_interval_seconds: float = knob(
-        1.0, "Time between looks for changes queued by other processes; only the net under the wake-ups.", least=0.01
+        1.0,
+        "Time between looks for changes queued by other processes; only the net under the wake-ups.",
+        least=0.01,
+        scope="root",
     )
     worker_retry_backoff_seconds: float = knob(
-        2.0, "First delay after a transient failure; doubles per attempt.", least=0
+        2.0, "First delay after a transient failure; doubles per attempt.", least=0, scope="root"
     )
-    worker_retry_backoff_max_seconds: float = knob(300.0, "Longest delay between two attempts.", least=0)
+    worker_retry_backoff_max_seconds: float = knob(300.0, "Longest delay between two attempts.", least=0, scope="root")
     settle_milliseconds: int = knob(
         250,
         "Least time between two indexings of one file, and the age a file must have before it is believed to have "
         "lost its structure, half of its entries or all that it held: it may still be being written.",
         least=0,
+        scope="root",
     )
     audit_interval_hours: float = knob(
-        24.0, "Time in which every file is read again and compared by content, spread evenly; 0 never does.", least=0
+        24.0,
+        "Time in which every file is read again and compared by content, spread evenly; 0 never does.",
+        least=0,
+        scope="root",
     )
     brake_ratio: float = knob(
         0.3,
         "Share of the known files that may vanish at once; more are held until `release`. 1 never holds.",
         least=0,
         most=1,
+        scope="root",
     )
-    brake_least: int = knob(20, "That many may always vanish at once, whatever their share.", least=0)
-    max_file_bytes: int = knob(16 << 20, "Largest markdown file that is indexed.", least=1)
-    shutdown_grace_seconds: float = knob(10.0, "Time a graceful stop may take to finish what is held.", least=0)
+    brake_least: int = knob(20, "That many may always vanish at once, whatever their share.", least=0, scope="root")
+    max_file_bytes: int = knob(16 << 20, "Largest markdown file that is indexed.", least=1, scope="root")
+    shutdown_grace_seconds: float = knob(
+        10.0, "Time a graceful stop may take to finish what is held.", least=0, scope="root"
+    )
     log_format: Literal["auto", "text", "json"] = knob(
-        "auto", "`auto` shows a status line on a terminal, else text lines."
+        "auto", "`auto` shows a status line on a terminal, else text lines.", scope="root"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = knob("INFO", "Least level that is logged.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = knob("INFO", "Least level that is logged.", scope="root")
 
     @property
     def root(self) -> Path:
@@ -244,29 +330,56 @@ def load(
     Raises SettingsError for an unknown name, a value of the wrong type or out of bounds, or an unreadable file.
     """
     env = os.environ if environment is None else environment
-    values: dict[str, tuple[object, str]] = {}
     user_path = user_file or _user_file(env)
-    values.update(_from_toml(user_path))
-    from_environment = _from_environment(env)
-    from_flags = {name: (value, f"--{name}") for name, value in (flags or {}).items() if value is not None}
-    of_root = _from_toml(_root_of({**values, **from_environment, **from_flags}) / ROOT_SETTINGS_FILE)
-    if "memory.root" in of_root:
-        message = f"{of_root['memory.root'][1]}: a root's own settings cannot move it: remove memory.root from there"
+    by_user, root = _by_user(flags, env, user_path)
+    content = _content(root / ROOT_SETTINGS_FILE)
+    by_root = _parse(root / ROOT_SETTINGS_FILE, content)
+    if "memory.root" in by_root:
+        message = f"{by_root['memory.root'][1]}: a root's own settings cannot move it: remove memory.root from there"
         raise SettingsError(message)
-    values.update(of_root)
-    values.update(from_environment)
-    values.update(from_flags)
     for name, reason in REFUSED.items():
-        if name in values:
-            raise SettingsError(f"{values[name][1]}: {name} {reason}")
-    settings = _build(Settings, values, "")
-    unknown = sorted(values)
+        for values in (by_root, *by_user):
+            if name in values:
+                raise SettingsError(f"{values[name][1]}: {name} {reason}")
+    asked = restricted(by_root)
+    if asked and not trust.is_trusted(root, content, env):
+        raise SettingsError(_untrusted(root, asked, user_path))
+    from_file, from_environment, from_flags = by_user
+    values = {**from_file, **by_root, **from_environment, **from_flags}
+    unknown = dict(values)
+    settings = _build(Settings, unknown, "")
     if unknown:
-        name = unknown[0]
+        name = min(unknown)
         message = f"{values[name][1]}: there is no setting {name!r}: see `everos-engine settings` for the list"
         raise SettingsError(message)
     _check_together(settings)
+    _check_credentials(settings, values, by_root, by_user)
     return typing.cast("Settings", settings)
+
+
+def root_file(
+    flags: Mapping[str, object] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    user_file: Path | None = None,
+) -> tuple[Path, bytes, dict[str, object]]:
+    """Return the memory root, the content of its settings file, and what that sets that needs trust, secrets masked."""
+    env = os.environ if environment is None else environment
+    _, root = _by_user(flags, env, user_file or _user_file(env))
+    content = _content(root / ROOT_SETTINGS_FILE)
+    by_root = _parse(root / ROOT_SETTINGS_FILE, content)
+    known = {name: fld for name, fld, _ in _fields(Settings, "")}
+    return root, content, {name: _masked(known[name], by_root[name][0]) for name in restricted(by_root)}
+
+
+def restricted(values: Mapping[str, tuple[object, str]]) -> list[str]:
+    """Return which of a root's own settings it may set only when the user trusts its file."""
+    known = {name: fld.metadata for name, fld, _ in _fields(Settings, "")}
+    return [
+        name
+        for name, (value, _) in values.items()
+        if name in known and known[name]["scope"] == "user" and value not in known[name]["root_values"]
+    ]
 
 
 def table() -> list[tuple[str, str, str, str]]:
@@ -282,17 +395,58 @@ def choices() -> dict[str, tuple[object, ...]]:
     return {name: get_args(hint) for name, _, hint in _fields(Settings, "") if get_origin(hint) is Literal}
 
 
+def setters() -> dict[str, str]:
+    """Who may set each setting: "root" (any source), "user", or "user" and the values that a root's file may choose."""
+    return {
+        name: ", ".join([fld.metadata["scope"], *(f"root: `{value}`" for value in fld.metadata["root_values"])])
+        for name, fld, _ in _fields(Settings, "")
+    }
+
+
 def describe(settings: Settings) -> dict[str, object]:
     """Each setting's value by dotted name, secrets masked."""
     shown: dict[str, object] = {}
-    for name, _, _ in _fields(Settings, ""):
+    for name, fld, _ in _fields(Settings, ""):
         value: Any = settings
         for part in name.split("."):
             value = getattr(value, part)
-        if name == "embedder.api_key" and value:
-            value = "********"
+        value = _masked(fld, value)
         shown[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     return shown
+
+
+def _masked(fld: dataclasses.Field[Any], value: Any) -> Any:
+    """A setting's value for people: a secret as ``MASK``, an address without its password and its query."""
+    hidden = fld.metadata["hidden"]
+    if hidden is None or value == "":
+        return value
+    return masked_url(value) if hidden == "url" and isinstance(value, str) else MASK
+
+
+def masked_url(url: str) -> str:
+    """Return an address in which only scheme, host, port and path can be read."""
+    head, mark, _ = re.sub(r"[\s\x00-\x1f]", "", url).partition("#")
+    head, asks, _ = head.partition("?")
+    scheme, slashes, rest = head.partition("://")
+    if not slashes:
+        scheme, rest = "", head
+    netloc, slash, path = rest.rpartition("@")[2].partition("/")
+    user = f"{MASK}@" if "@" in rest else ""
+    return f"{scheme}{slashes}{user}{netloc}{slash}{path}" + (f"?{MASK}" if asks else "") + (f"#{MASK}" if mark else "")
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Return every text that must not leave the process by a log, an error or a report, longest first."""
+    found: set[str] = set()
+    for name, fld, _ in _fields(Settings, ""):
+        value: Any = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        if fld.metadata["hidden"] == "whole":
+            found |= {value, value.strip()}
+        elif fld.metadata["hidden"] == "url":
+            found |= _secrets_in(value)
+    return sorted((one for one in found if one), key=len, reverse=True)
 
 
 def parse_size(text: str) -> int:
@@ -303,6 +457,58 @@ def parse_size(text: str) -> int:
         message = f"{text!r} is not a size: write bytes, or a number with KB, MB or GB"
         raise ValueError(message)
     return int(float(match[1]) * unit)
+
+
+def _secrets_in(url: str) -> set[str]:
+    """The passwords and the values of the query of an address, as they are written, decoded, and as HTTP sends them."""
+    rest, _, fragment = url.strip().partition("#")
+    rest, _, query = rest.partition("?")
+    user = rest.partition("://")[2].rpartition("@")[0]
+    name, _, password = user.partition(":")
+    plain = {password or name, query, fragment, *(part.partition("=")[2] for part in query.split("&"))}
+    basic = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode("utf-8", "surrogatepass")).decode()
+    return plain | {unquote(one) for one in plain} | ({basic} if user else set())
+
+
+def _by_user(
+    flags: Mapping[str, object] | None, env: Mapping[str, str], user_path: Path
+) -> tuple[tuple[dict[str, tuple[object, str]], ...], Path]:
+    """What the user's file, the environment and the flags say, weakest first; and the root they name."""
+    from_file, from_environment = _parse(user_path, _content(user_path)), _from_environment(env)
+    from_flags = {name: (value, f"--{name}") for name, value in (flags or {}).items() if value is not None}
+    return (from_file, from_environment, from_flags), _root_of({**from_file, **from_environment, **from_flags})
+
+
+def _untrusted(root: Path, names: list[str], user_path: Path) -> str:
+    command = shlex.join(["everos-engine", "--root", str(root), "trust"])
+    return (
+        f"{root / ROOT_SETTINGS_FILE}: a memory root's own file may set {', '.join(names)} only when you trust it, since that says "
+        f"where text and keys go, or which file outside the root is written. `{command} --show` shows the values. Then run "
+        f"`{command}`, or move the settings to {user_path}"
+    )
+
+
+def _check_credentials(
+    settings: Settings,
+    values: Mapping[str, tuple[object, str]],
+    by_root: Mapping[str, tuple[object, str]],
+    by_user: tuple[Mapping[str, tuple[object, str]], ...],
+) -> None:
+    """Refuse to send what the user's own sources set to an address that only a root's file names."""
+    if settings.embedder.kind != "http":
+        return
+    for name, fld, _ in _fields(Settings, ""):
+        address = fld.metadata["sent_to"]
+        if not address or name not in values or address not in by_root:
+            continue
+        by_users = [source[address][0] for source in by_user if address in source]
+        if values[name] is by_root.get(name) or values[address][0] in by_users:
+            continue
+        message = (
+            f"{values[name][1]}: {name} is not sent to the address that {by_root[address][1]} sets: a key goes only where its own "
+            f"source says. Set {address} in the same place as {name}"
+        )
+        raise SettingsError(message)
 
 
 def _root_of(values: Mapping[str, tuple[object, str]]) -> Path:
@@ -341,7 +547,7 @@ def _coerce(name: str, value: object, hint: Any, fld: dataclasses.Field[Any], so
     try:
         result = _convert(name, value, hint)
     except (ValueError, TypeError, OverflowError) as error:
-        message = f"{source}: {name}={str(value)[:80]!r}: {error}"
+        message = f"{source}: {name}={str(_masked(fld, value))[:80]!r}: {error}"
         raise SettingsError(message) from None
     least, most = fld.metadata["least"], fld.metadata["most"]
     if isinstance(result, str):
@@ -441,16 +647,25 @@ def _user_file(env: Mapping[str, str]) -> Path:
     return Path(home) / "everos-engine" / "settings.toml"
 
 
-def _from_toml(path: Path) -> dict[str, tuple[object, str]]:
+def _content(path: Path) -> bytes:
+    """The bytes of a settings file; none when there is no such file."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return b""
+    except OSError as error:
         message = f"{path}: cannot be read as settings: {error}"
         if isinstance(error, PermissionError) and not os.access(path.parent, os.X_OK):
             give = shlex.join(["chmod", "u+rwX", str(path.parent)])
             message = f"{path.parent} may not be entered by uid {os.geteuid()}: as its owner, `{give}`"
+        raise SettingsError(message) from None
+
+
+def _parse(path: Path, content: bytes) -> dict[str, tuple[object, str]]:
+    try:
+        data = tomllib.loads(content.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        message = f"{path}: cannot be read as settings: {error}"
         raise SettingsError(message) from None
     return {name: (value, str(path)) for name, value in _flatten(data, "")}
 

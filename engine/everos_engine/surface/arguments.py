@@ -174,6 +174,19 @@ def _add_repairs(add: _Add) -> None:
         "apply the deletions that are held because they looked like an accident",
         "`status` and `doctor held` say what is held and why.",
     )
+    trust = add(
+        "trust",
+        "trust the memory root's own settings file, as it is now",
+        "Needed once when that file says where text and keys go, or names a file outside the root, and again after each change of it. "
+        "What is trusted is remembered in $XDG_STATE_HOME/everos-engine, for this user.",
+    )
+    choice = trust.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--show",
+        action="store_true",
+        help="change nothing; exit status 0 when the file is trusted or needs no trust, else 1",
+    )
+    choice.add_argument("--remove", action="store_true", help="trust the file of this root no more")
 
 
 def _positive(text: str) -> int:

@@ -18,7 +18,7 @@ from everos_engine.surface import arguments as grammar
 from everos_engine.surface.paint import ago, plural, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from everos_engine.settings import Settings
     from everos_engine.stores.census import Outcome
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "watch.mode": "poll" if getattr(arguments, "poll", False) else None,
     }
     try:
+        if arguments.command is _trust:  # the settings are not in force before the file is trusted
+            return int(_trust(flags, arguments))
         settings = load(flags)
         return int(arguments.command(settings, arguments))
     except BrokenPipeError:
@@ -70,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
             "doctor": _doctor,
             "fix": _fix,
             "release": _release,
+            "trust": _trust,
         }
     )
 
@@ -167,6 +170,14 @@ def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
         _show(outcome)
     print(f"{len(outcomes)} released")
     return TROUBLE if any(outcome.status == "failed" for outcome in outcomes) else OK
+
+
+def _trust(flags: Mapping[str, object], arguments: argparse.Namespace) -> int:
+    from everos_engine.surface import trusting  # noqa: PLC0415 - not needed by --help
+
+    if arguments.remove:
+        return trusting.remove(flags)
+    return trusting.show(flags) if arguments.show else trusting.give(flags)
 
 
 def _search(settings: Settings, arguments: argparse.Namespace) -> int:
