@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 from loguru import logger
 
-from everos_engine.errors import Exhausted, Transient
+from everos_engine.errors import Transient, Unexpected
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import ledger, queue
 from everos_engine.stores.lance import Model
@@ -81,12 +81,12 @@ async def _damage(desk: Desk, kind: str) -> str | None:
     for tries_left in range(LOOKS - 1, -1, -1):
         try:
             await desk.index.check(kind)
-        except Exhausted:
-            return None  # says nothing of the table
-        except Transient as error:
+        except Unexpected as error:
             if not tries_left:
                 return str(error)
             await trio.sleep(LOOK_PAUSE_SECONDS)
+        except Transient:
+            return None  # a deadline, or no descriptor: it says nothing of the table
         else:
             break
     return None

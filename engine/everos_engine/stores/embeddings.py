@@ -52,15 +52,22 @@ def add_model(tx: Transaction, name: str, probe: NDArray[np.float32]) -> int:
 
 
 def get(tx: Transaction, model: int, texts: Sequence[str], *, now_milliseconds: int) -> dict[str, NDArray[np.float32]]:
-    """Text -> vector, float32, for those in the cache; each hit counts as a use of today."""
+    """Text -> vector, float32, for those in the cache; each hit counts as a use of today.
+
+    One that is not finite, or not as wide as its model's, was damaged on disk: it counts as missing, and is made again.
+    """
     found: dict[str, NDArray[np.float32]] = {}
+    width = next(iter(tx.execute("SELECT dimension FROM model WHERE id = ?", (model,))), (0,))[0]
     today = now_milliseconds - now_milliseconds % USED_GRAIN_MILLISECONDS
     for text in texts:
         key = text_hash(text)
         for vector, used in tx.execute(
             "SELECT vector, used FROM embedding WHERE model = ? AND text_hash = ?", (model, key)
         ):
-            found[text] = np.frombuffer(cast("bytes", vector), dtype="<f4")
+            blob = cast("bytes", vector)
+            if len(blob) != 4 * cast("int", width) or not np.isfinite(kept := np.frombuffer(blob, dtype="<f4")).all():
+                continue
+            found[text] = kept
             if cast("int", used) < today:
                 _all(tx.execute("UPDATE embedding SET used = ? WHERE model = ? AND text_hash = ?", (today, model, key)))
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import trio
 
-from everos_engine.errors import Exhausted, Transient, UnknownOutcome
+from everos_engine.errors import Exhausted, Transient, Unexpected, UnknownOutcome
 from everos_engine.stores import lance
 from everos_engine.stores.generation import Generation, Generations
 
@@ -191,8 +191,8 @@ class Index:
         """Open a kind's table and read its keys and one search of it, where there is one. Raises Transient where that fails."""
         place = self.directory / f"{kind}.lance"
         if place.exists() and not place.is_dir():
-            message = f"{place} is no directory"
-            raise Transient(message)
+            message = f"{place} is not a directory"
+            raise Unexpected(message)
         await self.keys(kind)
         await self.search_text(kind, "check", where="", limit=1)
 

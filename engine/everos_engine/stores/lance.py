@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import math
 import os
 import re
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import numpy as np
+import trio
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
 os.environ.setdefault(
@@ -28,7 +31,7 @@ import pyarrow as pa  # noqa: E402 - after its environment is set
 from lancedb.index import FTS  # noqa: E402 - after its environment is set
 from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after its environment is set
 
-from everos_engine.errors import Exhausted, Fatal, Transient, exhausted  # noqa: E402 - after its environment is set
+from everos_engine.errors import EngineError, Exhausted, Fatal, Transient, Unexpected, exhausted  # noqa: E402 - after its environment is set
 
 if TYPE_CHECKING:
     from lancedb import AsyncConnection, AsyncTable
@@ -193,7 +196,7 @@ def identity_of(schema: pa.Schema) -> Identity:
 
 
 def batch_of(kind: TableKind, dimension: int, rows: Sequence[Row]) -> pa.RecordBatch:
-    """Rows as Arrow takes them; ``dimension`` is the table's."""
+    """Return rows as Arrow takes them. ``dimension`` is the table's, 0 if it has no vectors. Raises Unexpected for a bad vector."""
     arrays = [
         pa.array([row.md_path for row in rows], pa.string()),
         pa.array([row.entry_id for row in rows], pa.string()),
@@ -202,7 +205,7 @@ def batch_of(kind: TableKind, dimension: int, rows: Sequence[Row]) -> pa.RecordB
     ]
     names = [*KEY_COLUMNS, *kind.columns]
     if dimension:
-        arrays.append(_vectors([row.vector for row in rows]))
+        arrays.append(_vectors([row.vector for row in rows], dimension))
         names.append("vector")
     return pa.RecordBatch.from_arrays(arrays, names=names)
 
@@ -226,9 +229,12 @@ async def drop(connection: AsyncConnection, kind: str) -> None:
 
 
 async def merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
-    """Upsert rows by their key; the table's new version."""
+    """Upsert rows by their key; the table's new version.
+
+    LanceDB refuses a null vector unless it may replace bad ones by null. None is bad: `batch_of` looked at each.
+    """
     upsert = table.merge_insert(["md_path", "entry_id"]).when_matched_update_all().when_not_matched_insert_all()
-    result = await upsert.execute(batch)
+    result = await upsert.execute(batch, on_bad_vectors="null")
     return int(result.version)
 
 
@@ -291,27 +297,69 @@ async def search_vector(
     return _hits(kind, (await search.to_arrow()).to_pylist(), lambda row: 1.0 - float(row["_distance"]))
 
 
+_SURROUNDINGS = tuple(
+    f"(os error {number})"
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ESTALE)
+)
+"""Errors of the system that say nothing of the table: all changes share them, and they cost no attempt."""
+_RACES = ("commit conflict", "concurrent writer", "was preempted by", "incompatible transaction")
+"""What Lance says if another commit came first."""
+_CONTROL_FLOW = (
+    KeyboardInterrupt,
+    SystemExit,
+    GeneratorExit,
+    trio.Cancelled,
+    asyncio.CancelledError,
+    BaseExceptionGroup,
+)
+
+
 class sorted_troubles:  # noqa: N801 - a context manager, named as one reads it
-    """LanceDB reports the world's troubles as bare RuntimeErrors and OSErrors; here they become Transient."""
+    """Translate everything that LanceDB and Arrow raise into our families.
+
+    LanceDB reports most troubles as bare RuntimeErrors, the words of which decide. What is on no list becomes Unexpected, and so
+    does a Rust panic, which is a BaseException. Our own errors, and what ends a task, pass through.
+    """
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (RuntimeError, OSError)) and not isinstance(error, (RecursionError, NotImplementedError)):
-            first_line = _PLACE.sub("", str(error).strip().split("\n", 1)[0])[:400]
-            message = f"LanceDB: {first_line}"
-            raise (Exhausted if exhausted(error) else Transient)(message) from error
+        if error is None or isinstance(error, (EngineError, *_CONTROL_FLOW)):
+            return
+        raise translated(error) from error
 
 
-def _vectors(vectors: Sequence[NDArray[np.float32] | None]) -> pa.Array:
-    width = next((vector.shape[0] for vector in vectors if vector is not None), 1)
-    flat = np.zeros((len(vectors), width), dtype=np.float32)
+def translated(error: BaseException) -> Transient:
+    """Return the error of our families that stands for ``error``, which a library raised."""
+    text = str(error).strip()
+    first_line = _PLACE.sub("", text.split("\n", 1)[0])[:400]
+    name = "" if type(error) in {RuntimeError, OSError} and first_line else f"{type(error).__name__}: "
+    message = f"LanceDB: {name}{first_line}"
+    if exhausted(error):
+        return Exhausted(message)
+    if any(words in text for words in _SURROUNDINGS):
+        return Transient(message, counts_as_retry=False)
+    if any(words in text.lower() for words in _RACES):
+        return Transient(message)
+    return Unexpected(message)
+
+
+def _vectors(vectors: Sequence[NDArray[np.float32] | None], dimension: int) -> pa.Array:
+    """Return ``vectors`` as an Arrow array of lists of ``dimension`` floats, null for a row without a vector.
+
+    Raises Unexpected for one that is not finite, or of another width: LanceDB would make a null of it in silence.
+    """
+    flat = np.zeros((len(vectors), dimension), dtype=np.float32)
     for at, vector in enumerate(vectors):
-        if vector is not None:
-            flat[at] = vector
-    mask = pa.array([vector is None for vector in vectors])
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), width, mask=mask)
+        if vector is None:
+            continue
+        if vector.shape != (dimension,) or not np.isfinite(vector).all():
+            message = f"a vector of shape {vector.shape} is refused: the table's are {dimension} wide, and finite"
+            raise Unexpected(message)
+        flat[at] = vector
+    mask = pa.array([vector is None for vector in vectors], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), dimension, mask=mask)
 
 
 def _hits(kind: TableKind, rows: Iterable[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> list[Hit]:
