@@ -16,7 +16,8 @@ from pathlib import Path
 import lancedb
 import pytest
 
-from patience import HANG_SECONDS, heard
+from everos_engine.surface.vitals import process_state
+from patience import HANG_SECONDS, heard, until
 from writer import FACTS, fact, facts, put
 
 MAY_BE_NOBODY = os.geteuid() == 0 and all(
@@ -222,6 +223,42 @@ def test_sync_beside_a_stopped_process_says_so_instead_of_waiting(root: Path) ->
         assert (done.returncode, "does not answer" in done.stderr) == (2, True)
         process.send_signal(signal.SIGCONT)
         assert command(root, "sync").returncode == 0
+
+
+STOPS_IN_A_TRANSACTION = """
+import signal, sys, threading, trio
+from everos_engine.engine import open_engine
+from everos_engine.settings import load
+
+def stop(tx):
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread goes no further
+
+async def main():
+    async with open_engine(load({"memory.root": sys.argv[1]})) as engine:
+        await engine.settle()
+        await engine.desk.database.awrite(stop)
+        print("moves", flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+def test_a_command_beside_a_process_stopped_inside_a_transaction_says_so(root: Path) -> None:
+    settled = {"EVEROS_WATCH__MODE": "off", "EVEROS_SCAN_INTERVAL_SECONDS": "3600"}
+    script = [sys.executable, "-c", STOPS_IN_A_TRANSACTION, str(root)]
+    with subprocess.Popen(script, env=environment(root, **settled), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            until(lambda: process_state(process.pid) == "T")
+            put(root, FACTS, facts(fact(1, "one")))
+            done = command(root, "sync", FACTS)
+            assert (done.returncode, "does not answer" in done.stderr, "queued" in done.stderr) == (2, True, True)
+            process.send_signal(signal.SIGCONT)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "moves\n"
+            assert command(root, "sync").returncode == 0
+        finally:
+            process.kill()
 
 
 def test_a_command_that_writes_leaves_tables_whose_indexes_cover_them(root: Path) -> None:

@@ -23,6 +23,10 @@ BUSY_RETRIES = 40
 BUSY_TIMEOUT_MILLISECONDS = 250
 
 
+class Locked(Transient):
+    """Another process holds the lock on the database for longer than the retries last."""
+
+
 class Transaction(Protocol):
     """What the queries of this room need of a connection inside one transaction."""
 
@@ -120,7 +124,7 @@ class Database:
     def write(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` between ``BEGIN IMMEDIATE`` and ``COMMIT``; rolled back if it raises.
 
-        Raises Transient when other processes hold the lock for longer than the retries last, or the disk is full.
+        Raises Locked when another process holds the lock for longer than the retries last, and Transient when the disk is full.
         """
 
         def attempt() -> T:
@@ -198,7 +202,7 @@ class Database:
             except (apsw.BusyError, apsw.LockedError) as error:
                 if not tries_left:
                     message = f"{self.path} stayed locked by another process"
-                    raise Transient(message) from error
+                    raise Locked(message) from error
                 time.sleep(0.005)
             except (apsw.ReadOnlyError, apsw.PermissionsError) as error:
                 raise Fatal(_forbidden(self.path)) from error

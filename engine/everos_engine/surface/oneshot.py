@@ -19,6 +19,7 @@ from everos_engine.loops.observe import sweep
 from everos_engine.loops.scan import AUDIT_FILES
 from everos_engine.search import Filter
 from everos_engine.stores import census, held, ledger, meta, queue
+from everos_engine.stores.database import Locked
 from everos_engine.supervise import alone
 from everos_engine.surface.live import show_status
 from everos_engine.surface.logs import set_up
@@ -39,6 +40,12 @@ LOOK_SECONDS = 0.05
 SILENCE_SECONDS = 5.0
 LOOK_MOST_SECONDS = 60.0
 """How long the running engine may take to see that a table is gone."""
+SILENT = "the running engine does not answer (`everos-engine doctor` says why); everything is queued, and done when it moves again"
+SILENT_IN_WRITE = (
+    "the running engine does not answer (`everos-engine doctor` says why) and holds the lock on its database, "
+    "so nothing could be queued: run the command again when the engine moves"
+)
+"""It was stopped inside a transaction."""
 
 
 def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
@@ -149,11 +156,16 @@ def _do(
                 pass  # one started in between: it serves us
             else:
                 return outcomes
-        database = open_queue(settings)
         try:
-            return await hand_over(database)
-        finally:
-            database.close()
+            database = open_queue(settings)
+            try:
+                return await hand_over(database)
+            finally:
+                database.close()
+        except Locked as error:
+            if await trio.to_thread.run_sync(_is_silent, settings):
+                raise Transient(SILENT_IN_WRITE) from error
+            raise
 
     check_root(settings)
     screen = set_up(settings, reporting=True)
@@ -191,11 +203,15 @@ async def _begun_anew(settings: Settings, database: Database) -> int:
     return database.read(queue.newest)
 
 
+def _is_silent(settings: Settings) -> bool:
+    """Check whether the engine is running but does not answer."""
+    return vitals(settings).state in {"silent", "stopped"}
+
+
 def _expect_answer(settings: Settings) -> None:
     """Raise Transient where the running engine does not answer."""
-    if vitals(settings).state in {"silent", "stopped"}:
-        message = "the running engine does not answer (`everos-engine doctor` says why); everything is queued, and done when it moves again"
-        raise Transient(message)
+    if _is_silent(settings):
+        raise Transient(SILENT)
 
 
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:
