@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import EngineError, SettingsError, Transient, Unavailable
+from everos_engine.errors import EngineError, Fatal, SettingsError, Transient, Unavailable, split_end
 from everos_engine.loops.agree import agree
 from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import lay_marker
@@ -30,7 +31,7 @@ from everos_engine.search import search as search_index
 from everos_engine.stores import census, embeddings, held, ledger, meta, queue
 from everos_engine.stores.database import Database
 from everos_engine.stores.index import Index, open_index
-from everos_engine.supervise import alone, keep
+from everos_engine.supervise import WITHIN_SECONDS, Health, alone, keep, keep_open
 from everos_engine.system import ceiling, fds, locks, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
@@ -43,6 +44,17 @@ if TYPE_CHECKING:
     from everos_engine.stores.census import Counts, Outcome
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Held
+    from everos_engine.system.instrument import LoopBlocks
+
+T = TypeVar("T")
+CALL_PATIENCE_SECONDS = 30.0
+"""How long a call waits for stores that are being opened again."""
+CALL_TRIES = 3
+REOPENED = "stores_reopened"
+REOPENED_REMEDY = (
+    "nothing is lost, and searches go on; if this comes again, look at the log for the error, and report it with "
+    "`everos-engine doctor --bundle`"
+)
 
 
 SCHEMA_VERSION = 3
@@ -62,47 +74,111 @@ class Status:
 
 
 class Engine:
-    """A running engine; get one from ``open_engine``."""
+    """A running engine; get one from ``open_engine``. It stays the same object while its stores are opened again."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.last_desk: Desk | None = None
+        self._calls: set[trio.CancelScope] = set()
+        self._calls_gone = trio.Event()
+        self.health = Health()
 
     @property
     def settings(self) -> Settings:
         """What it runs with."""
-        return self._desk.settings
+        return self._settings
 
     @property
     def desk(self) -> Desk:
-        """The parts, for status lines and tests."""
-        return self._desk
+        """The parts, for status lines and tests. They are replaced when the stores are opened again."""
+        if self.last_desk is None:
+            raise Transient(self._closed_because())
+        return self.last_desk
+
+    @contextmanager
+    def spare(self) -> Iterator[None]:
+        """Lend the spare descriptor for the length of the block, if there is one."""
+        with nullcontext() if self.last_desk is None else self.last_desk.reserve.lend():
+            yield
+
+    def pulse(self) -> dict[str, object]:
+        """Return what the control socket answers to "pulse": plain data, from memory."""
+        told: dict[str, object] = {"pid": os.getpid()} if self.last_desk is None else self.last_desk.pulse()
+        return told | {"health": self.health.as_data()}
+
+    @asynccontextmanager
+    async def using(self, desk: Desk) -> AsyncIterator[None]:
+        """Let searches use these stores for the length of the block. Calls that still run at its end are cancelled."""
+        self.last_desk = desk
+        self.health.state.value = "searching"
+        try:
+            yield
+        finally:
+            self.health.state.value = "closed"
+            with trio.move_on_after(CALL_PATIENCE_SECONDS, shield=True):
+                while self._calls:
+                    self._calls_gone = trio.Event()
+                    for scope in self._calls:
+                        scope.cancel()
+                    await self._calls_gone.wait()
+
+    def serve(self) -> None:
+        """Let every call through: the loops run."""
+        self.health.state.value = "serving"
+        self.health.tried.set()
+
+    async def _call(self, work: Callable[[Desk], Awaitable[T]], *, needs_loops: bool = True) -> T:
+        """Run ``work`` on the open stores, and again on the new ones if they are opened again meanwhile.
+
+        Raises Transient if they do not open within CALL_PATIENCE_SECONDS.
+        """
+        fitting = {"serving", "ended"} if needs_loops else {"searching", "serving", "ended"}
+        for _ in range(CALL_TRIES):
+            with trio.move_on_after(CALL_PATIENCE_SECONDS):
+                await self.health.state.wait_value(lambda state: state in fitting)
+            if self.health.state.value not in fitting:
+                break
+            if self.health.state.value == "ended":
+                message = "this engine has ended: open another with open_engine"
+                raise EngineError(message)
+            with trio.CancelScope() as scope:
+                self._calls.add(scope)
+                try:
+                    return await work(self.desk)
+                finally:
+                    self._calls.discard(scope)
+                    if not self._calls:
+                        self._calls_gone.set()
+        raise Transient(self._closed_because())
+
+    def _closed_because(self) -> str:
+        reason = f" after an error ({self.health.reason})" if self.health.reason else ""
+        return f"the engine opens its stores again{reason}: try again in a moment, `everos-engine status` says more"
 
     async def settle(self) -> Status:
         """Return when every change on disk at the time of the call is searchable or failed.
 
         Raises Transient if the tree cannot be swept.
         """
-        desk = self._desk
-        found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake)
-        self._desk.progress.last_scan_milliseconds = now_milliseconds()
-        await self.reach(found.lsn)
-        while (again := await desk.database.aread(queue.rebuilding)) is not None:
-            await self.reach(again)  # a table was begun anew meanwhile: what it held is not searchable before that
-        return await self.status()
+        return await self._call(_settle)
 
     async def sync(self, paths: Sequence[str] = ()) -> list[Outcome]:
         """Queue ``paths`` whatever their state, or all that a sweep finds changed; wait; where each path stands.
 
         Raises OutsideRoot for a path outside the root or of no kind.
         """
-        if not paths:
-            await self.settle()
-            return await self._desk.database.aread(census.failed)
-        keys, lsn = await trio.to_thread.run_sync(
-            enqueue, self._desk.settings, self._desk.database, paths, limiter=self._desk.database.limiter
-        )
-        await self.reach(lsn)
-        return await self._desk.database.aread(lambda tx: census.outcomes(tx, keys))
+
+        async def work(desk: Desk) -> list[Outcome]:
+            if not paths:
+                await _settle(desk)
+                return await desk.database.aread(census.failed)
+            keys, lsn = await trio.to_thread.run_sync(
+                enqueue, desk.settings, desk.database, paths, limiter=desk.database.limiter
+            )
+            await _reach(desk, lsn)
+            return await desk.database.aread(lambda tx: census.outcomes(tx, keys))
+
+        return await self._call(work)
 
     async def reach(self, lsn: int) -> None:
         """Wait until every change up to ``lsn`` is applied or dead-lettered.
@@ -110,16 +186,7 @@ class Engine:
         Raises Unavailable once the embedding service has been down for ``embedder.outage_patience_seconds``, and Transient where a
         deletion waits because the root looks wrong; the changes wait on.
         """
-        patience_seconds = self._desk.settings.embedder.outage_patience_seconds
-        self._desk.wake_up()
-        while True:
-            seen = self._desk.applied.value
-            if await self._desk.database.aread(queue.watermark) >= lsn:
-                return
-            self._desk.vectors.raise_if_down(longer_than_seconds=patience_seconds)
-            if (why := await self._desk.database.aread(lambda tx: queue.refused(tx, lsn))) is not None:
-                raise Transient(why)
-            await wait_moved(self._desk.applied, seen, at_most_seconds=self._desk.settings.worker_poll_interval_seconds)
+        await self._call(lambda desk: _reach(desk, lsn))
 
     async def search(
         self, query: str, *, mode: Mode | None = None, only: Filter | None = None, limit: int = 10
@@ -128,55 +195,97 @@ class Engine:
 
         Raises BadQuestion for a limit below 1, a mode or a kind there is none of.
         """
-        desk = self._desk
-        check_question(mode, (only or Filter()).kind, limit)
-        chosen = mode or default_mode(desk.settings)
-        parts = (desk.index, desk.database, desk.vectors, query)
-        try:
-            return await search_index(*parts, mode=chosen, only=only or Filter(), limit=limit)
-        except Unavailable as error:
-            if mode is not None:
-                raise
-            logger.warning("search_without_vectors error={!r}", str(error))
-            return await search_index(*parts, mode="fts", only=only or Filter(), limit=limit)
+        filtered = only or Filter()
+        check_question(mode, filtered.kind, limit)
+
+        async def work(desk: Desk) -> list[Result]:
+            chosen = mode or default_mode(desk.settings)
+            parts = (desk.index, desk.database, desk.vectors, query)
+            try:
+                return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
+            except Unavailable as error:
+                if mode is not None:
+                    raise
+                logger.warning("search_without_vectors error={!r}", str(error))
+                return await search_index(*parts, mode="fts", only=filtered, limit=limit)
+
+        return await self._call(work, needs_loops=False)
 
     async def status(self) -> Status:
         """Everything in numbers, of one moment."""
-        return await self._desk.database.aread(status_of)
+        return await self._call(lambda desk: desk.database.aread(status_of), needs_loops=False)
 
     async def release(self) -> list[Outcome]:
         """Apply every held deletion, and say what became of each."""
-        lay_marker(self._desk.settings)
-        paths = await self._desk.database.awrite(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
-        await self.reach(await self._desk.database.aread(queue.newest))
-        return await self._desk.database.aread(lambda tx: census.outcomes(tx, paths))
+        released: list[str] = []
+
+        async def work(desk: Desk) -> list[Outcome]:
+            lay_marker(desk.settings)
+            released.extend(
+                await desk.database.awrite(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
+            )
+            await _reach(desk, await desk.database.aread(queue.newest))
+            return await desk.database.aread(lambda tx: census.outcomes(tx, released))
+
+        return await self._call(work)
 
     async def audit(self) -> list[str]:
         """Read every file again and index what differs from what was indexed, whatever its fingerprint; its paths."""
-        desk, after, found = self._desk, "", list[str]()
-        while True:
-            _, queued, end = await trio.to_thread.run_sync(
-                lambda start=after: audit(desk.settings, desk.database, after=start, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
-                limiter=desk.database.limiter,
-            )
-            found += queued
-            if end is None:
-                break
-            after = end
-        await self.reach(await desk.database.aread(queue.newest))
-        return found
+
+        async def work(desk: Desk) -> list[str]:
+            after, found = "", list[str]()
+            while True:
+                _, queued, end = await trio.to_thread.run_sync(
+                    lambda start=after: audit(desk.settings, desk.database, after=start, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
+                    limiter=desk.database.limiter,
+                )
+                found += queued
+                if end is None:
+                    break
+                after = end
+            await _reach(desk, await desk.database.aread(queue.newest))
+            return found
+
+        return await self._call(work)
 
     async def compact(self) -> None:
         """Optimize the tables that are due for it; a watching engine does so by itself, in pauses."""
-        await compact(self._desk)
+        await self._call(compact)
 
     async def fix(self) -> list[Outcome]:
-        """Re-queue every failed retryable=TRUE change with a fresh lsn, drain once, and say what became of each."""
-        paths = await self._desk.database.awrite(
-            lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds())
-        )
-        await self.reach(await self._desk.database.aread(queue.newest))
-        return await self._desk.database.aread(lambda tx: census.outcomes(tx, paths))
+        """Try every retryable failure again, and say what became of each."""
+        tried: list[str] = []
+
+        async def work(desk: Desk) -> list[Outcome]:
+            tried.extend(
+                await desk.database.awrite(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
+            )
+            await _reach(desk, await desk.database.aread(queue.newest))
+            return await desk.database.aread(lambda tx: census.outcomes(tx, tried))
+
+        return await self._call(work)
+
+
+async def _settle(desk: Desk) -> Status:
+    found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake)
+    desk.progress.last_scan_milliseconds = now_milliseconds()
+    await _reach(desk, found.lsn)
+    while (again := await desk.database.aread(queue.rebuilding)) is not None:
+        await _reach(desk, again)  # a table was begun anew meanwhile: what it held is not searchable before that
+    return await desk.database.aread(status_of)
+
+
+async def _reach(desk: Desk, lsn: int) -> None:
+    patience_seconds = desk.settings.embedder.outage_patience_seconds
+    desk.wake_up()
+    while True:
+        seen = desk.applied.value
+        if await desk.database.aread(queue.watermark) >= lsn:
+            return
+        desk.vectors.raise_if_down(longer_than_seconds=patience_seconds)
+        if (why := await desk.database.aread(lambda tx: queue.refused(tx, lsn))) is not None:
+            raise Transient(why)
+        await wait_moved(desk.applied, seen, at_most_seconds=desk.settings.worker_poll_interval_seconds)
 
 
 @asynccontextmanager
@@ -186,56 +295,138 @@ async def open_engine(
     """Own a memory root: open its stores, heal what a crash left, and run the loops until the block ends.
 
     ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync, and only
-    where there is a root. Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come.
+    where there is a root. A watching engine waits for stores that cannot be opened now, and opens them again if a loop keeps
+    failing. Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come, and an error of the block
+    as it is.
     """
     check_root(settings, may_make=watching)
     if not settings.root.exists():
         logger.warning("root_made root={}", settings.root)
+    engine, of_block = Engine(settings), None
     try:
-        async with (
-            _owned(settings) as owner,
-            open_asyncio_thread() as bridge,
-            _open_vectors(settings, embedder) as vectors,
-        ):
-            with _databases(settings, may_replace=True) as database, watching_the_loop() as blocks:
-                ceiling.check_limit(fds.limits()[1])
-                index = _index(settings, bridge)
-                desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
-                index.on_exhausted = desk.exhaust
-                try:
-                    desk.brake.arm()
-                    await desk.notes.begin()
-                    await _recover(desk)
-                    await agree(desk)
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(keep, "work", lambda: work(desk))
-                        nursery.start_soon(_wake_ups, desk)
-                        nursery.start_soon(keep, "guard", lambda: guard(desk, proving=watching))
-                        nursery.start_soon(keep, "control", lambda: _control(desk))
-                        if watching:
-                            nursery.start_soon(keep, "watch", lambda: watch(desk))
-                            nursery.start_soon(keep, "scan", lambda: scan(desk))
-                            nursery.start_soon(keep, "maintain", lambda: maintain(desk))
-                        yield Engine(desk)
-                        nursery.cancel_scope.cancel()
-                finally:
-                    index.close()
+        async with _owned(settings) as owner, trio.open_nursery() as nursery:
+            await nursery.start(_serve, engine, embedder, owner, watching)
+            try:
+                yield engine
+            except BaseException as error:
+                of_block = error
+                raise
+            nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        error = alone(group)
-        if error is group:
+        ended_by = _of_block(group, of_block) or alone(group)
+        if ended_by is group:
             raise
-        raise error from None
+    else:
+        return
+    finally:
+        engine.health.state.value = "ended"
+    raise ended_by  # outside of the handler: the error keeps the cause and the context that it had
+
+
+def _of_block(group: BaseExceptionGroup[BaseException], error: BaseException | None) -> BaseException | None:
+    """The block's own error, as it was raised; None for a cancellation, and where the engine failed first."""
+    if error is None or split_end(error)[1] is None or group.subgroup((Fatal, SettingsError)) is not None:
+        return None
+    return error
+
+
+async def _serve(
+    engine: Engine,
+    embedder: Embedder | None,
+    owner: str,
+    watching: bool,  # noqa: FBT001 - trio passes arguments by their place
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Keep the stores open and the loops running; started once the loops run for the first time."""
+    settings, health = engine.settings, engine.health
+
+    waiting = [task_status.started]
+
+    async def life(wait_seconds: float) -> None:
+        async with (
+            _stores(settings, embedder, owner, blocks, before=engine.last_desk) as desk,
+            engine.using(desk),
+            trio.open_nursery() as nursery,
+        ):
+            await _begin_notes(desk, health)
+            await trio.sleep(wait_seconds)
+            desk.brake.arm()
+            await _recover(desk)
+            await agree(desk)
+            for name, loop in _loops(desk, watching=watching).items():
+                nursery.start_soon(partial(keep, name, loop), name=name)
+            engine.serve()
+            if waiting:
+                waiting.pop()()
+            if health.reopenings:
+                await trio.sleep(WITHIN_SECONDS)
+                health.reason = ""
+                with suppress(Transient):
+                    await desk.notes.over(REOPENED)
+
+    with watching_the_loop() as blocks:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(keep, "control", partial(_control, engine)), name="control")
+            await keep_open(health, life, forever=watching)
+
+
+async def _begin_notes(desk: Desk, health: Health) -> None:
+    """Forget the conditions of an earlier life, and say so if the stores had to be opened again.
+
+    A disk that takes no words now stops nothing: they stay in memory, and the pulse has them.
+    """
+    with suppress(Transient):
+        await desk.notes.begin()
+    if health.reopenings:
+        message = f"the stores were opened again {health.reopenings} times, last after: {health.reason}"
+        with suppress(Transient):
+            await desk.notes.say(REOPENED, message, REOPENED_REMEDY)
+
+
+def _loops(desk: Desk, *, watching: bool) -> dict[str, Callable[[], Awaitable[None]]]:
+    """The loops by their names."""
+    loops: dict[str, Callable[[Desk], Awaitable[None]]] = {
+        "work": work,
+        "wake": _wake_ups,
+        "guard": partial(guard, proving=watching),
+    }
+    if watching:
+        loops |= {"watch": watch, "scan": scan, "maintain": maintain}
+    return {name: partial(loop, desk) for name, loop in loops.items()}
+
+
+@asynccontextmanager
+async def _stores(
+    settings: Settings, embedder: Embedder | None, owner: str, blocks: LoopBlocks, *, before: Desk | None
+) -> AsyncIterator[Desk]:
+    """The stores of one root, open for the length of the block; the shared values are those of the desk ``before``."""
+    async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder) as vectors:
+        with _databases(settings, may_replace=True) as database:
+            ceiling.check_limit(fds.limits()[1])
+            index = _index(settings, bridge)
+            if before is None:
+                desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
+            else:
+                desk = replace(before, database=database, index=index, vectors=vectors)
+            index.on_exhausted = desk.exhaust
+            try:
+                yield desk
+            finally:
+                index.close()
 
 
 @asynccontextmanager
 async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
     """The stores without the loops, for searching beside a running engine. Raises SettingsError where there is no root."""
     check_root(settings)
+    engine = Engine(settings)
     async with open_asyncio_thread() as bridge, _open_vectors(settings, None) as vectors:
         with _databases(settings) as database:
             index = _index(settings, bridge)
             try:
-                yield Engine(Desk(settings, database, index, vectors, "reader"))
+                async with engine.using(Desk(settings, database, index, vectors, "reader")):
+                    yield engine
             finally:
                 index.close()
 
@@ -344,32 +535,42 @@ async def _recover(desk: Desk) -> None:
         logger.info("cascade_recovered_orphan_processing count={}", count)
 
 
-async def _control(desk: Desk) -> None:
-    """Answers to other processes, from memory but for a search; "look" asks for a sweep now."""
+async def _control(engine: Engine) -> None:
+    """Answers to other processes, from memory but for a search; "look" asks for a sweep now.
+
+    Nobody listens before the stores were open once, or could not be opened.
+    """
+    await engine.health.tried.wait()
 
     def look() -> dict[str, object]:
-        desk.look_again()
+        engine.desk.look_again()
         return {"looking": True}
 
+    def history() -> dict[str, object]:
+        return engine.desk.history()
+
     def answer(question: str) -> dict[str, object]:
-        known = {"pulse": desk.pulse, "history": desk.history, "look": look}
-        if question in known:
+        known = {"pulse": engine.pulse, "history": history, "look": look}
+        if question not in known:
+            return {"error": f"unknown question {question!r}: ask one of {', '.join(known)}"}
+        try:
             return known[question]()
-        return {"error": f"unknown question {question!r}: ask one of {', '.join(known)}"}
+        except EngineError as error:
+            return {"error": str(error)}
 
     async def look_up(asked: Mapping[str, object]) -> dict[str, object]:
         only = Filter(*(_word(asked, name) for name in ("kind", "owner", "app", "project")))
         mode, limit = cast("Mode | None", _word(asked, "mode")), asked.get("limit")
         try:
-            found = await Engine(desk).search(
+            found = await engine.search(
                 _word(asked, "query") or "", mode=mode, only=only, limit=limit if isinstance(limit, int) else 10
             )
         except EngineError as error:
             return {"error": str(error)}
         return {"results": [result.as_data() for result in found]}
 
-    socket, slow = desk.settings.control_socket, {"search": look_up}
-    await serve_control(socket, answer, slow=slow, spare=desk.reserve.lend)
+    socket, slow = engine.settings.control_socket, {"search": look_up}
+    await serve_control(socket, answer, slow=slow, spare=engine.spare)
 
 
 def _word(asked: Mapping[str, object], name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 
 FULL = frozenset({errno.EMFILE, errno.ENFILE})
 _FULL_WORDS = (*(f"os error {number}" for number in sorted(FULL)), "Too many open files")
@@ -132,3 +133,21 @@ def exhausted(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def split_end(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
+    """Split an error into what ends the task from outside, and the rest.
+
+    The first part is a cancellation, KeyboardInterrupt, SystemExit or GeneratorExit, or a group of them. It must be raised
+    again. The second part is what some code raised, also if it is a BaseException, as a Rust panic is.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(_ends_the_task)
+    return (error, None) if _ends_the_task(error) else (None, error)
+
+
+def _ends_the_task(error: BaseException) -> bool:
+    trio = sys.modules.get("trio")  # a command that needs no event loop does not pay for the import
+    if trio is not None and isinstance(error, trio.Cancelled):
+        return True
+    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))

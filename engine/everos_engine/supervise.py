@@ -1,15 +1,19 @@
-"""The restart policy of a loop."""
+"""What keeps the engine running: restart a loop that ends with an error, and open the stores again if that is not enough."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import trio
 from loguru import logger
+from trio_util import AsyncValue
 
-from everos_engine.errors import Fatal, SettingsError, Transient, exhausted
+from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, exhausted, split_end
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -18,13 +22,49 @@ FIRST_DELAY_SECONDS = 0.5
 MOST_DELAY_SECONDS = 30.0
 MOST_DEATHS = 5
 WITHIN_SECONDS = 300.0
+FIRST_REST_SECONDS = 1.0
+MOST_REST_SECONDS = 300.0
+ONE_SHOT_REOPENINGS = 3
+"""A command that ends when its work is done opens damaged stores again only so often."""
+
+State = Literal["closed", "searching", "serving", "ended"]
+
+
+class KeepsDying(EngineError):
+    """A loop ended with a bug too often. The stores are opened again, and all loops with them."""
+
+
+@dataclass(slots=True)
+class Health:
+    """Whether the stores are open and the loops run, and if not, why and for how long.
+
+    ``state`` is "closed" while the stores are opened, "searching" while they are open and the loops wait, "serving" while
+    the loops run, and "ended" after that. ``until`` is the time (monotonic seconds) of the next try. ``reopenings`` counts
+    since the start. ``tried`` is set once the first opening succeeded or failed.
+    """
+
+    state: AsyncValue[State] = field(default_factory=lambda: AsyncValue("closed"))
+    reason: str = ""
+    until: float = 0.0
+    reopenings: int = 0
+    tried: trio.Event = field(default_factory=trio.Event)
+
+    def as_data(self) -> dict[str, object]:
+        """Return plain data for the control socket."""
+        left = max(0.0, self.until - time.monotonic())
+        return {
+            "state": self.state.value,
+            "reason": self.reason,
+            "next_try_seconds": round(left, 1),
+            "reopenings": self.reopenings,
+        }
 
 
 async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
-    """Run ``loop`` for ever: a death restarts it after 0.5 s, doubling to 30 s, with jitter.
+    """Run ``loop`` without end: restart it after an error in 0.5 s, doubling to 30 s, with jitter.
 
-    Raises Fatal after more than 5 deaths by a bug within 300 s, and at once for a Fatal or SettingsError of the loop.
-    The world's troubles (Transient, no descriptor left) are waited out however often they come.
+    Raises KeepsDying after more than 5 deaths by a bug within 300 s. Raises Fatal, SettingsError and Damaged of the loop
+    without a restart. The world's troubles (Transient, no descriptor left) are waited out however often they come.
     """
     deaths: deque[float] = deque()
     delay = FIRST_DELAY_SECONDS
@@ -34,7 +74,7 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
         if error is None:
             return
         now = trio.current_time()
-        if isinstance(error, (Fatal, SettingsError)):
+        if isinstance(error, (Fatal, SettingsError, Damaged)):
             raise error
         if now - started > WITHIN_SECONDS:
             delay = FIRST_DELAY_SECONDS
@@ -50,35 +90,72 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
                 deaths.popleft()
             if len(deaths) > MOST_DEATHS:
                 message = f"the {name} loop died {len(deaths)} times within {WITHIN_SECONDS:g} s, last of {error!r}"
-                raise Fatal(message) from error
+                raise KeepsDying(message) from error
         await trio.sleep(delay * (1 + random.random() / 4))  # noqa: S311 - spreads restarts
         delay = min(delay * 2, MOST_DELAY_SECONDS)
+
+
+async def keep_open(health: Health, life: Callable[[float], Awaitable[None]], *, forever: bool) -> None:
+    """Run ``life`` without end: it opens the stores, waits so many seconds, and runs the loops.
+
+    An error opens the stores again. The waits double from 1 s to 5 minutes, and begin at 1 s again after 300 s of service.
+    The first wait after damage is 0. While the loops wait, the stores are open for searches. If the stores cannot be
+    opened, the wait comes before the next try. Raises Fatal and SettingsError, and without ``forever`` every error but Damaged.
+    """
+    rest, before_loops, damages = 0.0, 0.0, 0
+    while True:
+        health.until = time.monotonic() + before_loops
+        began = trio.current_time()
+        error = await _death("stores", partial(life, before_loops))
+        if error is None:
+            return
+        was_open, health.state.value = health.state.value != "closed", "closed"
+        damaged = isinstance(error, Damaged)
+        damages += damaged
+        if isinstance(error, (Fatal, SettingsError)) or not (forever or (damaged and damages <= ONE_SHOT_REOPENINGS)):
+            raise error
+        if trio.current_time() - began - before_loops > WITHIN_SECONDS:
+            rest = 0.0
+        wait = 0.0 if damaged and not rest else min(max(2 * rest, FIRST_REST_SECONDS), MOST_REST_SECONDS)
+        rest = max(wait, FIRST_REST_SECONDS / 2)
+        wait *= 1 + random.random() / 4  # noqa: S311 - spreads tries
+        health.reason, health.reopenings = str(error) or repr(error), health.reopenings + 1
+        health.tried.set()
+        cause = None if isinstance(error, EngineError) else error
+        logger.opt(exception=cause).error("stores_reopened in_seconds={:.1f} error={!r}", wait, health.reason)
+        before_loops = wait if was_open else 0.0
+        if not was_open:
+            health.until = time.monotonic() + wait
+            await trio.sleep(wait)
 
 
 async def _death(name: str, loop: Callable[[], Awaitable[None]]) -> BaseException | None:
     """What the loop died of, out of its one-member groups; None where it ended well.
 
-    Cancellation passes through, alone: an error that came at the same moment is told, but the end is no failure for it.
+    Cancellation passes through, alone: an error that came at the same moment is logged, but the end is no failure for it.
     """
     try:
         await loop()
-    except Exception as error:  # noqa: BLE001 - the supervisor's is the one broad handler
-        return alone(error)
-    except BaseExceptionGroup as group:
-        cancelled, others = group.split(trio.Cancelled)
-        if cancelled is None or not isinstance(others, ExceptionGroup):
+    except BaseException as error:  # noqa: BLE001 - whatever ended a loop is sorted by the supervisor, panics too
+        end, rest = split_end(error)
+        if rest is None:
             raise
-        logger.opt(exception=others).warning("loop_died_at_the_end loop={}", name)
-        raise cancelled from None
+        if end is None:
+            return alone(rest)
+        logger.opt(exception=rest).warning("loop_died_at_the_end loop={}", name)
+        raise end from None
     return None
 
 
 def alone(error: BaseException) -> BaseException:
-    """The one error inside nested groups, or the first Fatal, or the group itself."""
+    """The one error inside nested groups, or the first that decides more than the others, or the group itself."""
     while isinstance(error, BaseExceptionGroup):
-        fatal = error.subgroup((Fatal, SettingsError))
-        members = (fatal or error).exceptions
-        if len(members) > 1 and fatal is None:
+        deciding = next(filter(None, map(error.subgroup, _DECIDING)), None)
+        members = (deciding or error).exceptions
+        if len(members) > 1 and deciding is None:
             return error
         error = members[0]
     return error
+
+
+_DECIDING: tuple[type[Exception] | tuple[type[Exception], ...], ...] = ((Fatal, SettingsError), Damaged, KeepsDying)

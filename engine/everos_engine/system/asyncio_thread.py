@@ -11,7 +11,7 @@ from typing import Generic, TypeVar, TypeVarTuple, cast
 
 import trio
 
-from everos_engine.errors import Fatal, Transient, UnknownOutcome
+from everos_engine.errors import EngineError, Transient, UnknownOutcome
 
 CANCEL_GRACE_SECONDS = 5.0
 """How long a call that was told to stop is waited for."""
@@ -22,8 +22,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class AsyncioThreadDied(Fatal):
-    """The asyncio loop ended while it was needed; what was opened on it is lost with it."""
+class AsyncioThreadDied(EngineError):
+    """The asyncio loop ended while it was needed; what was opened on it is lost with it, and must be opened again."""
 
 
 @asynccontextmanager
