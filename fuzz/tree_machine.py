@@ -84,6 +84,26 @@ class Writer:
             source = chance.choice(directories)
             self.number += 1
             keys = (source, f"{source.rpartition('/')[0]}/moved{chance.randrange(10**6)}")
+        elif name == "link_directory":
+            skills = [key[: -len("/SKILL.md")] for key in self.tree.files("agent_skill")]
+            if not directories:
+                return self.draw(chance)
+            target = f"{chance.choice(directories)}/linked{chance.randrange(10**6)}"
+            keys = (
+                chance.choice(directories),
+                f"{chance.choice(skills)}/references" if skills and chance.random() < 0.3 else target,
+            )
+        elif name == "through_link":
+            links = [(key, node.target) for key, node in sorted(self.tree.nodes.items()) if isinstance(node, Link)]
+            ways = [
+                (real, key + real[len(to) :])
+                for key, to in links
+                for real in self.tree.files()
+                if real.startswith(to + "/")
+            ]
+            if not ways:
+                return self.draw(chance)
+            keys = chance.choice(ways)
         elif name == "reference":
             skills = self.tree.files("agent_skill")
             if not skills:
@@ -245,6 +265,29 @@ class Writer:
             self.path(target).symlink_to(self.path(key))
         return True
 
+    def do_link_directory(self, _chance: random.Random, source: str, target: str) -> bool:
+        """A symbolic link to a directory: what lies behind it is not part of the tree."""
+        if target in self.tree.nodes or self.tree.below(target) or not self.tree.below(source):
+            return False
+        self.tree.nodes[target] = Link(source)
+        if self.root is not None:
+            path = self.path(target)
+            if path.is_dir():
+                path.rmdir()  # its files went
+            path.symlink_to(self.root / source)
+        return True
+
+    def do_through_link(self, chance: random.Random, key: str, way: str) -> bool:
+        """An edit by a path that goes through a link to a directory."""
+        content = self._file(key)
+        if content is None or not content.said or (self.root is not None and not (self.root / way).is_file()):
+            return False
+        new = replace(self._said(chance, content.kind, key), name=content.said[0].name)
+        self.tree.nodes[key] = content = replace(content, said=(new, *content.said[1:]))
+        if self.root is not None:
+            (self.root / way).write_bytes(content.data)
+        return True
+
     def do_rename_directory(self, _chance: random.Random, source: str, target: str) -> bool:
         below = self.tree.below(source)
         if not below or (self.root is not None and (self.root / target).exists()):
@@ -287,7 +330,7 @@ class Writer:
         return True
 
     def do_reference(self, chance: random.Random, key: str) -> bool:
-        if isinstance(self.tree.nodes.get(key), Link):
+        if isinstance(self.tree.nodes.get(key), Link) or key.rpartition("/")[0] in self.tree.nodes:
             return False
         if key in self.tree.nodes and chance.random() < 0.3:
             return self.do_delete(chance, key)
@@ -344,6 +387,7 @@ WEIGHTS = {
     "write": 10, "replace": 6, "append": 12, "edit_entry": 16, "remove_entry": 5, "break_entry": 4, "damage": 4,
     "heal": 8, "same_size_and_time": 6, "touch": 4, "delete": 6, "rename": 6, "copy": 6, "link": 2,
     "rename_directory": 2, "remove_directory": 1, "make_directory": 1, "move_in": 1, "reference": 6,
+    "link_directory": 2, "through_link": 4,
 }  # fmt: skip
 
 

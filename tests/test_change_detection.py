@@ -16,7 +16,7 @@ import trio
 
 from derived import counted, described, indexed
 from everos_engine.engine import Engine, open_engine, open_queue
-from everos_engine.errors import Transient
+from everos_engine.errors import OutsideRoot, Transient
 from everos_engine.loops.asked import enqueue
 from everos_engine.settings import Settings, load
 from everos_engine.stores import meta, queue
@@ -303,3 +303,48 @@ async def watching(engine: Engine) -> None:
     with trio.fail_after(HANG_SECONDS):
         while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
             await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("mode", ["off", "events"])
+async def test_what_lies_behind_a_link_to_a_directory_is_not_indexed(mode: str, root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    settings = quiet(root, **{"watch.mode": mode})
+    put(root, "real/a.md", "# A\nthe heron")
+    put(root, "agents/a1/skills/bake/SKILL.md", "---\nname: bake\ndescription: how\n---\nbread\n")
+    put(outside, "x.md", "# X\nthe otter")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        (root / "linked").symlink_to(outside)
+        (root / "alias").symlink_to(root / "real")
+        (root / "agents/a1/skills/bake/references").symlink_to(outside)
+        put(outside, "y.md", "# Y\nthe beaver")
+        put(root, "alias/a.md", "# A\nthe heron and the crane")
+        for asked in ("linked/x.md", str(root / "alias" / "a.md")):
+            with pytest.raises(OutsideRoot, match="links to directories are not followed"):
+                await engine.sync([asked])
+        await engine.sync([str(root / "agents/a1/skills/bake/SKILL.md")])
+        if mode == "events":
+            put(root, "last.md", "# L\nlast")
+            await counted(engine, lambda counts: counts.done == 3)
+        await engine.settle()
+        assert await indexed(engine) == described(settings)
+        assert {key for key, _ in await indexed(engine)} - {"last.md"} == {
+            "real/a.md",
+            "agents/a1/skills/bake/SKILL.md",
+        }
+        assert not await engine.search("otter")
+        assert len(await engine.search("crane")) == 1
+
+
+async def test_an_edit_by_a_link_to_a_directory_is_seen_by_events(root: Path) -> None:
+    settings = quiet(root, **{"watch.mode": "events"})
+    put(root, "real/a.md", "# A\nthe heron")
+    (root / "alias").symlink_to(root / "real")
+    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        with trio.fail_after(HANG_SECONDS):
+            while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
+                await trio.sleep(0.01)
+        await engine.settle()
+        put(root, "real/b.md", "# B\nthe otter")
+        await counted(engine, lambda counts: counts.done == 2)

@@ -12,15 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
+from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from derived import counted
 from everos_engine.engine import open_engine
+from everos_engine.loops import watch
 from everos_engine.loops.scan import STALL_BEAT_SECONDS, STALL_SECONDS
-from everos_engine.settings import load
+from everos_engine.settings import Settings, load
 from everos_engine.system import limits
 from everos_engine.system.control import ask
 from everos_engine.testing import FakeEmbedder
@@ -183,6 +185,86 @@ async def test_stopping_waits_for_no_event(root: Path) -> None:
         async with open_engine(settings, embedder=FakeEmbedder()) as engine:
             while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
                 await trio.sleep(0.01)
+
+
+def listening(root: Path) -> Settings:
+    flags: dict[str, object] = {"memory.root": str(root), "scan_interval_seconds": 3600, "note.globs": ["**/*.md"]}
+    return load(flags | {"watch.poll_interval_seconds": 0.2}, environment={}, user_file=root / "none")
+
+
+async def test_names_that_are_not_utf8_end_no_watching(root: Path) -> None:
+    async with open_engine(listening(root), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        for number in range(1, 9):
+            with trio.fail_after(HANG_SECONDS):
+                while not engine.desk.progress.watching and not engine.desk.progress.polling:  # noqa: ASYNC110 - laid in a thread
+                    await trio.sleep(0.01)
+            Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9%d.txt" % number)).touch()
+            put(root, f"{number}.md", "# A\ntext")
+            await counted(engine, lambda counts, number=number: counts.done == number)  # type: ignore[misc]  # a default binds the value of this turn
+        assert "watch_failed" in engine.desk.notes.now
+        assert "caf\\xE9" in engine.desk.notes.now["watch_failed"].message
+
+
+class Panic(BaseException):
+    """As PyO3 raises a panic of Rust: no Exception."""
+
+
+Point = Literal["new", "watch", "close"]
+
+
+class Failing:
+    """The library's class, whose next call at one point raises what is listed first."""
+
+    point: Point
+    errors: list[BaseException]
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.fail("new")
+        self.watches = RustNotify(*arguments, **named)
+
+    def fail(self, at: Point) -> None:
+        if at == self.point and self.errors:
+            raise self.errors.pop(0)
+
+    def watch(self, *arguments: Any) -> object:
+        self.fail("watch")
+        return self.watches.watch(*arguments)
+
+    def close(self) -> None:
+        self.watches.close()
+        self.fail("close")
+
+
+@pytest.mark.parametrize("point", ["new", "watch", "close"])
+async def test_no_error_of_the_events_library_ends_the_engine(
+    point: Point, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Failing.point = point
+    Failing.errors = [
+        WatchfilesRustInternalError("internal"), RuntimeError("RustNotify watcher closed"), Panic("called `unwrap`"), KeyError("unknown"),
+        UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), MemoryError(), OverflowError(), OSError(5, "I/O"),
+    ]  # fmt: skip
+    del Failing.errors[3 if point == "close" else 99 :]
+    monkeypatch.setattr(watch, "RustNotify", Failing)
+    monkeypatch.setattr(watch, "RETRY_SECONDS", 1.0)
+    many = len(Failing.errors)
+    async with open_engine(listening(root), embedder=FakeEmbedder()) as engine:
+        for number in range(1, many + 2):
+            put(root, f"{number}.md", "# A\ntext")
+            await counted(engine, lambda counts, number=number: counts.done == number)  # type: ignore[misc]  # a default binds the value of this turn
+            if point == "close" and Failing.errors:  # the watches end where the root is another directory
+                left = len(Failing.errors)
+                root.rename(root.with_name("aside"))
+                with trio.fail_after(HANG_SECONDS):
+                    while engine.desk.progress.watching:  # noqa: ASYNC110 - noticed on a beat
+                        await trio.sleep(0.05)
+                    root.with_name("aside").rename(root)
+                    while len(Failing.errors) == left and engine.desk.progress.watching:  # noqa: ASYNC110 - in a thread
+                        await trio.sleep(0.05)
+        with trio.fail_after(HANG_SECONDS):
+            while Failing.errors and point != "close":  # noqa: ASYNC110 - raised in a thread
+                await trio.sleep(0.05)
 
 
 def test_the_watches_of_this_process_are_counted() -> None:

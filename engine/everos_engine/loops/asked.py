@@ -42,6 +42,13 @@ def key_of(settings: Settings, path: str) -> str:
     if not os.path.lexists(os.path.join(settings.root, path)) and os.path.lexists(listed):
         path = listed
     key = key_in_root(settings, path)
+    linked = None if key is None else files.linked_directory(settings.root, files.path_of(settings.root, key))
+    if linked is not None:
+        message = (
+            f"{path!r} lies behind the link {linked!r}, and links to directories are not followed: "
+            "put the directory itself there, or name the file by the directory it is in"
+        )
+        raise OutsideRoot(message)
     place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
     if place is None:
         raise OutsideRoot(_refusal(settings, path, key))

@@ -6,11 +6,13 @@ import errno
 import os
 import threading
 import time
+from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
-from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
+from watchfiles._rust_notify import RustNotify
 
 from everos_engine.errors import Exhausted, Transient, exhausted
 from everos_engine.loops.brake import FEW
@@ -21,6 +23,8 @@ from everos_engine.system import fds, files, limits
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from everos_engine.settings import Settings
     from everos_engine.stores.queue import Observation
 
@@ -31,6 +35,9 @@ INDEX_DIRECTORY = ".index"
 LOOK_SECONDS = 2.0
 """How often the root's identity is checked, and the watching thread's life."""
 RETRY_SECONDS = 300.0
+FIRST_PAUSE_SECONDS = 0.2
+FAILURES = 6
+"""So many failures of the events' library within RETRY_SECONDS are waited out, each twice as long as the last; then the scan polls."""
 CHECK_SECONDS = 60.0
 BURST = 500
 """Events of one batch above which a sweep looks after what the kernel's queue may have dropped."""
@@ -38,8 +45,16 @@ ALLOWANCE_SECONDS = 30.0
 POLL_REMEDY = "until then changes are found by polling"
 REMEDIES = {
     "watch_limit": "`echo fs.inotify.max_user_watches=524288 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
+    "watch_failed": "if a file or directory is named here, rename it so that its name is UTF-8; ",
     "instance_limit": "`echo fs.inotify.max_user_instances=1024 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
 }
+
+
+class WatcherFailed(Transient):
+    """The library of file events raised an error: its watches give nothing any more, and new ones are needed.
+
+    It does so when a name in a batch is not UTF-8, and goes on doing so.
+    """
 
 
 async def watch(desk: Desk) -> None:
@@ -53,6 +68,7 @@ async def watch(desk: Desk) -> None:
         await _idle(desk)
     if mode == "auto":
         await _judge_mount(desk)
+    failures: deque[float] = deque(maxlen=FAILURES)
     while True:
         desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         try:
@@ -63,6 +79,23 @@ async def watch(desk: Desk) -> None:
                 await trio.sleep(LOOK_SECONDS)  # the root is gone: the scan says so
                 continue
             await _degraded(desk, error)
+        except WatcherFailed as error:
+            await _again(desk, failures, error)
+
+
+async def _again(desk: Desk, failures: deque[float], error: WatcherFailed) -> None:
+    """Wait before new watches, longer after each failure; after too many of them let the scan poll for a while."""
+    now = time.monotonic()
+    while failures and now - failures[0] > RETRY_SECONDS:
+        failures.popleft()
+    if len(failures) == FAILURES:
+        await _degraded(desk, error)
+        return
+    pause = FIRST_PAUSE_SECONDS * 2 ** len(failures)
+    failures.append(now)
+    logger.warning("watch_restarted in_seconds={:.1f} error={!r}", pause, str(error))
+    desk.look_again()  # what its batch held has no other event
+    await trio.sleep(pause)
 
 
 async def _idle(desk: Desk) -> None:
@@ -88,11 +121,13 @@ async def _judge_mount(desk: Desk) -> None:
         await desk.notes.say("mount_silent", f"{what} on {limits.silence(told[0])}", remedy)
 
 
-async def _degraded(desk: Desk, error: OSError) -> None:
+async def _degraded(desk: Desk, error: OSError | WatcherFailed) -> None:
     """No events for now: name the limit and its remedy, poll, and try again later."""
-    code = "watch_limit" if error.errno == errno.ENOSPC or "limit" in str(error) else "watch_failed"
-    if error.errno in {errno.EMFILE, errno.ENFILE} or "open files" in str(error):
-        code = "instance_limit"
+    code = "watch_failed"
+    if isinstance(error, OSError):
+        code = "watch_limit" if error.errno == errno.ENOSPC or "limit" in str(error) else code
+        if error.errno in {errno.EMFILE, errno.ENFILE} or "open files" in str(error):
+            code = "instance_limit"
     desk.progress.polling = True
     remedy = _raise(code) + POLL_REMEDY + f" every {desk.settings.watch.poll_interval_seconds:g} s"
     reason = str(error).partition(" about ")[0].rstrip(".")
@@ -114,7 +149,10 @@ def _raise(code: str) -> str:
 
 
 async def _listen(desk: Desk) -> None:
-    """Lay the watches, and record what they tell until they are stale. Raises OSError where they cannot be laid."""
+    """Lay the watches, and record what they tell until they are stale.
+
+    Raises OSError where they cannot be laid, and WatcherFailed for whatever else their library raises.
+    """
     laid_on, stop = _identity(desk.settings.root), threading.Event()
     send, receive = trio.open_memory_channel[set[str]](64)
     try:
@@ -124,7 +162,7 @@ async def _listen(desk: Desk) -> None:
             nursery.start_soon(trio.to_thread.run_sync, _run, desk, stop, send)
             await _until_stale(desk, laid_on)
             nursery.cancel_scope.cancel()
-    except* OSError as group:
+    except* (OSError, WatcherFailed) as group:
         raise group.exceptions[0] from None
     finally:
         desk.progress.watching = False
@@ -137,28 +175,59 @@ def _run(desk: Desk, stop: threading.Event, send: trio.MemorySendChannel[set[str
     with _lay(settings) as watches:
         trio.from_thread.run_sync(_laid, desk)
         while True:
-            found = watches.watch(settings.watch.debounce_milliseconds, STEP_MILLISECONDS, 0, stop)
+            with _translated():
+                found = watches.watch(settings.watch.debounce_milliseconds, STEP_MILLISECONDS, 0, stop)
             if found == "stop":
                 return
             if isinstance(found, set):
                 trio.from_thread.run(send.send, {path for _, path in found})
 
 
-def _lay(settings: Settings) -> RustNotify:
-    paths, debug, polling, delay, recursive = [os.fspath(settings.root)], False, False, 300, True
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise WatcherFailed for anything that the library raises, but for an OSError, which says what is the matter."""
     try:
-        return RustNotify(paths, debug, polling, delay, recursive, ignore_permission_denied=False)
-    except WatchfilesRustInternalError as error:
+        yield
+    except (OSError, trio.Cancelled):
+        raise
+    except BaseException as error:  # a door: the library raises its own error, and a panic of Rust is no Exception
+        message = f"the library of file events failed: {error}"
+        raise WatcherFailed(message) from error
+
+
+@contextmanager
+def _lay(settings: Settings) -> Iterator[RustNotify]:
+    """Watch the root until the end of the block."""
+    watches = _new_watches(settings)
+    try:
+        yield watches
+    finally:
+        with _translated():
+            watches.close()
+
+
+def _new_watches(settings: Settings) -> RustNotify:
+    paths, debug, polling, delay, recursive = [os.fspath(settings.root)], False, False, 300, True
+
+    def lay(*, ignore_permission_denied: bool) -> RustNotify:
+        with _translated():
+            return RustNotify(
+                paths, debug, polling, delay, recursive, ignore_permission_denied=ignore_permission_denied
+            )
+
+    try:
+        return lay(ignore_permission_denied=False)
+    except WatcherFailed as error:
         if not exhausted(error):
             raise
         if fds.none_left(wanted=WATCHER_DESCRIPTORS):
             message = f"no file descriptor is left to watch with: {error}"
             raise Exhausted(message) from error
-        raise OSError(errno.EMFILE, str(error)) from error  # the user's share of inotify instances
+        raise OSError(errno.EMFILE, str(error.__cause__)) from error  # the user's share of inotify instances
     except (
         PermissionError
     ):  # a blind directory, which the scan names; ignoring it hides a watch limit, which _until_stale finds
-        return RustNotify(paths, debug, polling, delay, recursive, ignore_permission_denied=True)
+        return lay(ignore_permission_denied=True)
 
 
 def _laid(desk: Desk) -> None:
@@ -283,14 +352,14 @@ def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
     """
     settings, directories = desk.settings, False
     keys: dict[str, None] = {}
-    for path in paths:
+    for path in (files.without_links(settings.root, named) for named in paths):
         key = key_in_root(settings, path)
         if key is None:
             continue
         place = kinds.recognise(key, note_globs=settings.note.globs)
         if place is not None:
             keys[place.md_path] = None
-        if os.path.isdir(path):  # noqa: PTH112 - str in, str out
+        if os.path.isdir(path) and not os.path.islink(path):  # noqa: PTH112, PTH114 - str in, str out
             keys.update(dict.fromkeys(_below(settings, path)))
             directories = True
             desk.progress.directories_added += 1

@@ -68,7 +68,7 @@ def _outside(settings: Settings, path: str, *, program: str) -> Exclusion:
 
 def _by_nature(settings: Settings, path: str, key: str) -> Exclusion | None:
     """What a path is on disk, where that excludes it."""
-    linked = _linked_directory(os.fspath(settings.root), path)
+    linked = files.linked_directory(settings.root, path)
     if linked is not None:
         target = os.path.realpath(linked)
         cause = f"it lies behind the link {shown(linked)}, and links to directories are not followed"
@@ -168,18 +168,6 @@ def _moved(settings: Settings, path: str, key: str) -> str:
 
 def _into(target: str) -> str:
     return quoted("mkdir", "-p", os.path.dirname(target))
-
-
-def _linked_directory(root: str, path: str) -> str | None:
-    """The first directory between the root and a path that is a link."""
-    base = root.rstrip("/")
-    at = os.path.dirname(path)
-    found = None
-    while len(at) > len(base) and at.startswith(base + "/"):
-        if os.path.islink(at):
-            found = at
-        at = os.path.dirname(at)
-    return found
 
 
 def _root_above(path: str) -> str | None:

@@ -133,6 +133,26 @@ def locate(root: Path, asked: str) -> str:
     return here
 
 
+def linked_directory(root: Path, path: str) -> str | None:
+    """Return the first directory between the root and a path below it that is a link, or None.
+
+    Links to directories are not followed: what lies behind one is not part of the tree.
+    """
+    at = os.fspath(root).rstrip(os.sep)
+    for part in os.path.dirname(path)[len(at) + 1 :].split(os.sep):
+        at = f"{at}{os.sep}{part}"
+        if part and os.path.islink(at):
+            return at
+    return None
+
+
+def without_links(root: Path, path: str) -> str:
+    """Return a path below the root by its real directories: an event may name a file by a link to its directory."""
+    if linked_directory(root, path) is None:
+        return path
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
 def _was_here(root: Path, here: str, below: str) -> bool:
     """Whether of two paths that are not there only ``here`` has a directory, within the root."""
     if key_of(root, here) is None:
@@ -314,11 +334,15 @@ def _sort(place: PlaceLike, error: OSError) -> None:
 
 
 def _members(root: Path, place: PlaceLike) -> Iterator[tuple[str, Fingerprint | None]]:
-    """The files of one change by key: the one named, and a skill's references."""
-    yield place.md_path, _stat(path_of(root, place.md_path))
-    if not place.md_path.endswith("/" + MAIN):
+    """List the files of one change by key: the one named, and a skill's references. None lies behind a linked directory."""
+    path = path_of(root, place.md_path)
+    linked = linked_directory(root, path) is not None
+    yield place.md_path, None if linked else _stat(path)
+    if linked or not place.md_path.endswith("/" + MAIN):
         return
     folder = f"{place.md_path[: -len(MAIN)]}{REFERENCES}"
+    if os.path.islink(path_of(root, folder)):
+        return
     try:
         names = sorted(os.listdir(path_of(root, folder)))
     except OSError as error:
