@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -22,6 +22,8 @@ from everos_engine.stores.queue import Claim, Fingerprint4, Observation
 T = TypeVar("T")
 PATHS = [f"p{number}.md" for number in range(3)]
 OWNERS = ["one", "two"]
+LONGEST_WAIT = 5000
+"""Milliseconds: no rule delays a change for longer."""
 INDEXES = {
     "change_ready": [
         queue.CLAIM,
@@ -32,6 +34,7 @@ INDEXES = {
         queue.WAKE_DELAYED,
         "SELECT min(not_before) FROM md_change_state WHERE status = 'pending' AND not_before > 0",
     ],
+    "change_clock": [queue.WAKE_AFTER_CLOCK, queue.BEGAN_IN_THE_FUTURE],
     "change_claimed": [queue.RELEASE, "SELECT DISTINCT owner FROM md_change_state WHERE status = 'processing'"],
     "idx_md_change_retryable": ["SELECT md_path FROM md_change_state WHERE status = 'failed' AND retryable = 1"],
     "sqlite_autoindex_md_change_state_1": [queue.FORGET, queue.DONE, queue.FAILED, queue.POSTPONE, queue.REQUEUE],
@@ -75,6 +78,8 @@ class Known:
     failed: bool | None = None
     """retryable, where the newest change is dead-lettered."""
     not_before: int = 0
+    delayed_at: int = 0
+    """What the clock said when the delay began."""
     lower_bound: int = 0
     """What the oldest open change is at least; the queue may say less than the truth, never more."""
     held: bool = False
@@ -146,15 +151,29 @@ class QueueMachine(RuleBasedStateMachine):
     def time_passes(self, milliseconds: int) -> None:
         self.now += milliseconds
 
+    @rule(milliseconds=st.integers(-100_000_000, 100_000_000))
+    def the_clock_is_set(self, milliseconds: int) -> None:
+        self.now = max(1, self.now + milliseconds)
+
     @rule()
     def time_passes_until_the_first_is_due(self) -> None:
-        due = [known.not_before for known in self.paths.values() if known.not_before > self.now and not known.held]
-        assert self.read(queue.next_due) in {min(due, default=None), *self.due()}
-        self.now = min(due, default=self.now)
+        due = self.next_due()
+        waiting = [known for known in self.paths.values() if known.not_before and not known.held]
+        if any(known.delayed_at > self.now for known in waiting):
+            assert due is not None
+            assert due <= self.now
+        else:
+            assert due == min((known.not_before for known in waiting), default=None)
+        self.now = max(self.now, due or 0)
 
-    def due(self) -> list[int]:
-        """Delays that are over but that no claim has woken yet."""
-        return [known.not_before for known in self.paths.values() if known.not_before]
+    def next_due(self) -> int | None:
+        return self.read(lambda tx: queue.next_due(tx, now_milliseconds=self.now))
+
+    @invariant()
+    def nothing_waits_longer_than_the_longest_delay(self) -> None:
+        """The clock may have been set by any amount in either direction."""
+        due = self.next_due()
+        assert due is None or due <= self.now + LONGEST_WAIT
 
     # what finds changes
 
@@ -210,7 +229,7 @@ class QueueMachine(RuleBasedStateMachine):
                 known.lower_bound = lsn
             known.open_lsns.append(lsn)
             known.failed = None
-            known.not_before = self.delays()[path]
+            known.not_before, known.delayed_at = self.delays()[path], self.now
             if known.not_before:
                 assert settle, "a change that need not settle is ready at once"
                 assert known.not_before <= max(delays.get(path, 0), self.now + settle)
@@ -225,7 +244,7 @@ class QueueMachine(RuleBasedStateMachine):
         claimable = {
             path: known.lower_bound
             for path, known in self.paths.items()
-            if known.open_lsns and not known.held and known.not_before <= self.now
+            if known.open_lsns and not known.held and (known.not_before <= self.now or known.delayed_at > self.now)
         }
         claims = self.write(lambda tx: queue.claim(tx, owner, limit=limit, now_milliseconds=self.now))
         assert [claimable[held.md_path] for held in claims] == sorted(claimable.values())[:limit]
@@ -287,21 +306,41 @@ class QueueMachine(RuleBasedStateMachine):
         self.settle(hold, known)
 
     @precondition(lambda self: self.holds)
-    @rule(which=st.integers(0, 99), delay=st.integers(1, 5000), counts=st.booleans())
-    def postpone(self, which: int, delay: int, counts: bool) -> None:
+    @rule(
+        which=st.integers(0, 99),
+        delay=st.integers(1, LONGEST_WAIT),
+        counts=st.booleans(),
+        waits_for=st.sampled_from(get_args(queue.WaitsFor)),
+    )
+    def postpone(self, which: int, delay: int, counts: bool, waits_for: queue.WaitsFor) -> None:
         hold = self.holds.pop(which % len(self.holds))
         known = self.paths[hold.claim.md_path]
         later = self.now + delay
         self.write(
             lambda tx: queue.postpone(
-                tx, hold.claim, "later", not_before=later, now_milliseconds=self.now, counts_as_retry=counts
+                tx,
+                hold.claim,
+                "later",
+                not_before=later,
+                now_milliseconds=self.now,
+                waits_for=waits_for,
+                counts_as_retry=counts,
             )
         )
-        known.held = False
+        known.held, known.delayed_at = False, self.now
         known.not_before = later if known.open_lsns[-1] == hold.claim.claim_lsn else 0
 
+    @rule(waits_for=st.sampled_from(get_args(queue.WaitsFor)))
+    def hurry(self, waits_for: queue.WaitsFor) -> None:
+        sql = "SELECT md_path FROM md_change_state WHERE waits_for = ?"
+        hurried = self.read(lambda tx: [path for (path,) in tx.execute(sql, (waits_for,))])
+        self.write(lambda tx: queue.hurry(tx, waits_for))
+        for path in hurried:
+            self.paths[path].not_before = 0
+        assert self.read(lambda tx: list(tx.execute(sql, (waits_for,)))) == []
+
     def settle(self, hold: Hold, known: Known, settle: int = 0) -> None:
-        known.held = False
+        known.held, known.delayed_at = False, self.now
         known.open_lsns = [lsn for lsn in known.open_lsns if lsn > hold.claim.claim_lsn]
         known.lower_bound = hold.claim.claim_lsn + 1
         known.not_before = self.now + settle if known.open_lsns and settle else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import apsw
 import pytest
 
-from everos_engine.errors import Exhausted, Transient, exhausted
+from everos_engine.errors import EngineError, Exhausted, Transient, exhausted
 from everos_engine.stores.database import Database
 from everos_engine.system import fds
 
@@ -78,8 +78,10 @@ def test_a_database_that_cannot_be_opened_for_want_of_descriptors_says_so(tmp_pa
 
 
 def test_a_database_that_cannot_be_opened_for_another_reason_is_no_want_of_descriptors(tmp_path: Path) -> None:
-    with pytest.raises(apsw.CantOpenError):
+    with pytest.raises(EngineError) as refused:
         Database(tmp_path / "none" / "engine.db")
+    assert isinstance(refused.value.__cause__, apsw.CantOpenError)
+    assert not isinstance(refused.value, Exhausted)
     assert not fds.none_left(wanted=8)
 
 

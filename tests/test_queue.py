@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from everos_engine.errors import EngineError
 from everos_engine.stores import census, queue
 from everos_engine.stores.database import Database, Transaction
 from everos_engine.stores.queue import Observation
@@ -202,3 +204,61 @@ def test_two_processes_never_claim_the_same_change(tmp_path: Path) -> None:
     assert len(claims) > 20
     assert len(set(claims)) == len(claims)
     assert len(set(lsns)) == len(lsns)
+
+
+def test_a_change_says_in_a_column_why_it_waits_and_only_those_are_hurried(database: Database) -> None:
+    for path in ("a", "b"):
+        database.write(lambda tx, p=path: record(tx, p, ONE))
+    reasons: list[queue.WaitsFor] = ["embedder", "root"]
+    for held, reason in zip(database.write(claim), reasons, strict=True):
+        text = "the embedder is down" if reason == "root" else "not deleted"  # the text decides nothing
+        postponed = partial(queue.postpone, held=held, error=text, not_before=500, now_milliseconds=2, waits_for=reason)
+        database.write(postponed)
+    assert database.read(lambda tx: queue.refused(tx, 2)) == "b: the embedder is down"
+    database.write(lambda tx: queue.hurry(tx, "embedder"))
+    assert [again.md_path for again in database.write(claim)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "waits_for = 'bored', not_before = 5",
+        "waits_for = NULL, not_before = 5",
+        "waits_for = 'retry', not_before = 0",
+        "waits_for = 'retry', not_before = 5, status = 'done'",
+        "failed_for = '{}'",
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(change: str, database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    with pytest.raises(EngineError) as refused:
+        database.write(lambda tx: list(tx.execute(f"UPDATE md_change_state SET {change}")))
+    assert "CHECK constraint failed" in str(refused.value)
+
+
+@pytest.mark.parametrize("jump", [-86_400_000, -1000, 0, 86_400_000])
+def test_a_clock_that_was_set_makes_no_change_wait_longer_than_its_delay(jump: int, database: Database) -> None:
+    before, delay = 200_000_000, 500
+    database.write(lambda tx: record(tx, "a", ONE))
+    (held,) = database.write(claim)
+    later = before + delay
+    database.write(lambda tx: queue.postpone(tx, held, "x", not_before=later, now_milliseconds=before))
+    now = before + jump
+    due = database.read(lambda tx: queue.next_due(tx, now_milliseconds=now))
+    assert due is not None
+    assert due <= now + delay
+    assert database.write(lambda tx: queue.claim(tx, "me", limit=1, now_milliseconds=max(now, due)))
+
+
+def test_what_failed_for_a_setting_is_queued_again_when_the_setting_changes(database: Database) -> None:
+    blamed: dict[str, dict[str, str] | None] = {"a": {"max_file_bytes": "10"}, "b": {"embedder": "m"}, "c": None}
+    for path, failed_for in blamed.items():
+        database.write(lambda tx, p=path: record(tx, p, ONE))
+        (held,) = database.write(claim)
+        failed = partial(queue.mark_failed, held=held, error="no", retryable=False, now_milliseconds=2)
+        database.write(partial(failed, failed_for=failed_for))
+    again = partial(queue.requeue_for_settings, now_milliseconds=3)
+    assert database.write(partial(again, values={"max_file_bytes": "10", "embedder": "m"})) == []
+    assert database.write(partial(again, values={"max_file_bytes": "20", "embedder": "m"})) == ["a"]
+    assert database.write(claim)[0].claim_lsn == 4
+    assert database.write(partial(again, values={"max_file_bytes": "30", "embedder": "m"})) == []

@@ -29,7 +29,7 @@ from everos_engine.loops.work import work
 from everos_engine.search import Filter, Mode, Result, check_question
 from everos_engine.search import search as search_index
 from everos_engine.stores import census, embeddings, held, ledger, meta, queue
-from everos_engine.stores.database import Database
+from everos_engine.stores.database import Database, open_or_replace
 from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import WITHIN_SECONDS, Health, alone, keep, keep_open
 from everos_engine.system import ceiling, fds, locks, wake
@@ -378,6 +378,7 @@ async def _begin_notes(desk: Desk, health: Health) -> None:
     """
     with suppress(Transient):
         await desk.notes.begin()
+        await desk.report_replaced()
     if health.reopenings:
         message = f"the stores were opened again {health.reopenings} times, last after: {health.reason}"
         with suppress(Transient):
@@ -458,19 +459,23 @@ def check_root(settings: Settings, *, may_make: bool = False) -> None:
 def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
     """Open the queue and ledger of a root, and bring a file of an older version up to date.
 
-    While an engine runs, only the engine does that, with ``may_replace``. Raises SettingsError if there is no root, and
+    While an engine runs, only the engine does that, with ``may_replace``. It also sets a damaged file aside and begins an
+    empty one: all in it can be made again from markdown. Raises SettingsError if there is no root, and
     creates none.
     """
     check_root(settings)
     settings.engine_directory.mkdir(parents=True, exist_ok=True)
     may_replace = may_replace or locks.running_pid(settings.engine_directory / "engine.lock") is None
-    return Database(
-        settings.engine_directory / "engine.db",
+    path = settings.engine_directory / "engine.db"
+    opened = partial(
+        Database,
+        path,
         schema="".join(store.SCHEMA for store in STORES),
         version=SCHEMA_VERSION,
         upgrades={SCHEMA_VERSION: "".join(store.UPGRADE_TO_3 for store in STORES)},
         may_replace=may_replace,
     )
+    return open_or_replace(path, opened) if may_replace else opened()
 
 
 def status_of(tx: Transaction) -> Status:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from typing import ClassVar, Literal
 
 FULL = frozenset({errno.EMFILE, errno.ENFILE})
 _FULL_WORDS = (*(f"os error {number}" for number in sorted(FULL)), "Too many open files")
@@ -44,8 +45,11 @@ class Transient(EngineError):
     """The world may be better in a moment: the work is done again after a backoff.
 
     ``retry_after_seconds`` is what the other side asked for (HTTP ``Retry-After``), or None. ``counts_as_retry`` is
-    False for an outage of something all changes share: it is waited out, and never dead-letters a change.
+    False for an outage of something all changes share: it is waited out, and never dead-letters a change. ``waits_for`` is
+    the reason that the queue keeps for a change that is delayed by it.
     """
+
+    waits_for: ClassVar[Literal["retry", "settle", "embedder", "root", "descriptors", "disk"]] = "retry"
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None, counts_as_retry: bool = True) -> None:
         super().__init__(message)
@@ -60,6 +64,8 @@ class UnknownOutcome(Transient):
 class Exhausted(Transient):
     """The process or the system has no file descriptor left: the work waits until it has, and no attempt is counted."""
 
+    waits_for = "descriptors"
+
     def __init__(self, message: str) -> None:
         super().__init__(message, counts_as_retry=False)
 
@@ -70,8 +76,28 @@ class Unavailable(Transient):
     Its text says why; what waits for it is done as soon as the service answers, and loses none of its attempts.
     """
 
+    waits_for = "embedder"
+
     def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message, retry_after_seconds=retry_after_seconds, counts_as_retry=False)
+
+
+class DiskFull(Transient):
+    """A disk or a quota has no room left. The work waits until it has, and no attempt is counted."""
+
+    waits_for = "disk"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, counts_as_retry=False)
+
+
+class RootAway(Transient):
+    """The memory root is not what the engine began with: a person must bring it back before anything is written or deleted."""
+
+    waits_for = "root"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, counts_as_retry=False)
 
 
 class Unexpected(Transient):
@@ -113,6 +139,29 @@ class BadFile(EngineError):
 
 class BadText(EngineError):
     """The embedder refuses this one text (HTTP 400, 413, 422): an edit of its entry heals it."""
+
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_ROOM_WORDS = (
+    *(f"os error {number})" for number in sorted(NO_ROOM)),
+    "No space left on device",
+    "Disk quota exceeded",
+)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error says, itself or by what it came from, that a disk or a quota has no room left."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+            return True
+        if isinstance(error, (RuntimeError, OSError, Transient)) and any(
+            words in str(error) for words in _NO_ROOM_WORDS
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def exhausted(error: BaseException | None) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 from loguru import logger
 
-from everos_engine.errors import Transient, Unexpected
+from everos_engine.errors import RootAway, Transient, Unexpected
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import ledger, queue
 from everos_engine.stores.lance import Model
@@ -66,7 +66,7 @@ async def expect_root(desk: Desk) -> None:
     """
     if await trio.to_thread.run_sync(desk.brake.is_lost):
         message = "the memory root is not there: its index is written when it is back"
-        raise Transient(message, counts_as_retry=False)
+        raise RootAway(message)
 
 
 def begin_anew(tx: Transaction, kind: str) -> int:

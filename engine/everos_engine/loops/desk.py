@@ -130,6 +130,16 @@ class Desk:
         self.brake = Brake(self.settings)
         self.notes = Notes(self.database)
 
+    async def report_replaced(self) -> None:
+        """Report a database that was damaged and is made again from markdown."""
+        path, reason = self.database.path, self.database.replaced
+        if reason is not None:
+            message = f"{path} was damaged ({reason}): it is made again from markdown, with the vectors that are cached"
+            remedy = (
+                f"check the disk; the damaged file is kept as {path}.damaged, remove it if nobody wants to look into it"
+            )
+            await self.notes.say("database_recreated", message, remedy)
+
     def wake_up(self) -> None:
         """There may be work in the queue."""
         self.wake.value += 1

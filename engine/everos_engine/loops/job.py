@@ -74,6 +74,8 @@ def put_off(job: Job, later: Mapping[str, Transient]) -> None:
 class Unsettled(Transient):
     """The file is so young, and looks so torn, that somebody may still be writing it."""
 
+    waits_for = "settle"
+
 
 def looks_torn(job: Job, known: Mapping[str, bytes]) -> bool:
     """Whether the file lost its structure, or half of its entries, since it was last indexed, or is empty.

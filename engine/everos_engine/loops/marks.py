@@ -92,7 +92,15 @@ def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int
         delay = max(delay, settings.worker_retry_backoff_max_seconds)
     not_before = now + max(1, int(delay * 1000))
     counts = error.counts_as_retry
-    queue.postpone(tx, job.claim, said, not_before=not_before, now_milliseconds=now, counts_as_retry=counts)
+    queue.postpone(
+        tx,
+        job.claim,
+        None if isinstance(error, Unsettled) else said,
+        not_before=not_before,
+        now_milliseconds=now,
+        waits_for=error.waits_for,
+        counts_as_retry=counts,
+    )
 
 
 def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:

@@ -15,8 +15,7 @@ import trio
 from loguru import logger
 from trio_util import AsyncValue
 
-from everos_engine.embed.gate import WAITING
-from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, Transient, Unavailable, exhausted
+from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, RootAway, Transient, Unavailable, exhausted
 from everos_engine.loops.agree import expect_root, heal
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
@@ -79,7 +78,7 @@ class _Worker:
                     most = max(1.0, HELD_FACTOR * settings.worker_batch_size * desk.pressure.value)
                     await self.held.wait_value(lambda held, most=most: held < most)
                     await self._breathe()
-                due = await desk.database.aread(queue.next_due)
+                due = await desk.database.aread(partial(queue.next_due, now_milliseconds=now_milliseconds()))
                 pause = IDLE_SECONDS if due is None else min(IDLE_SECONDS, max(0.0, (due - now_milliseconds()) / 1000))
                 await wait_moved(desk.wake, seen, at_most_seconds=pause)
 
@@ -184,7 +183,7 @@ class _Worker:
             return error
         if trouble in {None, "root_empty"}:
             return None
-        return Transient(f"{queue.REFUSED}: {WHY[trouble]}; {REMEDY[trouble]}", counts_as_retry=False)
+        return RootAway(f"not deleted: {WHY[trouble]}; {REMEDY[trouble]}")
 
     async def _look_up(self, jobs: list[Job]) -> None:
         texts = list(dict.fromkeys(text for job in jobs if job.error is None for text in job.missing))
@@ -342,14 +341,15 @@ class _Worker:
 def _has_ready(tx: Transaction) -> bool:
     if queue.ready(tx):
         return True
-    due = queue.next_due(tx)
-    return due is not None and due <= now_milliseconds()
+    now = now_milliseconds()
+    due = queue.next_due(tx, now_milliseconds=now)
+    return due is not None and due <= now
 
 
 def _note_outage(tx: Transaction, *, reason: str | None, now_milliseconds: int) -> None:
     meta.note_outage(tx, reason, now_milliseconds=now_milliseconds)
     if reason is None:
-        queue.hurry(tx, WAITING)
+        queue.hurry(tx, "embedder")
 
 
 async def _poll(desk: Desk) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 from urllib.parse import quote
 
 import apsw
+from loguru import logger
 
-from everos_engine.errors import FULL, Exhausted, Fatal, Transient
+from everos_engine.errors import FULL, NO_ROOM, Damaged, DiskFull, EngineError, Exhausted, Fatal, Transient, Unexpected
 
 if TYPE_CHECKING:
     import trio
@@ -21,10 +22,17 @@ T = TypeVar("T")
 Value = str | int | float | bytes | None
 BUSY_RETRIES = 40
 BUSY_TIMEOUT_MILLISECONDS = 250
+ASIDE = ".damaged"
+"""What the name of a file that was set aside ends with."""
+MOST_CHECKED_BYTES = 64 << 20
+"""A database that is larger is checked at the start only if it is suspected: it would take longer than a second."""
 
 
 class Locked(Transient):
     """Another process holds the lock on the database for longer than the retries last."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, counts_as_retry=False)
 
 
 class Transaction(Protocol):
@@ -40,9 +48,12 @@ class Transaction(Protocol):
 class Database:
     """One SQLite file in WAL mode; every call is one whole transaction.
 
+    ``replaced`` is what was wrong with the file that was set aside when this one was made, or None.
+
     ``BEGIN IMMEDIATE`` and ``COMMIT`` are executed as statements: entered as a context manager, an apsw connection
     holds the GIL through both, and a lock of another process would freeze the event loop.
-    ``readonly`` needs no more than the permission to read. Raises Fatal where the file is damaged, or permission is missing.
+    ``readonly`` needs no more than the permission to read. Whatever SQLite raises leaves here as one of our families:
+    Damaged if the file does not hold what SQLite wrote, Fatal if permission is missing, DiskFull, Exhausted, or Transient.
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class Database:
     ) -> None:
         flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         self.path = path
+        self.replaced: str | None = None
         self._limiter: trio.CapacityLimiter | None = None
         try:
             if readonly and _is_still(path):
@@ -75,18 +87,8 @@ class Database:
             self._run("PRAGMA temp_store=MEMORY")
             if schema:
                 self._lay(schema, version, upgrades or {}, may_replace=may_replace)
-        except apsw.CantOpenError as error:
-            if path.exists() and not os.access(path, os.R_OK):
-                raise Fatal(_forbidden(path)) from error
-            if not _none_left():
-                raise
-            message = f"{path}: {error}: no file descriptor is left"
-            raise Exhausted(message) from error
-        except (apsw.ReadOnlyError, apsw.PermissionsError) as error:
-            raise Fatal(_forbidden(path)) from error
-        except (apsw.NotADBError, apsw.CorruptError) as error:
-            message = f"{path} is damaged ({error}): stop the engine, remove it with its -wal and -shm, and start again: it is made again from markdown"
-            raise Fatal(message) from error
+        except apsw.Error as error:
+            raise self._translated(error) from error
 
     def _lay(self, schema: str, version: int, upgrades: Mapping[int, str], *, may_replace: bool) -> None:
         """Create the schema, and bring a database of an older version to this one.
@@ -124,34 +126,27 @@ class Database:
     def write(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` between ``BEGIN IMMEDIATE`` and ``COMMIT``; rolled back if it raises.
 
-        Raises Locked when another process holds the lock for longer than the retries last, and Transient when the disk is full.
+        Raises Locked if another process holds the lock for longer than the retries last, DiskFull if there is no room.
         """
-
-        def attempt() -> T:
-            self._run("BEGIN IMMEDIATE")
-            try:
-                result = work(self._connection)
-                self._run("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    with suppress(apsw.Error):
-                        self._run("ROLLBACK")
-                raise
-            return result
-
-        return self._retried(attempt)
+        return self._retried(lambda: self._transaction("BEGIN IMMEDIATE", work))
 
     def read(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` on one consistent snapshot."""
+        return self._retried(lambda: self._transaction("BEGIN", work))
 
-        def attempt() -> T:
-            self._run("BEGIN")
-            try:
-                return work(self._connection)
-            finally:
-                self._run("COMMIT")
-
-        return self._retried(attempt)
+    def _transaction(self, begin: str, work: Callable[[Transaction], T]) -> T:
+        if self._connection.in_transaction:  # the rollback of an earlier one failed too
+            self._run("ROLLBACK")
+        self._run(begin)
+        try:
+            result = work(self._connection)
+            self._run("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                with suppress(apsw.Error):
+                    self._run("ROLLBACK")
+            raise
+        return result
 
     @property
     def limiter(self) -> trio.CapacityLimiter:
@@ -181,16 +176,30 @@ class Database:
         def ask() -> int:
             return int(next(iter(self._connection.execute("PRAGMA data_version")))[0])
 
-        return await self._in_thread(ask)
+        return await self._in_thread(lambda: self._retried(ask))
 
     def checkpoint(self) -> None:
         """Move the WAL into the database file, as far as readers allow."""
-        with suppress(apsw.BusyError, apsw.LockedError):
+        try:
             self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except (apsw.BusyError, apsw.LockedError):
+            return
+        except apsw.Error as error:
+            raise self._translated(error) from error
+
+    def problems(self, *, thorough: bool) -> list[str]:
+        """Return what SQLite finds wrong with the file; ``thorough`` compares the indexes with their tables too."""
+        pragma = "integrity_check" if thorough else "quick_check"
+        try:
+            found = self.read(lambda tx: list(tx.execute(f"PRAGMA {pragma}(3)")))
+        except Damaged as error:
+            return [str(error.__cause__ or error)]
+        return [str(row[0]) for row in found if row[0] != "ok"]
 
     def close(self) -> None:
         """Close the connection; safe to call twice."""
-        self._connection.close()
+        with suppress(apsw.Error):  # what was committed is in the file, and the rest is not wanted any more
+            self._connection.close()
 
     def _run(self, sql: str) -> None:
         _drain(self._connection.execute(sql))
@@ -201,18 +210,105 @@ class Database:
                 return attempt()
             except (apsw.BusyError, apsw.LockedError) as error:
                 if not tries_left:
-                    message = f"{self.path} stayed locked by another process"
-                    raise Locked(message) from error
+                    raise self._translated(error) from error
                 time.sleep(0.005)
-            except (apsw.ReadOnlyError, apsw.PermissionsError) as error:
-                raise Fatal(_forbidden(self.path)) from error
-            except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.NoMemError) as error:
-                if self._connection.system_errno in FULL or _none_left():
-                    message = f"{self.path}: {error}: no file descriptor is left"
-                    raise Exhausted(message) from error
-                message = f"{self.path}: {error}: free disk space, or check the disk"
-                raise Transient(message) from error
+            except apsw.Error as error:
+                raise self._translated(error) from error
         raise AssertionError
+
+    def _translated(self, error: apsw.Error) -> EngineError:
+        """Return the member of our families for anything that SQLite may raise."""
+        path, code = self.path, getattr(error, "extendedresult", 0)
+        if isinstance(error, (apsw.BusyError, apsw.LockedError)):
+            return Locked(f"{path} stayed locked by another process")
+        if _is_damage(error, code):
+            suspect(path)
+            remedy = "`everos-engine run` or `everos-engine sync` sets it aside and makes it again from markdown"
+            return Damaged(f"{path} is damaged ({error}): {remedy}")
+        connection = getattr(self, "_connection", None)
+        number = 0 if connection is None else connection.system_errno
+        if number in FULL or _none_left():
+            return Exhausted(f"{path}: {error}: no file descriptor is left")
+        if isinstance(error, apsw.FullError) or number in NO_ROOM or (isinstance(error, _IO) and _has_no_room(path)):
+            return DiskFull(f"{path}: {error}: no space is left on its disk, or a quota is used up: make room")
+        if isinstance(error, (apsw.ReadOnlyError, apsw.PermissionsError)) or _is_forbidden(error, path):
+            return Fatal(_forbidden(path))
+        if isinstance(error, (*_IO, apsw.NoMemError, apsw.ProtocolError)):
+            return Transient(f"{path}: {error}: check the disk and its directory", counts_as_retry=False)
+        return Unexpected(f"{path}: {type(error).__name__}: {error}")
+
+
+_IO = (apsw.IOError, apsw.CantOpenError)
+LITTLE_BYTES = 65_536
+"""A disk with less room than this cannot take one transaction with its shared memory."""
+
+
+def _is_damage(error: apsw.Error, code: int) -> bool:
+    """Whether an error proves that the file does not hold what SQLite wrote, or is not the file we opened."""
+    if isinstance(error, (apsw.NotADBError, apsw.CorruptError)):
+        return True
+    if code in {apsw.SQLITE_READONLY_DBMOVED, apsw.SQLITE_IOERR_CORRUPTFS, apsw.SQLITE_IOERR_DATA}:
+        return True
+    return isinstance(error, apsw.SQLError) and str(error).startswith("no such table")
+
+
+def _is_forbidden(error: apsw.Error, path: Path) -> bool:
+    return isinstance(error, apsw.CantOpenError) and path.exists() and not os.access(path, os.R_OK)
+
+
+def _has_no_room(path: Path) -> bool:
+    """SQLite does not always say why it could not write: ask the file system how much room there is."""
+    try:
+        found = os.statvfs(path.parent)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < LITTLE_BYTES
+
+
+def suspect(path: Path) -> None:
+    """Leave a sign for the next start that a statement found the file damaged: it is checked as a whole then."""
+    with suppress(OSError):
+        _sign(path).touch()
+
+
+def open_or_replace(path: Path, opened: Callable[[], Database]) -> Database:
+    """Open a database that can be made again; a damaged one is set aside first, as ``<name>.damaged``.
+
+    The file is checked as a whole if an earlier statement found damage, or if that takes no time.
+    """
+    try:
+        database = opened()
+        suspected = _sign(path).exists()
+        if not suspected and path.stat().st_size > MOST_CHECKED_BYTES:
+            return database
+        wrong = database.problems(thorough=suspected)
+        if not wrong:
+            _sign(path).unlink(missing_ok=True)
+            return database
+        database.close()
+        reason = "; ".join(wrong)
+    except Damaged as error:
+        reason = str(error.__cause__ or error)
+    set_aside(path)
+    logger.warning("database_set_aside path={} kept={} error={!r}", path, f"{path}{ASIDE}", reason)
+    database = opened()
+    database.replaced = reason
+    return database
+
+
+def set_aside(path: Path) -> None:
+    """Move a database's files out of the way; an earlier copy goes."""
+    for end in ("", "-wal"):
+        with suppress(FileNotFoundError):
+            Path(f"{path}{ASIDE}{end}").unlink()
+        with suppress(FileNotFoundError):
+            Path(f"{path}{end}").rename(f"{path}{ASIDE}{end}")
+    Path(f"{path}-shm").unlink(missing_ok=True)
+    _sign(path).unlink(missing_ok=True)
+
+
+def _sign(path: Path) -> Path:
+    return Path(f"{path}.suspect")
 
 
 def _drain(rows: Iterable[object]) -> None:

@@ -109,7 +109,7 @@ def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
 
     A deletion that somebody asked for by its path, and that was refused, is tried again now.
     """
-    queue.hurry(tx, queue.REFUSED)
+    queue.hurry(tx, "root")
     meta.put(tx, MOUNTS, "[]")  # the next sweep puts in those there are
     rows = list(tx.execute("DELETE FROM held RETURNING md_path, kind"))
     gone: Sequence[queue.Observation] = [

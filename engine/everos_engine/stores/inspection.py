@@ -9,11 +9,11 @@ from typing import cast
 
 from everos_engine.stores import held as held_store
 from everos_engine.stores.database import Transaction
-from everos_engine.stores.queue import Fingerprint4, Status
+from everos_engine.stores.queue import Fingerprint4, Status, WaitsFor
 
 CHANGE = """
 SELECT kind, lsn, status, owner, not_before, mtime_ns, size, ino, ctime_ns, racy, retry_count, retryable, error, source,
-    first_seen, updated,
+    first_seen, updated, {waits_for},
     (SELECT count(*) FROM md_change_state AS o WHERE o.status = 'pending' AND o.not_before = 0 AND o.pos < c.pos)
 FROM md_change_state AS c WHERE md_path = ?
 """
@@ -36,6 +36,7 @@ class Change:
     source: str
     first_seen: int
     updated: int
+    waits_for: WaitsFor | None
     ahead: int
 
 
@@ -51,10 +52,9 @@ class Held:
 
 def change(tx: Transaction, md_path: str) -> Change | None:
     """The queue's row of one path, or None."""
-    for row in tx.execute(CHANGE, (md_path,)):
-        kind, lsn, status, owner, not_before, *four, racy, retries, retryable, error, source, first, updated, ahead = (
-            row
-        )
+    for row in tx.execute(_waiting(tx, CHANGE), (md_path,)):
+        kind, lsn, status, owner, not_before, *four, racy, retries, retryable, error, source, first, updated = row[:16]
+        waits_for, ahead = row[16:]
         return Change(
             kind=cast("str", kind),
             lsn=cast("int", lsn),
@@ -69,6 +69,7 @@ def change(tx: Transaction, md_path: str) -> Change | None:
             source=cast("str", source),
             first_seen=cast("int", first),
             updated=cast("int", updated),
+            waits_for=cast("WaitsFor | None", waits_for),
             ahead=cast("int", ahead),
         )
     return None
@@ -103,13 +104,13 @@ class Delayed:
 
 DELAYED = """
 SELECT count(*), min(not_before), max(retry_count), max(error) FROM md_change_state
-WHERE status = 'pending' AND not_before > 0 AND error IS NOT NULL
+WHERE status = 'pending' AND not_before > 0 AND error IS NOT NULL AND {waits_for} IS NOT 'settle'
 """
 
 
 def delayed(tx: Transaction) -> Delayed | None:
     """What waits because an attempt failed; None where nothing does. A file that only settles is not among it."""
-    ((count, due, retries, error),) = tx.execute(DELAYED)
+    ((count, due, retries, error),) = tx.execute(_waiting(tx, DELAYED))
     return Delayed(cast("int", count), cast("int", due), cast("int", retries), cast("str", error)) if count else None
 
 
@@ -128,18 +129,18 @@ def paths(tx: Transaction) -> list[str]:
 
 STATISTICS = """
 SELECT c.md_path, c.kind, c.status, c.retryable, c.retry_count, c.lsn, c.size, c.mtime_ns, c.not_before, c.racy, c.source,
-    c.first_seen, c.updated, (SELECT count(*) FROM ledger AS l WHERE l.md_path = c.md_path)
+    c.first_seen, c.updated, {waits_for}, (SELECT count(*) FROM ledger AS l WHERE l.md_path = c.md_path)
 FROM md_change_state AS c ORDER BY c.lsn
 """
 STATISTIC_NAMES = (
     *("path", "kind", "status", "retryable", "retries", "lsn", "size", "mtime_ns", "not_before", "racy", "source"),
-    *("first_seen", "updated", "rows"),
+    *("first_seen", "updated", "waits_for", "rows"),
 )
 
 
 def statistics(tx: Transaction) -> list[dict[str, object]]:
     """One mapping per change, numbers and states alone beside its path: no error text."""
-    return [dict(zip(STATISTIC_NAMES, row, strict=True)) for row in tx.execute(STATISTICS)]
+    return [dict(zip(STATISTIC_NAMES, row, strict=True)) for row in tx.execute(_waiting(tx, STATISTICS))]
 
 
 def quick_check(tx: Transaction) -> list[str]:
@@ -160,6 +161,12 @@ def claimed_by(tx: Transaction, owners: Iterable[str]) -> int:
         WHERE status = 'processing' AND owner IN (SELECT value FROM json_each(?))"""
     ((count,),) = tx.execute(sql, (json.dumps(list(owners)),))
     return cast("int", count)
+
+
+def _waiting(tx: Transaction, sql: str) -> str:
+    """Put the column of the typed reason into a statement, or NULL for a database that is older than the column."""
+    columns = {row[1] for row in tx.execute("PRAGMA table_info(md_change_state)")}
+    return sql.format(waits_for="waits_for" if "waits_for" in columns else "NULL")
 
 
 def _has_table(tx: Transaction, name: str) -> bool:

@@ -7,7 +7,7 @@ drawn in the docs. Times are milliseconds since the epoch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -36,11 +36,15 @@ CREATE TABLE IF NOT EXISTS md_change_state (
     source      TEXT NOT NULL,
     first_seen  INTEGER NOT NULL,
     updated     INTEGER NOT NULL,
+    waits_for   TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk'))
+                     CHECK ((waits_for IS NOT NULL) = (status = 'pending' AND not_before > 0)),
+    failed_for  TEXT CHECK (failed_for IS NULL OR status = 'failed'),
     CHECK ((status = 'processing') = (claim_no IS NOT NULL)),
     CHECK ((status = 'failed') = (retryable IS NOT NULL))
 ) STRICT;
 CREATE INDEX IF NOT EXISTS change_ready   ON md_change_state (pos) WHERE status = 'pending' AND not_before = 0;
 CREATE INDEX IF NOT EXISTS change_delayed ON md_change_state (not_before, pos) WHERE status = 'pending' AND not_before > 0;
+CREATE INDEX IF NOT EXISTS change_clock   ON md_change_state (updated) WHERE status = 'pending' AND not_before > 0;
 CREATE INDEX IF NOT EXISTS change_claimed ON md_change_state (owner, pos) WHERE status = 'processing';
 CREATE INDEX IF NOT EXISTS idx_md_change_retryable ON md_change_state (retryable, lsn) WHERE status = 'failed';
 CREATE TABLE IF NOT EXISTS counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
@@ -48,10 +52,17 @@ CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT) STRICT, WITH
 INSERT INTO counter VALUES ('lsn', 0), ('claim', 0), ('found_by_scan', 0), ('found_by_watch', 0)
     ON CONFLICT (name) DO NOTHING;
 """
-UPGRADE_TO_3 = ""
-"""What version 3 changes in the tables of version 2. New tables and indexes come with SCHEMA."""
+UPGRADE_TO_3 = """
+UPDATE md_change_state SET not_before = 0 WHERE not_before > 0;
+ALTER TABLE md_change_state ADD COLUMN waits_for TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk'))
+    CHECK ((waits_for IS NOT NULL) = (status = 'pending' AND not_before > 0));
+ALTER TABLE md_change_state ADD COLUMN failed_for TEXT CHECK (failed_for IS NULL OR status = 'failed');
+"""
+"""What version 3 changes in the tables of version 2: a change that waited without a typed reason is ready now."""
 
 Status = Literal["pending", "processing", "done", "failed"]
+WaitsFor = Literal["retry", "settle", "embedder", "root", "descriptors", "disk"]
+"""Why a pending change may not be claimed before a set time."""
 Fingerprint4 = tuple[int, int, int, int]
 Source = Literal["watch", "start", "scan", "sync", "rebuild", "audit", "release"]
 
@@ -88,11 +99,16 @@ def take(tx: Transaction, name: str, count: int) -> int:
 
 
 KNOWN = """
-SELECT md_path, mtime_ns, size, ino, ctime_ns, racy, status, not_before FROM md_change_state
+SELECT md_path, mtime_ns, size, ino, ctime_ns, racy, status FROM md_change_state
 WHERE md_path IN (SELECT value FROM json_each(?))
 """
 
-RECORD = """
+SETTLED = """CASE
+        WHEN ?10 = 0 OR status = 'processing' THEN 0
+        WHEN status = 'pending' THEN CASE WHEN retry_count = 0 AND not_before <= ?9 + ?10 THEN not_before ELSE 0 END
+        WHEN ?9 - updated BETWEEN 0 AND ?10 THEN updated + ?10 ELSE 0 END"""
+"""When a change that is recorded again at ?9 may be claimed, if it has ?10 milliseconds to settle."""
+RECORD = f"""
 INSERT INTO md_change_state (md_path, kind, lsn, pos, status, mtime_ns, size, ino, ctime_ns, source, first_seen, updated)
 VALUES (?1, ?2, ?3, ?3, 'pending', ?4, ?5, ?6, ?7, ?8, ?9, ?9)
 ON CONFLICT (md_path) DO UPDATE SET
@@ -101,11 +117,8 @@ ON CONFLICT (md_path) DO UPDATE SET
     pos = CASE WHEN status IN ('pending', 'processing') THEN pos ELSE excluded.lsn END,
     first_seen = CASE WHEN status IN ('pending', 'processing') THEN first_seen ELSE excluded.first_seen END,
     status = CASE WHEN status = 'processing' THEN status ELSE 'pending' END,
-    not_before = CASE
-        WHEN ?10 = 0 OR status = 'processing' THEN 0
-        WHEN status = 'pending' THEN CASE WHEN retry_count = 0 AND not_before <= ?9 + ?10 THEN not_before ELSE 0 END
-        WHEN ?9 - updated BETWEEN 0 AND ?10 THEN updated + ?10 ELSE 0 END,
-    retry_count = 0, retryable = NULL, error = NULL, racy = 0,
+    not_before = {SETTLED}, waits_for = CASE WHEN {SETTLED} > 0 THEN 'settle' END,
+    retry_count = 0, retryable = NULL, error = NULL, failed_for = NULL, racy = 0,
     mtime_ns = excluded.mtime_ns, size = excluded.size, ino = excluded.ino, ctime_ns = excluded.ctime_ns,
     source = excluded.source, updated = excluded.updated
 """
@@ -154,7 +167,7 @@ def record(
 def _is_news(seen: Observation, row: tuple[Value, ...] | None) -> bool:
     if row is None:
         return seen.fingerprint is not None
-    _, mtime_ns, size, ino, ctime_ns, racy, status, _ = row
+    _, mtime_ns, size, ino, ctime_ns, racy, status = row
     if seen.fingerprint is None:
         return mtime_ns is not None
     if (mtime_ns, size, ino, ctime_ns) != seen.fingerprint:
@@ -163,8 +176,12 @@ def _is_news(seen: Observation, row: tuple[Value, ...] | None) -> bool:
 
 
 WAKE_DELAYED = """
-UPDATE md_change_state SET not_before = 0 WHERE status = 'pending' AND not_before > 0 AND not_before <= ?
+UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND not_before <= ?
 """
+WAKE_AFTER_CLOCK = """
+UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND updated > ?
+"""
+"""A wait that began in the future: the clock was set back since, and its end may be far away."""
 CLAIM = """
 UPDATE md_change_state SET status = 'processing', claim_no = ?1 + next.nth, claim_lsn = lsn, owner = ?2, updated = ?3
 FROM (
@@ -177,8 +194,12 @@ RETURNING md_path, kind, claim_no, claim_lsn, pos, retry_count, first_seen, sour
 
 
 def claim(tx: Transaction, owner: str, *, limit: int, now_milliseconds: int) -> list[Claim]:
-    """Hold up to ``limit`` ready changes, oldest first; each is in no other hand until marked."""
+    """Hold up to ``limit`` ready changes, oldest first; each is in no other hand until marked.
+
+    No change waits longer than its own delay, counted from now, even if the clock was set back.
+    """
     _drain(tx.execute(WAKE_DELAYED, (now_milliseconds,)))
+    _drain(tx.execute(WAKE_AFTER_CLOCK, (now_milliseconds,)))
     first = take(tx, "claim", limit)
     rows = tx.execute(CLAIM, (first, owner, now_milliseconds, limit))
     claims = [Claim(*row) for row in cast("Iterable[tuple[str, str, int, int, int, int, int, Source]]", rows)]
@@ -197,6 +218,7 @@ UPDATE md_change_state SET
     racy = CASE WHEN lsn = claim_lsn THEN ?6 ELSE racy END,
     digest = CASE WHEN lsn = claim_lsn THEN ?8 ELSE digest END,
     not_before = CASE WHEN lsn = claim_lsn OR ?9 = 0 THEN 0 ELSE ?7 + ?9 END,
+    waits_for = CASE WHEN lsn = claim_lsn OR ?9 = 0 THEN NULL ELSE 'settle' END,
     claim_no = NULL, claim_lsn = NULL, owner = NULL, retry_count = 0, updated = ?7
 WHERE md_path = ?10 AND claim_no = ?1
 """
@@ -238,6 +260,7 @@ UPDATE md_change_state SET
     ctime_ns = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?7 ELSE ctime_ns END,
     racy = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?8 ELSE racy END,
     digest = CASE WHEN lsn = claim_lsn AND ?4 IS NOT NULL THEN ?10 ELSE digest END,
+    failed_for = CASE WHEN lsn = claim_lsn THEN ?12 END,
     claim_no = NULL, claim_lsn = NULL, owner = NULL, updated = ?9
 WHERE md_path = ?11 AND claim_no = ?1
 """
@@ -252,20 +275,23 @@ def mark_failed(
     fingerprint: Fingerprint4 | None = None,
     racy: bool = False,
     digest: bytes | None = None,
+    failed_for: Mapping[str, str] | None = None,
     now_milliseconds: int,
 ) -> None:
-    """Dead-letter the change, unless it was edited meanwhile: then the edit has its own try."""
+    """Dead-letter the change, unless it was edited meanwhile: then the edit has its own try.
+
+    ``failed_for`` maps each setting that is to blame to its value now. See ``requeue_for_settings``.
+    """
     values = fingerprint or (None, None, None, None)
-    _drain(
-        tx.execute(
-            FAILED, (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds, digest, held.md_path)
-        )
-    )
+    blamed = json.dumps(dict(failed_for)) if failed_for else None
+    row = (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds, digest, held.md_path, blamed)
+    _drain(tx.execute(FAILED, row))
 
 
 POSTPONE = """
 UPDATE md_change_state SET status = 'pending',
     not_before = CASE WHEN lsn = claim_lsn THEN ?2 ELSE 0 END,
+    waits_for = CASE WHEN lsn = claim_lsn AND ?2 > 0 THEN ?7 END,
     retry_count = CASE WHEN lsn = claim_lsn THEN retry_count + ?3 ELSE 0 END,
     error = ?4, claim_no = NULL, claim_lsn = NULL, owner = NULL, updated = ?5
 WHERE md_path = ?6 AND claim_no = ?1
@@ -273,26 +299,32 @@ WHERE md_path = ?6 AND claim_no = ?1
 
 
 def postpone(
-    tx: Transaction, held: Claim, error: str, *, not_before: int, now_milliseconds: int, counts_as_retry: bool = True
+    tx: Transaction,
+    held: Claim,
+    error: str | None,
+    *,
+    not_before: int,
+    now_milliseconds: int,
+    waits_for: WaitsFor = "retry",
+    counts_as_retry: bool = True,
 ) -> None:
     """Back to pending, claimable from ``not_before`` on; nobody sleeps on it."""
-    _drain(
-        tx.execute(POSTPONE, (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds, held.md_path))
-    )
+    row = (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds, held.md_path, waits_for)
+    _drain(tx.execute(POSTPONE, row))
 
 
 HURRY = """
-UPDATE md_change_state SET not_before = 0 WHERE status = 'pending' AND not_before > 0 AND error LIKE ? || '%'
+UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND waits_for = ?
 """
 
 
-def hurry(tx: Transaction, reason: str) -> None:
-    """Have every change that waits for ``reason`` (the beginning of its message) ready now."""
-    _drain(tx.execute(HURRY, (reason,)))
+def hurry(tx: Transaction, waits_for: WaitsFor) -> None:
+    """Make every change ready that waits for this reason."""
+    _drain(tx.execute(HURRY, (waits_for,)))
 
 
 RELEASE = """
-UPDATE md_change_state SET status = 'pending', claim_no = NULL, claim_lsn = NULL, owner = NULL, not_before = 0
+UPDATE md_change_state SET status = 'pending', claim_no = NULL, claim_lsn = NULL, owner = NULL, not_before = 0, waits_for = NULL
 WHERE status = 'processing' AND owner = ? RETURNING 1
 """
 
@@ -338,17 +370,15 @@ def rebuilding(tx: Transaction) -> int | None:
     return cast("int | None", lsn)
 
 
-REFUSED = "not deleted"
-"""How the message of every change begins that waits because a root that looks wrong proves no deletion."""
-WAITS_REFUSED = """
+WAITS_FOR_ROOT = """
 SELECT md_path, error FROM md_change_state
-WHERE status = 'pending' AND not_before > 0 AND pos <= ?1 AND error LIKE ?2 || '%' ORDER BY pos LIMIT 1
+WHERE status = 'pending' AND not_before > 0 AND pos <= ? AND waits_for = 'root' ORDER BY pos LIMIT 1
 """
 
 
 def refused(tx: Transaction, lsn: int) -> str | None:
     """The first change up to ``lsn`` that waits for a person to put the root right, and why; None where none does."""
-    for path, error in tx.execute(WAITS_REFUSED, (lsn, REFUSED)):
+    for path, error in tx.execute(WAITS_FOR_ROOT, (lsn,)):
         return f"{path!s}: {error!s}"
     return None
 
@@ -360,16 +390,22 @@ def ready(tx: Transaction) -> int:
     return cast("int", count)
 
 
-def next_due(tx: Transaction) -> int | None:
-    """When the first delayed change becomes claimable, or None."""
+BEGAN_IN_THE_FUTURE = "SELECT max(updated) FROM md_change_state WHERE status = 'pending' AND not_before > 0"
+
+
+def next_due(tx: Transaction, *, now_milliseconds: int) -> int | None:
+    """When the first delayed change becomes claimable, or None. It is now if the clock was set back since it was delayed."""
     sql = "SELECT min(not_before) FROM md_change_state WHERE status = 'pending' AND not_before > 0"
     ((due,),) = tx.execute(sql)
+    ((began,),) = tx.execute(BEGAN_IN_THE_FUTURE)
+    if due is not None and cast("int", began) > now_milliseconds:
+        return min(cast("int", due), now_milliseconds)
     return cast("int | None", due)
 
 
 REQUEUE = """
 UPDATE md_change_state SET status = 'pending', lsn = ?2, pos = ?2, retry_count = 0, retryable = NULL, error = NULL,
-    not_before = 0, first_seen = ?3, updated = ?3
+    failed_for = NULL, not_before = 0, waits_for = NULL, first_seen = ?3, updated = ?3
 WHERE md_path = ?1 AND status = 'failed'
 """
 
@@ -380,9 +416,32 @@ RETRYABLE = "SELECT md_path FROM md_change_state WHERE status = 'failed' AND ret
 def requeue_failed(tx: Transaction, *, now_milliseconds: int) -> list[str]:
     """Give every failed retryable=TRUE change a fresh lsn and a clean start; their paths."""
     paths = [cast("str", row[0]) for row in tx.execute(RETRYABLE)]
+    _requeue(tx, paths, now_milliseconds)
+    return paths
+
+
+FAILED_FOR = (
+    "SELECT md_path, failed_for FROM md_change_state WHERE status = 'failed' AND failed_for IS NOT NULL ORDER BY lsn"
+)
+
+
+def requeue_for_settings(tx: Transaction, values: Mapping[str, str], *, now_milliseconds: int) -> list[str]:
+    """Queue what failed because of a setting that has another value now; their paths.
+
+    ``values`` maps the name of each setting that a change can fail for to its value today.
+    """
+    paths = [
+        cast("str", path)
+        for path, blamed in tx.execute(FAILED_FOR)
+        if any(values.get(name, value) != value for name, value in json.loads(cast("str", blamed)).items())
+    ]
+    _requeue(tx, paths, now_milliseconds)
+    return paths
+
+
+def _requeue(tx: Transaction, paths: Sequence[str], now_milliseconds: int) -> None:
     first = take(tx, "lsn", len(paths)) if paths else 0
     _drain(tx.executemany(REQUEUE, [(path, first + nth, now_milliseconds) for nth, path in enumerate(paths)]))
-    return paths
 
 
 PATHS_OF_KIND = "SELECT md_path FROM md_change_state WHERE kind = ?"

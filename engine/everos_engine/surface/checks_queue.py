@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from everos_engine.errors import Damaged, EngineError
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.stores import inspection
 from everos_engine.stores.database import Database
 from everos_engine.surface.checkup import Check, notes_of
-from everos_engine.surface.paint import ago, plural, quoted, shown
+from everos_engine.surface.paint import ago, plural, shown
 from everos_engine.surface.vitals import number
 from everos_engine.system import locks
 
@@ -95,11 +96,12 @@ def check_queue(case: Case) -> Check:
     db = case.engine_db
     if case.books is None:
         return Check("queue", "ok", "nothing was ever queued here")
-    if case.books.trouble is not None or case.books.damaged:
-        what = case.tell(case.books.trouble or "; ".join(case.books.damaged[:3]))
-        return Check(
-            "queue", "fail", f"{case.show(str(db))} is damaged or cannot be read: {what}", _anew(case, str(db))
-        )
+    if case.books.trouble is not None:
+        cause = f"{case.show(str(db))} cannot be read now: {case.tell(case.books.trouble)}"
+        return Check("queue", "fail", cause, "nothing in it is lost: put right what is named, and ask again")
+    if case.books.damaged:
+        cause = f"{case.show(str(db))} is damaged: {case.tell('; '.join(case.books.damaged[:3]))}"
+        return Check("queue", "fail", cause, _replaced(case))
     cache = case.settings.engine_directory / "embeddings.db"
     if cache.exists() and cache.stat().st_size <= MOST_CHECKED_BYTES:
         try:
@@ -108,26 +110,25 @@ def check_queue(case: Case) -> Check:
                 wrong = database.read(inspection.quick_check)
             finally:
                 database.close()
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what the check must say
+        except Damaged as error:
             wrong = [str(error.__cause__ or error)]
+        except EngineError as error:
+            cause = f"the embedding cache cannot be read now, and is left out: {case.tell(str(error))}"
+            return Check("queue", "warn", cause, "put right what is named; texts are embedded again meanwhile")
         if wrong:
             what = case.tell("; ".join(wrong[:3]))
-            return Check(
-                "queue",
-                "fail",
-                f"the embedding cache {case.show(str(cache))} is damaged: {what}",
-                _anew(case, str(cache)),
-            )
+            cause = f"the embedding cache {case.show(str(cache))} is damaged: {what}"
+            return Check("queue", "fail", cause, _replaced(case))
     counts = case.books.counts
     lag = 0 if counts is None else counts.lsn_max - counts.watermark
     return Check("queue", "ok", f"sound; lag {lag:,}" if counts else "sound")
 
 
-def _anew(case: Case, path: str) -> str:
-    """Throw one database away: all in it can be had again from markdown."""
-    names = " ".join(quoted(path + end) for end in ("", "-wal", "-shm"))
-    stop = f"stop the engine: {case.shell('kill', str(case.engine.pid))}; then " if case.engine.running else ""
-    return f"{stop}remove it, for it is made again from markdown: `rm -f {names}`, then {case.again()}"
+def _replaced(case: Case) -> str:
+    """Who sets a damaged database aside: all in it can be made again from markdown."""
+    if case.engine.running:
+        return f"wait: the engine sets it aside and makes it again from markdown; else {case.restart()}"
+    return f"{case.again()} sets it aside, and makes it again from markdown"
 
 
 def check_claims(case: Case) -> Check | None:

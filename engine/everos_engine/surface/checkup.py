@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from everos_engine.errors import Fatal
+from everos_engine.errors import Damaged
 from everos_engine.loops import notes
 from everos_engine.stores import census, inspection, ledger, meta, queue
 from everos_engine.stores.database import Database
@@ -221,8 +221,8 @@ def read_books(path: Path) -> Books:
             return database.read(_books)
         finally:
             database.close()
-    except Fatal as error:
-        return Books(trouble=str(error.__cause__ or error))
+    except Damaged as error:
+        return Books(damaged=[str(error.__cause__ or error)])
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what the check must say
         return Books(trouble=str(error) or type(error).__name__)
 

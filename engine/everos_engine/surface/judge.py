@@ -33,7 +33,7 @@ class Judgement:
 
 def judge(seen: Evidence) -> Judgement:
     """The first cause that applies, from the outermost: rule, brake, disk, content, queue, index."""
-    for look in (_root, _rule, _trouble, _brake, _gone, _file, _content, _queue, _failed):
+    for look in (_root, _rule, _trouble, _brake, _gone, _file, _settling, _content, _queue, _failed):
         found = look(seen)
         if found is not None:
             return found
@@ -119,6 +119,16 @@ def _file(seen: Evidence) -> Judgement | None:
     return None
 
 
+def _settling(seen: Evidence) -> Judgement | None:
+    """The file is so young that it may still be being written. What is wrong with its content may be over in a moment."""
+    change = seen.known.change
+    if change is None or change.waits_for != "settle" or change.not_before <= seen.now_milliseconds:
+        return None
+    due = ago((change.not_before - seen.now_milliseconds) / 1000)
+    cause = "it was saved a moment ago, and may still be being written"
+    return _waiting(seen, "settling", cause, f"it is taken up in {due}")
+
+
 def _content(seen: Evidence) -> Judgement | None:
     """The file is damaged, or has bad entries, whatever the queue says."""
     error, document = seen.disk.error, seen.disk.document
@@ -162,19 +172,19 @@ def _queue(seen: Evidence) -> Judgement | None:
 
 
 def _later(seen: Evidence, change: Change) -> Judgement:
-    """It waits for a set time: to settle, for the embedder, or for its next attempt."""
+    """It waits for a set time: for the embedder, for what all changes share, or for its next attempt."""
     due = ago((change.not_before - seen.now_milliseconds) / 1000)
-    if change.error is None:
-        cause = "it was saved a moment ago, and may still be being written"
-        return _waiting(seen, "settling", cause, f"it is taken up in {due}")
     remedy = f"wait; or, once the cause is mended, `{_sync(seen)}`"
-    if seen.known.outage is not None and seen.engine.running:
+    if change.waits_for == "embedder" and seen.known.outage is not None and seen.engine.running:
         since = ago((seen.now_milliseconds - seen.known.outage[0]) / 1000)
         cause = f"the embedder has not served for {since}: {seen.known.outage[1]}"
         following = "it is taken up when the embedder answers, and no attempt is used up"
         return _waiting(
             seen, "embedder_down", cause, following, f"mend the embedder: `{seen.program} doctor embedder`; {remedy}"
         )
+    if change.waits_for not in {"retry", None}:
+        following = f"it is tried again in {due}, and no attempt is used up"
+        return _waiting(seen, "delayed", f"it waits: {change.error}", following, remedy)
     tries = f"attempt {change.retry_count + 1} of {seen.settings.worker_max_retry + 1}"
     return _waiting(seen, "delayed", f"its last attempt failed: {change.error}", f"{tries} is due in {due}", remedy)
 
