@@ -7,7 +7,7 @@ import subprocess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everos_engine.surface.paint import Paint, ago, commands_in, paint_for, quoted, shown, size
+from everos_engine.surface.paint import Paint, ago, commands_in, paint_for, printable, quoted, shown, size
 
 
 class Terminal(io.StringIO):
@@ -23,8 +23,8 @@ def test_colour_needs_a_terminal_that_wants_it() -> None:
 
 
 @given(st.text(), st.integers(40, 120))
-def test_text_without_colour_is_left_as_it_is(text: str, columns: int) -> None:
-    assert Paint(colour=False, columns=columns)(text, "red") == text
+def test_text_without_colour_is_only_made_printable(text: str, columns: int) -> None:
+    assert Paint(colour=False, columns=columns)(text, "red") == printable(text)
 
 
 @given(st.lists(st.text("ab c", min_size=1, max_size=30), min_size=1, max_size=8), st.integers(40, 100))

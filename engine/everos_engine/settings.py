@@ -424,15 +424,15 @@ def _masked(fld: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def masked_url(url: str) -> str:
-    """Return an address in which only scheme, host, port and path can be read."""
-    head, mark, _ = re.sub(r"[\s\x00-\x1f]", "", url).partition("#")
-    head, asks, _ = head.partition("?")
-    scheme, slashes, rest = head.partition("://")
+    """Return an address in which only scheme, host, port and path can be read; too little rather than too much."""
+    scheme, slashes, rest = url.partition("://")
     if not slashes:
-        scheme, rest = "", head
-    netloc, slash, path = rest.rpartition("@")[2].partition("/")
-    user = f"{MASK}@" if "@" in rest else ""
-    return f"{scheme}{slashes}{user}{netloc}{slash}{path}" + (f"?{MASK}" if asks else "") + (f"#{MASK}" if mark else "")
+        scheme, rest = "", url
+    user, at, rest = rest.rpartition("@")  # a password that nobody quoted may hold any character
+    head, mark, _ = rest.partition("#")
+    place, asks, _ = head.partition("?")
+    mask_of = (f"{MASK}@" if user or at else "", f"?{MASK}" if asks else "", f"#{MASK}" if mark else "")
+    return f"{scheme}{slashes}{mask_of[0]}{place}{mask_of[1]}{mask_of[2]}"
 
 
 def secrets_of(settings: Settings) -> list[str]:
@@ -461,9 +461,9 @@ def parse_size(text: str) -> int:
 
 def _secrets_in(url: str) -> set[str]:
     """The passwords and the values of the query of an address, as they are written, decoded, and as HTTP sends them."""
-    rest, _, fragment = url.strip().partition("#")
-    rest, _, query = rest.partition("?")
-    user = rest.partition("://")[2].rpartition("@")[0]
+    user, _, rest = url.partition("://")[2].rpartition("@")
+    rest, _, fragment = rest.partition("#")
+    query = rest.partition("?")[2]
     name, _, password = user.partition(":")
     plain = {password or name, query, fragment, *(part.partition("=")[2] for part in query.split("&"))}
     basic = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode("utf-8", "surrogatepass")).decode()

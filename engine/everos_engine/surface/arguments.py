@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from everos_engine.surface.paint import printable
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 Command = Callable[..., int]
 JSON_HELP = "print one JSON document with stable field names instead of text"
@@ -12,7 +17,7 @@ JSON_HELP = "print one JSON document with stable field names instead of text"
 
 def build(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The parser; ``arguments.command`` is one of ``commands``, which are by name."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="everos-engine",
         description="Keeps a LanceDB index in step with a tree of markdown, the memory root.",
         epilog="Exit status of every command unless it says otherwise: 0 all is well, 1 something failed or is not in order, "
@@ -43,6 +48,12 @@ def build(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
 class _Add(Protocol):
     def __call__(self, name: str, help_text: str, more: str = "") -> argparse.ArgumentParser: ...
+
+
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Print what the words of a command line are quoted in, fit for a terminal."""
+        super()._print_message(printable(message, lines=True), file)
 
 
 class _Version(argparse.Action):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from everos_engine.errors import BadQuestion, EngineError
 from everos_engine.settings import describe, load
 from everos_engine.surface import arguments as grammar
-from everos_engine.surface.paint import ago, plural, shown
+from everos_engine.surface.paint import ago, json_text, plural, printable, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return OK
     except EngineError as error:
-        print(f"everos-engine: {error}", file=sys.stderr)
+        print(f"everos-engine: {printable(str(error), lines=True)}", file=sys.stderr)
         return USAGE
     except OSError as error:
         if error.errno not in FORBIDDEN:
@@ -192,13 +192,13 @@ def _search(settings: Settings, arguments: argparse.Namespace) -> int:
 
         results = search(settings, arguments)
     if arguments.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(json_text(results))
         return OK
     for result in results:
         print(
-            f"{result['score']:.3f}  {result['kind']}  {shown(str(result['md_path']))}:{result['line']}  {result['entry_id']}"
+            f"{result['score']:.3f}  {result['kind']}  {shown(str(result['md_path']))}:{result['line']}  {shown(str(result['entry_id']))}"
         )
-        print(f"       {result['snippet']}")
+        print(f"       {printable(str(result['snippet']))}")
     if not results:
         print("nothing found")
     return OK
@@ -256,8 +256,8 @@ def _show(outcome: Outcome) -> None:
         seconds = max(0.0, time.time() - outcome.updated / 1000)
         word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}, last attempt {ago(seconds)} ago"
     print(f"{shown(outcome.md_path)}: {word}")
-    for line in (outcome.error or "").splitlines() if outcome.status == "failed" else []:
-        print(f"    {line}")
+    for line in (outcome.error or "").split("\n") if outcome.error and outcome.status == "failed" else []:
+        print(f"    {printable(line)}")
 
 
 def program(settings: Settings, arguments: argparse.Namespace) -> str:

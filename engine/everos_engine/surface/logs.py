@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from loguru import logger
 
+from everos_engine.settings import MASK, secrets_of
+from everos_engine.surface.paint import printable
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from loguru import Record
 
     from everos_engine.settings import Settings
     from everos_engine.surface.live import Screen
 
-TEXT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}"
+HEAD = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} "
+CONTINUED = "    | "
+"""Before each line of a traceback: no text in it can look like a line of the log."""
+MIN_SECRET_CHARACTERS = 6
+"""A shorter secret is part of too many words. Sources mask it by themselves."""
 
 
 class _ToLoguru(logging.Handler):
@@ -31,20 +43,66 @@ def set_up(settings: Settings, *, reporting: bool = False) -> Screen | None:
     logger.remove()
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
     logging.captureWarnings(capture=True)
+    hide = hider(settings)
     if settings.log_format == "json":
-        logger.add(sys.stderr, level=settings.log_level, serialize=True)
+        logger.add(
+            lambda line: _write(as_json_line(line, hide)), level=settings.log_level, serialize=True, diagnose=False
+        )
         return None
+    form = text_form(hide)
     if settings.log_format == "auto" and sys.stderr.isatty():
         from everos_engine.surface.live import Screen  # noqa: PLC0415 - only on a terminal
 
         screen = Screen(sys.stderr)
-        logger.add(screen.write, level="WARNING", format=TEXT, filter=_is_news if reporting else None)
+        news = _is_news if reporting else None
+        logger.add(screen.write, level="WARNING", format=form, filter=news, diagnose=False)
         return screen
     if settings.log_format == "auto" and reporting and settings.log_level == "INFO":
-        logger.add(sys.stderr, level="WARNING", format=TEXT, filter=_is_news)
+        logger.add(sys.stderr, level="WARNING", format=form, filter=_is_news, diagnose=False)
         return None
-    logger.add(sys.stderr, level=settings.log_level, format=TEXT)
+    logger.add(sys.stderr, level=settings.log_level, format=form, diagnose=False)
     return None
+
+
+def text_form(hide: Callable[[str], str]) -> Callable[[Record], str]:
+    """Return the one form of text logs: a line a record, and marked lines for a traceback, all printable and without secrets."""
+
+    def form(record: Record) -> str:
+        lines = [printable(hide(record["message"]))]
+        caught = record["exception"]
+        if caught is not None and caught.type is not None:
+            text = "".join(traceback.format_exception(caught.type, caught.value, caught.traceback))
+            lines += [CONTINUED + printable(line) for line in hide(text).rstrip("\n").split("\n")]
+        record["extra"]["lines"] = "\n".join(lines)
+        return HEAD + "{extra[lines]}\n"
+
+    return form
+
+
+def as_json_line(line: str, hide: Callable[[str], str]) -> str:
+    """Return a serialized record as one printable line. Escapes of JSON keep its meaning."""
+    return re.sub(r"[^ -~]", _as_json_escape, hide(line.rstrip("\n"))) + "\n"
+
+
+def hider(settings: Settings) -> Callable[[str], str]:
+    """Return what masks every secret of these settings in a text: the last net, below what each source masks by itself."""
+    secrets = [secret for secret in secrets_of(settings) if len(secret) >= MIN_SECRET_CHARACTERS]
+    if not secrets:
+        return str
+    quoted = {form for secret in secrets for form in (secret, repr(secret)[1:-1])}
+    written = quoted | {json.dumps(form, ensure_ascii=False)[1:-1] for form in quoted}
+    any_of_them = re.compile("|".join(map(re.escape, sorted(written, key=len, reverse=True))))
+    return lambda text: any_of_them.sub(MASK, text)
+
+
+def _write(line: str) -> None:
+    sys.stderr.write(line)
+    sys.stderr.flush()
+
+
+def _as_json_escape(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{int.from_bytes(units[at : at + 2], 'big'):04x}" for at in range(0, len(units), 2))
 
 
 def _is_news(record: Record) -> bool:

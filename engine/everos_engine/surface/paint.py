@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,13 @@ _COMMAND = re.compile(r"`[^`]+`")
 _ESCAPE = re.compile(r"\x1b\[\d+m")
 _UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}
 _PLAIN = set(string.ascii_letters + string.digits + "_-./ ~%+=:,@")
+_CONTROLS = (
+    "\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f"
+)
+_UNSAFE = re.compile(f"[\n{_CONTROLS}]")
+_UNSAFE_IN_LINES = re.compile(f"[{_CONTROLS}]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -31,14 +39,15 @@ class Paint:
     columns: int = MOST_COLUMNS
 
     def __call__(self, text: str, code: str) -> str:
-        """``text`` in one of ``CODES``."""
+        """``text``, printable, in one of ``CODES``."""
+        text = printable(text)
         return f"\x1b[{CODES[code]}m{text}\x1b[0m" if self.colour and text else text
 
     def wrap(self, text: str, *, indent: int, first: str = "") -> str:
-        """``text`` after ``first``, every further line indented; a command between backticks is never broken."""
-        whole = _COMMAND.sub(lambda match: match[0].replace(" ", "\0"), text)
+        """``text``, printable, after ``first``, every further line indented; a command between backticks is never broken."""
+        whole = _COMMAND.sub(lambda match: match[0].replace(" ", "\0"), printable(text, lines=True))
         lines: list[str] = []
-        for part in whole.splitlines() or [""]:
+        for part in whole.split("\n"):
             lead = "x" * len(_ESCAPE.sub("", first)) if not lines else " " * indent
             lines += textwrap.wrap(
                 part, max(40, self.columns), initial_indent=lead, subsequent_indent=" " * indent, **_UNBROKEN
@@ -81,9 +90,34 @@ def commands_in(remedy: str) -> list[str]:
     return [match[0][1:-1] for match in _COMMAND.finditer(remedy)]
 
 
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""Return ``text`` with everything escaped that a terminal obeys, or that shows another text than there is.
+
+    These are control characters (C0, DEL and C1), line and paragraph separators, marks and overrides of the writing direction,
+    invisible tags, and bytes that are not UTF-8. With ``lines`` a newline stays. All text that comes from files, from the network
+    or from another process goes through here before a person sees it.
+    """
+    return (_UNSAFE_IN_LINES if lines else _UNSAFE).sub(_escaped, text)
+
+
+def json_text(value: object, *, indent: int | None = 2) -> str:
+    """Return one JSON document as text that is readable, and safe for a terminal: the same characters are escaped, as JSON does it."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _UNSAFE_IN_LINES.sub(lambda match: json.dumps(match[0])[1:-1] if match[0] != "\x7f" else "\\u007f", text)
+
+
 def shown(path: str) -> str:
     """A path on one line whatever its name holds."""
     return path if path.isprintable() else ascii(path)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if match[0] in _SHORT:
+        return _SHORT[match[0]]
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 def _quoted(word: str) -> str:

@@ -52,4 +52,4 @@ def remove(flags: Mapping[str, object]) -> int:
 
 def _print_values(asked: Mapping[str, object]) -> None:
     for name, value in asked.items():
-        print(f"{name} = {json.dumps(value, default=str)}")
+        print(f"{name} = {json.dumps(value if isinstance(value, (int, float, str)) else str(value))}")
