@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import gzip
 import json
@@ -13,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from embedding_server import Handler, Misbehaviour, Service, always, b64, reply,
 from everos_engine.embed.http import HttpEmbedder, endpoint, is_loopback, open_http_embedder, retry_after
 from everos_engine.embed.local import MOST_CHARACTERS, SLICE_CHARACTERS, SLICE_TEXTS, LocalEmbedder, slices
 from everos_engine.embed.protocol import Embedder
-from everos_engine.errors import BadText, SettingsError, Transient, Unavailable
+from everos_engine.errors import BadText, EngineError, SettingsError, Transient, Unavailable
 from everos_engine.settings import EmbedderSettings
 from everos_engine.testing import FakeEmbedder
 
@@ -372,6 +374,29 @@ async def test_the_key_is_never_logged(caplog: pytest.LogCaptureFixture, capfd: 
             await embedder.embed(["x"])
     out, err = capfd.readouterr()
     assert KEY not in caplog.text + out + err
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 413, 429, 500])
+async def test_no_error_quotes_a_password_or_a_token_of_the_address(status: int) -> None:
+    password, token = "pass word/1", "sig%2Fna+ture"
+    basic = base64.b64encode(f"me:{password}".encode()).decode()
+    forms = [KEY, password, quote(password, safe=""), token, unquote(token), basic]
+    answer = always(status, {"error": " ".join(forms)}, Location=f"http://x.example/?{token}&key={KEY}")
+    with serving() as service:
+        service.misbehave = answer
+        url = service.url.replace("://", f"://me:{quote(password, safe='')}@") + f"?sig={token}"
+        async with open_http_embedder(http_settings(url, deadline_seconds=5)) as embedder:
+            with pytest.raises(EngineError) as caught:
+                await embedder.embed(["x"])
+    assert [form for form in forms if form in str(caught.value)] == []
+
+
+def test_no_error_about_an_address_quotes_a_part_of_it() -> None:
+    for wrong in ("http://me:hun/ter2@h:x/v1", "hunter2:hunter2@h/v1", "hunter2://h", "http://h:hunter2/v1"):
+        with pytest.raises(SettingsError, match=r"embedder\.url") as caught:
+            endpoint(wrong)
+        assert "hun" not in str(caught.value)
+        assert "ter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["sk-\n", " sk", "sk\x00y", "schlüssel", "two words"])

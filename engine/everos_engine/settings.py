@@ -39,6 +39,8 @@ REFUSED = {
 Scope = Literal["root", "user"]
 Hidden = Literal["whole", "url"]
 MASK = "********"
+MIN_SECRET_CHARACTERS = 4
+"""A shorter part of an address is not masked in a text: it is in too many words."""
 
 
 def knob(
@@ -435,10 +437,10 @@ def masked_url(url: str) -> str:
     return f"{scheme}{slashes}{mask_of[0]}{place}{mask_of[1]}{mask_of[2]}"
 
 
-def secrets_of(settings: Settings) -> list[str]:
+def secrets_of(settings: Settings | EmbedderSettings) -> list[str]:
     """Return every text that must not leave the process by a log, an error or a report, longest first."""
     found: set[str] = set()
-    for name, fld, _ in _fields(Settings, ""):
+    for name, fld, _ in _fields(type(settings), ""):
         value: Any = settings
         for part in name.split("."):
             value = getattr(value, part)
@@ -467,7 +469,8 @@ def _secrets_in(url: str) -> set[str]:
     name, _, password = user.partition(":")
     plain = {password or name, query, fragment, *(part.partition("=")[2] for part in query.split("&"))}
     basic = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode("utf-8", "surrogatepass")).decode()
-    return plain | {unquote(one) for one in plain} | ({basic} if user else set())
+    found = plain | {unquote(one) for one in plain} | ({basic} if user else set())
+    return {one for one in found if len(one) >= MIN_SECRET_CHARACTERS}
 
 
 def _by_user(

@@ -7,6 +7,7 @@ import binascii
 import email.utils
 import ipaddress
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ import trio
 
 from everos_engine.embed.protocol import check
 from everos_engine.errors import BadText, Exhausted, SettingsError, Transient, Unavailable, exhausted
+from everos_engine.settings import MASK, secrets_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from everos_engine.settings import EmbedderSettings
 
 REFUSED = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 NO_BASE64 = {HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.NOT_IMPLEMENTED}
 """How servers that know no ``encoding_format`` say so."""
 HINTS = {
@@ -57,6 +60,7 @@ class HttpEmbedder:
         self._client = client
         self._url = endpoint(settings.url)
         self._headers = _headers(settings.api_key)
+        self._secrets = secrets_of(settings)
         self._base64: bool | None = None  # None until the service showed what it takes
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -93,7 +97,9 @@ class HttpEmbedder:
             raise Transient(message) from None
         except httpx.ConnectError as error:
             if exhausted(error):
-                raise Exhausted(f"no file descriptor for a connection to the embedding service: {error}") from None
+                raise Exhausted(
+                    f"no file descriptor for a connection to the embedding service: {self._safe(str(error))}"
+                ) from None
             why = self._safe(str(error))
             message = (
                 f"the embedding service cannot be reached at {self._shown()} ({why}): start it, or set embedder.url"
@@ -120,8 +126,9 @@ class HttpEmbedder:
         return Transient(f"{message}{quoted}")
 
     def _safe(self, text: str) -> str:
-        key = self._settings.api_key.strip()
-        return "".join(char for char in (text.replace(key, "********") if key else text) if char.isprintable())
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return "".join(char for char in text if char.isprintable())
 
     def _shown(self) -> str:
         url = httpx.URL(self._url)
@@ -133,10 +140,13 @@ def endpoint(url: str) -> str:
     try:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL as error:
-        message = f"embedder.url is no URL ({error}): write it like https://api.example.com/v1"
+        why = _QUOTED.sub("", str(error)).strip(" :")  # what it quotes may be a part of a password
+        message = f"embedder.url is no URL ({why}): write it like https://api.example.com/v1"
         raise SettingsError(message) from None
     if parsed.scheme not in {"http", "https"} or not parsed.host:
-        message = f"embedder.url has scheme {parsed.scheme!r} and host {parsed.host!r}: write it like https://api.example.com/v1"
+        message = (
+            "embedder.url has no host, or another scheme than http and https: write it like https://api.example.com/v1"
+        )
         raise SettingsError(message)
     path = parsed.path.rstrip("/")
     return str(parsed.copy_with(path=path if path.endswith("/embeddings") else f"{path}/embeddings"))

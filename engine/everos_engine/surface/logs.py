@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from everos_engine.settings import MASK, secrets_of
+from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, secrets_of
 from everos_engine.surface.paint import printable
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 HEAD = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} "
 CONTINUED = "    | "
 """Before each line of a traceback: no text in it can look like a line of the log."""
-MIN_SECRET_CHARACTERS = 6
-"""A shorter secret is part of too many words. Sources mask it by themselves."""
 
 
 class _ToLoguru(logging.Handler):
