@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everos_engine.errors import SettingsError
+from everos_engine.errors import EngineError, SettingsError
 from everos_engine.settings import choices, describe
 from everos_engine.stores import inspection
 from everos_engine.stores.database import Database
@@ -135,11 +135,14 @@ def _counts(case: Case) -> dict[str, object]:
 def _changes(case: Case, hashed: Callable[[str], str]) -> list[dict[str, object]]:
     if case.books is None or case.books.trouble is not None:
         return []
-    database = Database(case.engine_db, readonly=True)
     try:
-        told = database.read(inspection.statistics)
-    finally:
-        database.close()
+        database = Database(case.engine_db, readonly=True)
+        try:
+            told = database.read(inspection.statistics)
+        finally:
+            database.close()
+    except EngineError:  # a damaged database: its check has said so
+        return []
     return [{**change, "path": hashed(str(change["path"]))} for change in told]
 
 
