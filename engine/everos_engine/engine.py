@@ -451,7 +451,7 @@ def check_root(settings: Settings, *, may_make: bool = False) -> None:
     if not may_make:
         message = (
             f"memory.root={root} does not exist: mount it or move it back, name another with --root or EVEROS_ROOT, or "
-            "begin a new one with `everos-engine run`"
+            "make a new one with `everos-engine run --create`"
         )
         raise SettingsError(message)
 

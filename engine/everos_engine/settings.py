@@ -18,10 +18,13 @@ from urllib.parse import unquote
 
 from everos_engine import trust
 from everos_engine.errors import SettingsError
+from everos_engine.spelling import nearest
 
 N = TypeVar("N", int, float)
 ENVIRONMENT_PREFIX = "EVEROS_"
 ROOT_SETTINGS_FILE = "everos-engine.toml"
+SHARED = {"MEMORY"}
+"""Sections of which other programs have settings of their own."""
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "KIB": 1 << 10, "MB": 1 << 20, "MIB": 1 << 20, "GB": 1 << 30, "GIB": 1 << 30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _TRUE = {"1", "true", "yes", "on"}
@@ -325,38 +328,52 @@ def load(
     *,
     environment: Mapping[str, str] | None = None,
     user_file: Path | None = None,
+    faults: list[str] | None = None,
 ) -> Settings:
     """Settings from all sources; ``flags`` has dotted names (``{"memory.root": "x"}``).
 
     ``user_file`` defaults to ``$XDG_CONFIG_HOME/everos-engine/settings.toml``.
     Raises SettingsError for an unknown name, a value of the wrong type or out of bounds, or an unreadable file.
+    With ``faults`` nothing is raised: each such message is appended there, and its value is left out.
     """
+    refuse = _raise if faults is None else faults.append
     env = os.environ if environment is None else environment
     user_path = user_file or _user_file(env)
-    by_user, root = _by_user(flags, env, user_path)
-    content = _content(root / ROOT_SETTINGS_FILE)
-    by_root = _parse(root / ROOT_SETTINGS_FILE, content)
+    by_user, root = _by_user(flags, env, user_path, refuse)
+    content = _content(root / ROOT_SETTINGS_FILE, refuse)
+    by_root = _parse(root / ROOT_SETTINGS_FILE, content, refuse)
     if "memory.root" in by_root:
-        message = f"{by_root['memory.root'][1]}: a root's own settings cannot move it: remove memory.root from there"
-        raise SettingsError(message)
+        _, source = by_root.pop("memory.root")
+        refuse(f"{source}: a root's own settings cannot move it: remove memory.root from there")
     for name, reason in REFUSED.items():
         for values in (by_root, *by_user):
             if name in values:
-                raise SettingsError(f"{values[name][1]}: {name} {reason}")
+                refuse(f"{values.pop(name)[1]}: {name} {reason}")
     asked = restricted(by_root)
     if asked and not trust.is_trusted(root, content, env):
-        raise SettingsError(_untrusted(root, asked, user_path))
+        refuse(_untrusted(root, asked, user_path))
+        by_root = {name: value for name, value in by_root.items() if name not in asked}
     from_file, from_environment, from_flags = by_user
     values = {**from_file, **by_root, **from_environment, **from_flags}
     unknown = dict(values)
-    settings = _build(Settings, unknown, "")
-    if unknown:
-        name = min(unknown)
-        message = f"{values[name][1]}: there is no setting {name!r}: see `everos-engine settings` for the list"
-        raise SettingsError(message)
-    _check_together(settings)
-    _check_credentials(settings, values, by_root, by_user)
+    settings = _build(Settings, unknown, "", refuse)
+    for name in sorted(unknown):
+        refuse(f"{values[name][1]}: there is no setting {name!r}: {_suggestion(name)}")
+    _check_together(settings, refuse)
+    _check_credentials(settings, values, by_root, by_user, refuse)
     return typing.cast("Settings", settings)
+
+
+def _raise(message: str) -> None:
+    raise SettingsError(message)
+
+
+def _suggestion(name: str) -> str:
+    """What to do about a name that no setting has."""
+    known = [known for known, _, _ in _fields(Settings, "")]
+    meant = nearest(name, known) or next((one for one in known if one.rpartition(".")[2] == name), None)
+    listed = "`everos-engine settings` lists them all"
+    return listed if meant is None else f"did you mean {meant!r}? {listed}"
 
 
 def root_file(
@@ -367,9 +384,9 @@ def root_file(
 ) -> tuple[Path, bytes, dict[str, object]]:
     """Return the memory root, the content of its settings file, and what that sets that needs trust, secrets masked."""
     env = os.environ if environment is None else environment
-    _, root = _by_user(flags, env, user_file or _user_file(env))
-    content = _content(root / ROOT_SETTINGS_FILE)
-    by_root = _parse(root / ROOT_SETTINGS_FILE, content)
+    _, root = _by_user(flags, env, user_file or _user_file(env), _raise)
+    content = _content(root / ROOT_SETTINGS_FILE, _raise)
+    by_root = _parse(root / ROOT_SETTINGS_FILE, content, _raise)
     known = {name: fld for name, fld, _ in _fields(Settings, "")}
     return root, content, {name: _masked(known[name], by_root[name][0]) for name in restricted(by_root)}
 
@@ -474,12 +491,19 @@ def _secrets_in(url: str) -> set[str]:
 
 
 def _by_user(
-    flags: Mapping[str, object] | None, env: Mapping[str, str], user_path: Path
+    flags: Mapping[str, object] | None, env: Mapping[str, str], user_path: Path, refuse: Callable[[str], None]
 ) -> tuple[tuple[dict[str, tuple[object, str]], ...], Path]:
     """What the user's file, the environment and the flags say, weakest first; and the root they name."""
-    from_file, from_environment = _parse(user_path, _content(user_path)), _from_environment(env)
+    from_file = _parse(user_path, _content(user_path, refuse), refuse)
+    from_environment = _from_environment(env, refuse)
     from_flags = {name: (value, f"--{name}") for name, value in (flags or {}).items() if value is not None}
-    return (from_file, from_environment, from_flags), _root_of({**from_file, **from_environment, **from_flags})
+    values = {**from_file, **from_environment, **from_flags}
+    try:
+        root = _root_of(values)
+    except SettingsError as error:
+        refuse(str(error))
+        root = Path(os.devnull)
+    return (from_file, from_environment, from_flags), root
 
 
 def _untrusted(root: Path, names: list[str], user_path: Path) -> str:
@@ -496,6 +520,7 @@ def _check_credentials(
     values: Mapping[str, tuple[object, str]],
     by_root: Mapping[str, tuple[object, str]],
     by_user: tuple[Mapping[str, tuple[object, str]], ...],
+    refuse: Callable[[str], None],
 ) -> None:
     """Refuse to send what the user's own sources set to an address that only a root's file names."""
     if settings.embedder.kind != "http":
@@ -507,16 +532,15 @@ def _check_credentials(
         by_users = [source[address][0] for source in by_user if address in source]
         if values[name] is by_root.get(name) or values[address][0] in by_users:
             continue
-        message = (
+        refuse(
             f"{values[name][1]}: {name} is not sent to the address that {by_root[address][1]} sets: a key goes only where its own "
             f"source says. Set {address} in the same place as {name}"
         )
-        raise SettingsError(message)
 
 
 def _root_of(values: Mapping[str, tuple[object, str]]) -> Path:
     (fld,) = dataclasses.fields(MemorySettings)
-    value, source = values.get("memory.root", (fld.default, ""))
+    value, source = values.get("memory.root", (fld.default, "default"))
     return Path(os.path.expanduser(typing.cast("Path", _coerce("memory.root", value, Path, fld, source))))
 
 
@@ -532,17 +556,20 @@ def _fields(cls: type, prefix: str) -> list[tuple[str, dataclasses.Field[Any], A
     return found
 
 
-def _build(cls: type, values: dict[str, tuple[object, str]], prefix: str) -> Any:
+def _build(cls: type, values: dict[str, tuple[object, str]], prefix: str, refuse: Callable[[str], None]) -> Any:
     """Take what belongs to ``cls`` out of ``values``; what is left over is unknown."""
     hints = get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for fld in dataclasses.fields(cls):
         name, hint = prefix + fld.name, hints[fld.name]
         if dataclasses.is_dataclass(hint):
-            arguments[fld.name] = _build(typing.cast("type", hint), values, f"{name}.")
+            arguments[fld.name] = _build(typing.cast("type", hint), values, f"{name}.", refuse)
         elif name in values:
             value, source = values.pop(name)
-            arguments[fld.name] = _coerce(name, value, hint, fld, source)
+            try:
+                arguments[fld.name] = _coerce(name, value, hint, fld, source)
+            except SettingsError as error:
+                refuse(str(error))
     return cls(**arguments)
 
 
@@ -604,7 +631,17 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
     if "\0" in os.fspath(value):
         message = "must not hold a NUL"
         raise ValueError(message)
-    return Path(value) if hint is Path else os.fspath(value)
+    return _path(os.fspath(value)) if hint is Path else os.fspath(value)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        message = "must not be empty"
+        raise ValueError(message)
+    if os.path.expanduser(text).startswith("~"):
+        message = "there is no home directory of that name: set HOME, or write the whole path"
+        raise ValueError(message)
+    return Path(text)
 
 
 def _number(value: object, kind: Callable[[Any], N], wanted: str) -> N:
@@ -625,52 +662,61 @@ def _as_bool(value: object) -> bool:
     raise ValueError(message)
 
 
-def _check_together(settings: Settings) -> None:
+def _check_together(settings: Settings, refuse: Callable[[str], None]) -> None:
     if settings.worker_batch_max < settings.worker_batch_size:
-        message = (
+        refuse(
             f"worker_batch_max={settings.worker_batch_max} is below worker_batch_size={settings.worker_batch_size}: "
             "raise the first or lower the second"
         )
-        raise SettingsError(message)
     budgets = settings.lancedb
     if budgets.hard_budget_share < budgets.soft_budget_share:
-        message = (
+        refuse(
             f"lancedb.hard_budget_share={budgets.hard_budget_share:g} is below "
             f"lancedb.soft_budget_share={budgets.soft_budget_share:g}: raise the first or lower the second"
         )
-        raise SettingsError(message)
     embedder = settings.embedder
     if embedder.kind == "http" and not (embedder.url and embedder.model):
-        message = "embedder.kind=http needs embedder.url and embedder.model: set both, or choose kind local or none"
-        raise SettingsError(message)
+        refuse("embedder.kind=http needs embedder.url and embedder.model: set both, or choose kind local or none")
 
 
 def _user_file(env: Mapping[str, str]) -> Path:
     home = env.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    if home.startswith("~"):
+        return Path(os.devnull)  # this user has no home directory, and so no settings there
     return Path(home) / "everos-engine" / "settings.toml"
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, refuse: Callable[[str], None]) -> bytes:
     """The bytes of a settings file; none when there is no such file."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:
-        message = f"{path}: cannot be read as settings: {error}"
+        message = f"{path}: cannot be read as settings: {error.strerror or error}: give this user permission to read it, or move it away"
         if isinstance(error, PermissionError) and not os.access(path.parent, os.X_OK):
             give = shlex.join(["chmod", "u+rwX", str(path.parent)])
             message = f"{path.parent} may not be entered by uid {os.geteuid()}: as its owner, `{give}`"
-        raise SettingsError(message) from None
+        refuse(message)
+        return b""
 
 
-def _parse(path: Path, content: bytes) -> dict[str, tuple[object, str]]:
+def _parse(path: Path, content: bytes, refuse: Callable[[str], None]) -> dict[str, tuple[object, str]]:
     try:
-        data = tomllib.loads(content.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        message = f"{path}: cannot be read as settings: {error}"
-        raise SettingsError(message) from None
+        data = tomllib.loads(content.decode("utf-8-sig"))  # an editor may begin the file with a BOM
+    except (ValueError, RecursionError) as error:
+        refuse(f"{path}: cannot be read as settings: {_reason(error)}")
+        return {}
     return {name: (value, str(path)) for name, value in _flatten(data, "")}
+
+
+def _reason(error: Exception) -> str:
+    """Why a file is not settings, in words of ours for what the parser does not say well."""
+    if isinstance(error, RecursionError):
+        return "its tables are nested too deeply: write section and name only"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8: save it as UTF-8"
+    return f"{error}: write it as TOML"
 
 
 def _flatten(data: Mapping[str, object], prefix: str) -> list[tuple[str, object]]:
@@ -683,8 +729,8 @@ def _flatten(data: Mapping[str, object], prefix: str) -> list[tuple[str, object]
     return flat
 
 
-def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[object, str]]:
-    """Only names we know: other programs of the same family use the prefix too."""
+def _from_environment(env: Mapping[str, str], refuse: Callable[[str], None]) -> dict[str, tuple[object, str]]:
+    """What our variables say. A name that is almost one of ours is refused: other programs use the prefix too, so others are not."""
     found: dict[str, tuple[object, str]] = {}
     known = {variable: name for name, variable, _, _ in table()}
     known.update({ENVIRONMENT_PREFIX + name.replace(".", "__").upper(): name for name in REFUSED})
@@ -693,7 +739,24 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, tuple[object, str]]:
             found[name] = (env[variable], variable)
     if env.get("EVEROS_ROOT"):
         found["memory.root"] = (env["EVEROS_ROOT"], "EVEROS_ROOT")
+    for variable in sorted(env):
+        if variable.startswith(ENVIRONMENT_PREFIX) and env[variable] and variable not in {*known, "EVEROS_ROOT"}:
+            _refuse_slip(variable, [*known, "EVEROS_ROOT"], refuse)
     return found
+
+
+def _refuse_slip(variable: str, known: list[str], refuse: Callable[[str], None]) -> None:
+    """Refuse a variable that a slip made of one of ``known``, or that names a section of ours and nothing in it."""
+    bare = {name.removeprefix(ENVIRONMENT_PREFIX): name for name in known}
+    asked = variable.removeprefix(ENVIRONMENT_PREFIX)
+    meant = nearest(asked, bare)
+    if meant is not None:
+        refuse(f"{variable}: there is no such variable: did you mean {bare[meant]}? Rename it, or unset it")
+    elif (
+        "__" in asked
+        and asked.partition("__")[0] in {name.partition("__")[0] for name in bare if "__" in name} - SHARED
+    ):
+        refuse(f"{variable}: there is no such setting: `everos-engine settings` lists them all. Rename it, or unset it")
 
 
 def _show(value: object) -> str:

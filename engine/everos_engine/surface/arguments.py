@@ -29,13 +29,13 @@ def build(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="the memory root; else EVEROS_ROOT, memory.root of the settings file, or ~/.everos",
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    top.set_defaults(at=None)
+    top.set_defaults(at=None, root_too=None, create=False)
     group = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def add(name: str, help_text: str, more: str = "") -> argparse.ArgumentParser:
         text = f"{help_text[0].upper()}{help_text[1:]}. {more}".strip()
         added = group.add_parser(name, help=help_text, description=text)
-        added.add_argument("--root", default=argparse.SUPPRESS, metavar="DIR", help="the memory root")
+        added.add_argument("--root", dest="root_too", metavar="DIR", help="the memory root")
         added.set_defaults(command=commands[name])
         return added
 
@@ -74,6 +74,11 @@ def _add_engine(add: _Add) -> None:
         "SIGINT or SIGTERM stops it within shutdown_grace_seconds, a second one at once (exit status 130); one engine per root.",
     )
     run.add_argument("at", nargs="?", metavar="ROOT", help="the memory root; same as --root")
+    run.add_argument(
+        "--create",
+        action="store_true",
+        help="make the memory root if there is none; without it only ~/.everos is made",
+    )
     run.add_argument(
         "--log-format",
         choices=["auto", "text", "json"],

@@ -9,51 +9,118 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everos_engine.errors import BadQuestion, EngineError
-from everos_engine.settings import describe, load
+from everos_engine.errors import BadQuestion, EngineError, exhausted
+from everos_engine.settings import Settings, describe, load
 from everos_engine.surface import arguments as grammar
-from everos_engine.surface.paint import ago, json_text, plural, printable, shown
+from everos_engine.surface import terminal
+from everos_engine.surface.paint import ago, plural, printable, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from everos_engine.settings import Settings
     from everos_engine.stores.census import Outcome
 
-OK, TROUBLE, USAGE = 0, 1, 2
-FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+OK, TROUBLE, USAGE, INTERRUPTED = 0, 1, 2, 130
 AS_THE_ENGINE = "run the command as the user the engine runs as"
+NO_ROOM = "free disk space, then run the command again; `everos-engine doctor disk` shows what is left"
+REMEDIES = {
+    errno.EACCES: AS_THE_ENGINE,
+    errno.EPERM: AS_THE_ENGINE,
+    errno.EROFS: "it lies on a read-only file system: mount that for writing (`mount -o remount,rw`)",
+    errno.ENOSPC: NO_ROOM,
+    errno.EDQUOT: NO_ROOM,
+    errno.EMFILE: "raise the limit (`ulimit -n 1024`), then run the command again",
+    errno.ENFILE: "the whole system has none left: close other programs, then run the command again",
+}
+BUG = "this is a bug of everos-engine"
+ELSE = "`everos-engine doctor` looks for the cause"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done, 1 something is not in order, 2 it could not be tried."""
-    arguments = parser().parse_args(argv)
+    """Run a command; the exit status: 0 done, 1 something is not in order, 2 it could not be tried, 130 interrupted."""
+    is_program = argv is None
+    if is_program:
+        terminal.prepare()
+    try:
+        status = _run_command(argv)
+    except SystemExit as end:  # argparse has said why
+        if not is_program:
+            raise
+        status = end.code if isinstance(end.code, int) else USAGE
+    except BrokenPipeError:
+        status = OK
+    except BaseException as ended:  # noqa: BLE001 - a user gets one line whatever went wrong; Rust's panics are no Exceptions
+        status = _failed(ended)
+    if is_program and (error := terminal.finish()) is not None and status in {OK, TROUBLE}:
+        status = _failed(error)
+    return status
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
+    grammar_of_all = parser()
+    arguments = grammar_of_all.parse_args(argv)
     arguments.is_program = argv is None
+    arguments.root = _root_named(grammar_of_all, arguments)
     flags = {
-        "memory.root": arguments.at or arguments.root,
+        "memory.root": arguments.root,
         "log_format": getattr(arguments, "log_format", None),
         "watch.mode": "poll" if getattr(arguments, "poll", False) else None,
     }
-    try:
-        if arguments.command is _trust:  # the settings are not in force before the file is trusted
-            return int(_trust(flags, arguments))
-        settings = load(flags)
-        return int(arguments.command(settings, arguments))
-    except BrokenPipeError:
-        return OK
-    except EngineError as error:
-        print(f"everos-engine: {printable(str(error), lines=True)}", file=sys.stderr)
-        return USAGE
-    except OSError as error:
-        if error.errno not in FORBIDDEN:
-            raise
-        print(f"everos-engine: {error.filename}: {error.strerror}: {AS_THE_ENGINE}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        return 130
+    if arguments.command is _trust:  # the settings are not in force before the file is trusted
+        return int(_trust(flags, arguments))
+    if arguments.command is _settings:
+        return int(_settings(flags))
+    return int(arguments.command(load(flags), arguments))
+
+
+def _root_named(grammar_of_all: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
+    """The root that the words name, None if they name none. Ends the program if they name two."""
+    named = [root for root in (arguments.at, arguments.root_too, arguments.root) if root is not None]
+    if len({os.path.realpath(os.path.expanduser(root)) for root in named}) > 1:
+        grammar_of_all.error(f"two memory roots are named, {' and '.join(map(shown, named))}: name one")
+    return named[0] if named else None
+
+
+def _failed(error: BaseException) -> int:
+    """Say in one line what ended a command, and what to do."""
+    if isinstance(error, BaseExceptionGroup):
+        from everos_engine.supervise import alone  # noqa: PLC0415 - imports Trio
+
+        error = alone(error)
+    if isinstance(error, KeyboardInterrupt):
+        terminal.say("interrupted")
+        return INTERRUPTED
+    if isinstance(error, EngineError):
+        terminal.say(str(error))
+    elif exhausted(error):
+        terminal.say(f"no file descriptor is left: {REMEDIES[errno.EMFILE]}")
+    elif isinstance(error, terminal.OutputLost):
+        terminal.say(
+            f"standard output cannot be written: {error.strerror}: send it to a file or a terminal that takes it"
+        )
+    elif isinstance(error, OSError):
+        what = "" if error.filename is None else f"{shown(os.fsdecode(error.filename))}: "
+        terminal.say(f"{what}{error.strerror or error}: {_remedy(error)}")
+    elif isinstance(error, MemoryError):
+        terminal.say("no memory is left: close other programs, or raise the limit, then run the command again")
+    else:
+        if os.environ.get("EVEROS_LOG_LEVEL") == "DEBUG":
+            traceback.print_exception(error)
+        terminal.say(
+            f"{BUG}: {type(error).__name__}: {shown(str(error))[:400]}: please report it with what "
+            "`EVEROS_LOG_LEVEL=DEBUG` in front of the command shows"
+        )
+    return USAGE
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno == errno.ENOENT and error.filename is None:
+        return "the current directory was removed: change to one that exists"
+    return REMEDIES.get(error.errno or 0, ELSE)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,12 +149,15 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> int:
 
     if arguments.is_program:
         memory.begin_again(os.environ)
+    from everos_engine.engine import check_root  # noqa: PLC0415 - imports LanceDB
     from everos_engine.surface.daemon import run  # noqa: PLC0415 - imports LanceDB
 
+    check_root(settings, may_make=arguments.create or settings.root == Settings().root)
     return run(settings)
 
 
 def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
     from everos_engine.surface.oneshot import sync  # noqa: PLC0415 - imports LanceDB
 
     if arguments.audit:
@@ -98,9 +168,16 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
             print(f"{shown(path)}: its content had changed unseen, now in step")
         print(f"audit done: {len(found)} differed")
         return OK
-    return _report(
-        sync(settings, arguments.paths), everything=bool(arguments.paths), settings=settings, arguments=arguments
-    )
+    unknown = status.unknown(settings, arguments.paths)
+    outcomes = sync(settings, arguments.paths)
+    if not arguments.paths:
+        return _report_all(outcomes, settings, arguments)
+    for outcome in outcomes:
+        if outcome.status is None and outcome.md_path in unknown:
+            print(f"{shown(outcome.md_path)}: no such file, and nothing was indexed of it: check the name")
+        else:
+            _show(outcome)
+    return TROUBLE if any(one.status == "failed" or one.md_path in unknown for one in outcomes) else OK
 
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -109,7 +186,7 @@ def _status(settings: Settings, arguments: argparse.Namespace) -> int:
 
     found = status.snapshot(settings)
     if arguments.json:
-        print(json.dumps(status.as_json(found), indent=2))
+        terminal.print_json(status.as_json(found))
     else:
         print(status.as_text(found, paint_for(sys.stdout), program=program(settings, arguments)))
     return OK
@@ -122,7 +199,7 @@ def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
 
     found = explain(settings, arguments.path, program=program(settings, arguments), rows=arguments.rows)
     if arguments.json:
-        print(json.dumps(as_json(found), indent=2))
+        terminal.print_json(as_json(found))
     else:
         print(as_text(found, paint_for(sys.stdout)))
     return OK if found.judgement.verdict == "searchable" else TROUBLE
@@ -142,7 +219,7 @@ def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
         return OK
     checks = doctor.examine(settings, arguments.checks, program=program(settings, arguments), offline=arguments.offline)
     if arguments.json:
-        print(json.dumps(doctor.as_json(settings, checks), indent=2))
+        terminal.print_json(doctor.as_json(settings, checks))
     else:
         print(doctor.as_text(checks, paint_for(sys.stdout)))
     return doctor.worst(checks)
@@ -154,7 +231,8 @@ def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.apply:
         from everos_engine.surface.oneshot import fix  # noqa: PLC0415 - imports LanceDB
 
-        return _report(fix(settings), everything=True, settings=settings, arguments=arguments)
+        tried = fix(settings)
+        return _report_tried(tried, status.failed(settings), f"{program(settings, arguments)} fix")
     failed = status.failed(settings)
     for outcome in failed:
         _show(outcome)
@@ -192,7 +270,7 @@ def _search(settings: Settings, arguments: argparse.Namespace) -> int:
 
         results = search(settings, arguments)
     if arguments.json:
-        print(json_text(results))
+        terminal.print_json(results)
         return OK
     for result in results:
         print(
@@ -227,27 +305,40 @@ def _kinds(settings: Settings, _arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _settings(settings: Settings, _arguments: argparse.Namespace) -> int:
-    for name, value in describe(settings).items():
+def _settings(flags: Mapping[str, object]) -> int:
+    """Show every setting; a source with a fault is named, and what it says wrongly is left out."""
+    faults: list[str] = []
+    for name, value in describe(load(flags, faults=faults)).items():
         print(f"{name} = {json.dumps(value)}")
-    return OK
+    for fault in dict.fromkeys(faults):
+        terminal.say(fault)
+    return USAGE if faults else OK
 
 
-def _report(outcomes: list[Outcome], *, everything: bool, settings: Settings, arguments: argparse.Namespace) -> int:
-    """Say what became of each; 1 if anything is failed."""
-    bad = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in outcomes if everything else bad:
+def _report_all(failed: list[Outcome], settings: Settings, arguments: argparse.Namespace) -> int:
+    """Say how much is in step, and what is failed."""
+    from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
+
+    for outcome in failed:
         _show(outcome)
-    if not everything:
-        from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
+    found = status.snapshot(settings)
+    held = sum(one.count for one in found.moment.held) if found.moment else 0
+    waits = f", {plural(held, 'deletion')} held: `{program(settings, arguments)} status` says why" if held else ""
+    print(
+        f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(failed)} failed{waits}"
+    )
+    return TROUBLE if failed else OK
 
-        found = status.snapshot(settings)
-        held = sum(one.count for one in found.moment.held) if found.moment else 0
-        waits = f", {plural(held, 'deletion')} held: `{program(settings, arguments)} status` says why" if held else ""
-        print(
-            f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(bad)} failed{waits}"
-        )
-    return TROUBLE if bad else OK
+
+def _report_tried(tried: list[Outcome], failed: list[Outcome], listing: str) -> int:
+    """Say what became of what was tried again, and what no attempt can help."""
+    for outcome in tried:
+        _show(outcome)
+    again = sum(outcome.status == "failed" for outcome in tried)
+    left = len({outcome.md_path for outcome in failed} - {outcome.md_path for outcome in tried})
+    first = f"{len(tried)} tried again, {again} failed again" if tried else "nothing to try again"
+    print(first + (f"; {left} more failed and are listed with what to edit by `{listing}`" if left else ""))
+    return TROUBLE if failed else OK
 
 
 def _show(outcome: Outcome) -> None:
@@ -262,5 +353,5 @@ def _show(outcome: Outcome) -> None:
 
 def program(settings: Settings, arguments: argparse.Namespace) -> str:
     """How to call this program again on the same root."""
-    named = getattr(arguments, "at", None) or arguments.root
+    named = arguments.root is not None
     return shlex.join(["everos-engine", "--root", str(settings.root)]) if named else "everos-engine"

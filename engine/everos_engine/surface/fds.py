@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import TYPE_CHECKING, cast
 
 from everos_engine.errors import SettingsError
 from everos_engine.surface.paint import Paint, ago, paint_for, size
+from everos_engine.surface.terminal import print_json
 from everos_engine.surface.vitals import Vitals, vitals
 from everos_engine.system import ceiling, fds
 
@@ -38,7 +38,7 @@ def show(settings: Settings, *, watch: bool, as_json: bool) -> int:
         found = vitals(settings)
         data = as_data(settings, found)
         if as_json:
-            print(json.dumps(data, indent=None if watch else 2), flush=True)
+            print_json(data, indent=None if watch else 2)
         else:
             clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
             print(clear + as_text(data, found, paint_for(sys.stdout)), flush=True)

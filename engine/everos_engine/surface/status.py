@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from everos_engine.loops import notes
+from everos_engine.loops.asked import key_of
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.stores import census, inspection, ledger, meta
 from everos_engine.stores.database import Database
 from everos_engine.surface.paint import Paint, ago, plural, shown
 from everos_engine.surface.vitals import Vitals, vitals
+from everos_engine.system import files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,6 +93,23 @@ def failed(settings: Settings) -> list[Outcome]:
     database = Database(path, readonly=True)
     try:
         return database.read(census.failed)
+    finally:
+        database.close()
+
+
+def unknown(settings: Settings, paths: Sequence[str]) -> set[str]:
+    """Return the keys of those ``paths`` that are not on disk and of which nothing is indexed or queued.
+
+    Raises OutsideRoot for a path that the engine does not index.
+    """
+    keys = [key_of(settings, files.locate(settings.root, path)) for path in paths]
+    gone = [key for key in keys if not os.path.lexists(files.path_of(settings.root, key))]
+    path = settings.engine_directory / "engine.db"
+    if not gone or not path.exists():
+        return set(gone)
+    database = Database(path, readonly=True)
+    try:
+        return {one.md_path for one in database.read(lambda tx: census.outcomes(tx, gone)) if one.status is None}
     finally:
         database.close()
 
