@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,8 +20,17 @@ from embedding_server import Handler, reply, serving
 from everos_engine.embed.batch import Batcher, open_batcher
 from everos_engine.embed.gate import RECHECK_SECONDS, WAITING, Gate
 from everos_engine.embed.http import open_http_embedder
-from everos_engine.embed.protocol import PROBE_SENTENCE, Embedder
-from everos_engine.errors import BadText, EngineError, Transient, Unavailable
+from everos_engine.embed.protocol import PROBE_SENTENCE, Embedder, check_embedder
+from everos_engine.errors import (
+    BadFile,
+    BadQuestion,
+    BadText,
+    EngineError,
+    Fatal,
+    SettingsError,
+    Transient,
+    Unavailable,
+)
 from everos_engine.settings import EmbedderSettings
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
@@ -32,6 +42,56 @@ SHORT = {"hedge_seconds": 2, "deadline_seconds": 30}
 """For the virtual clock."""
 LONG = {"hedge_seconds": HANG_SECONDS, "deadline_seconds": HANG_SECONDS}
 """For the real one: a machine that is busy elsewhere makes no call slow, so that calls can be counted."""
+
+
+class Panic(BaseException):
+    """As a Rust panic reaches Python: no Exception."""
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+FOREIGN: list[BaseException] = [
+    ConnectionResetError("reset"),
+    ValueError("a bad value"),
+    MemoryError(),
+    ExceptionGroup("two", [ValueError("one"), KeyError("two")]),
+    BaseExceptionGroup("two", [Panic("one"), ValueError("two")]),
+    Panic("unwrap on None"),
+    Speechless(),
+    trio.TooSlowError(),
+    trio.BrokenResourceError(),
+    StopAsyncIteration(),
+    asyncio.CancelledError(),
+    BadQuestion("not for us"),
+    BadFile("not for us", remedy="none"),
+    RecursionError("deep"),
+    ImportError("no such model"),
+    UnicodeEncodeError("ascii", "ü", 0, 1, "no"),
+    ValueError("line\nline " * 10_000),
+]
+"""What an embedder may raise that is none of the errors it is asked to raise."""
+ODD: list[object] = [
+    None,
+    "text",
+    b"bytes",
+    7,
+    [],
+    [["x"] * 16],
+    [[0.5] * 16, [0.5] * 15],
+    np.zeros((0, 16), dtype=np.float32),
+    np.zeros(16, dtype=np.float32),
+    np.full((1, 16), np.nan),
+    np.full((1, 16), 1e300),
+    np.zeros((1, 16), dtype=object),
+    np.zeros((1, 16), dtype=complex),
+    np.zeros((1, 16), dtype=bool),
+    object(),
+    iter([]),
+]
+"""What an embedder may answer that is no array of finite vectors."""
 
 
 async def forget(_life: int, _vectors: Mapping[str, NDArray[np.float32]]) -> None:
@@ -321,13 +381,17 @@ class Moody(FakeEmbedder):
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         await trio.sleep(self.chance.choice([0, 0.01, 1]))
         if self.chance.random() < self.trouble:
-            mood = self.chance.choice(["hang", "transient", "throttle", "short"])
+            mood = self.chance.choice(["hang", "transient", "throttle", "short", "foreign", "odd"])
             if mood == "hang":
                 await trio.sleep_forever()
             if mood == "transient":
                 raise DOWN
             if mood == "throttle":
                 raise THROTTLED
+            if mood == "foreign":
+                raise self.chance.choice(FOREIGN)
+            if mood == "odd":
+                return self.chance.choice(ODD)  # type: ignore[return-value]
             return np.zeros((len(texts) + 1, 16), dtype=np.float32)
         if any("BAD" in text for text in texts):
             raise BadText(*NO_MODEL)
@@ -381,3 +445,101 @@ async def test_outcomes_come_in_the_order_of_the_texts(size: int) -> None:
     texts = [f"text {number}" for number in range(size)]
     async with batching(fake) as (batcher, _):
         assert same(await batcher.embed(texts), fake, texts)
+
+
+class Sick(FakeEmbedder):
+    """Raises or answers ``with_what`` to each call that has a text with ``word`` in it."""
+
+    def __init__(self, with_what: object, *, word: str) -> None:
+        super().__init__()
+        self.with_what, self.word = with_what, word
+
+    async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        found = await super().embed(texts)
+        if not any(self.word in text for text in texts):
+            return found
+        if isinstance(self.with_what, BaseException):
+            raise self.with_what
+        return self.with_what  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("trouble", [*FOREIGN, *ODD], ids=lambda one: repr(one)[:60])
+async def test_whatever_an_embedder_does_for_one_text_is_the_trouble_of_that_text(
+    trouble: object, autojump_clock: trio.testing.MockClock
+) -> None:
+    embedder = Sick(trouble, word="sick")
+    texts = [f"text {number}" for number in range(20)]
+    async with batching(embedder) as (batcher, gate):
+        *well, sick = await batcher.embed([*texts, "sick"])
+        assert gate.down.value is None
+    assert same(well, embedder, texts)
+    assert type(sick) is Transient
+    assert sick.counts_as_retry
+    assert len(str(sick)) < 500
+    assert "\n" not in str(sick)
+    if isinstance(trouble, BaseException):
+        assert sick.__cause__ is trouble
+
+
+@pytest.mark.parametrize("trouble", [*FOREIGN, *ODD], ids=lambda one: repr(one)[:60])
+async def test_an_embedder_that_fails_for_every_text_is_down_and_no_text_is_to_blame(
+    trouble: object, autojump_clock: trio.testing.MockClock
+) -> None:
+    embedder = Sick(trouble, word="")
+    async with batching(embedder) as (batcher, gate):
+        found = await batcher.embed(["one", "two"])
+        assert all(isinstance(one, Unavailable) for one in found)
+        if isinstance(trouble, BaseException):
+            assert [one.__cause__ for one in found if isinstance(one, Unavailable)] == [trouble] * 2
+        assert gate.down.value is not None
+        embedder.word = "nobody"
+        await gate.down.wait_value(lambda reason: reason is None)
+        assert same(await batcher.embed(["one", "two"]), embedder, ["one", "two"])
+
+
+@pytest.mark.parametrize("convert", [np.ndarray.tolist, lambda found: found.astype(np.float64), np.asfortranarray])
+async def test_vectors_that_can_be_converted_are_taken(convert: Any, autojump_clock: trio.testing.MockClock) -> None:
+    class Other(FakeEmbedder):
+        async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return convert(await super().embed(texts))  # type: ignore[no-any-return]
+
+    embedder = Other()
+    async with batching(embedder) as (batcher, _):
+        found = await batcher.embed(["one", "two"])
+    assert same(found, embedder, ["one", "two"])
+    assert {one.dtype for one in found if isinstance(one, np.ndarray)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("error", [Fatal("only a human"), SettingsError("a bad value"), KeyboardInterrupt()], ids=repr)
+async def test_what_an_embedder_means_to_end_the_process_with_does(error: BaseException) -> None:
+    async def run() -> None:
+        async with batching(Sick(error, word="")) as (batcher, _):
+            await batcher.embed(["one"])
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run()
+    assert caught.value.subgroup(type(error)) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", ""),
+        ("model", None),
+        ("dimension", -1),
+        ("dimension", 16.0),
+        ("concurrency", 0),
+        ("batch_size", 0),
+        ("batch_size", "64"),
+        ("hedged", None),
+        ("embed", None),
+    ],
+)
+def test_an_embedder_that_cannot_be_worked_with_is_refused_at_the_start(name: str, value: object) -> None:
+    embedder = FakeEmbedder()
+    check_embedder(embedder)
+    setattr(embedder, name, value)
+    with pytest.raises(SettingsError, match=f"FakeEmbedder has {name}="):
+        check_embedder(embedder)
+    with pytest.raises(SettingsError, match="has no model"):
+        check_embedder(object())  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from loguru import logger
 
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
+from everos_engine.supervise import keep
 from everos_engine.system import instrument
 from everos_engine.system.control import (
     BUSY,
@@ -46,8 +47,8 @@ async def listening(path: Path) -> None:
             await trio.sleep(0.001)
 
 
-async def asked(path: Path, question: str) -> dict[str, object] | None:
-    return await trio.to_thread.run_sync(lambda: ask(path, question, deadline_seconds=HANG_SECONDS))
+async def asked(path: Path, question: str, details: Mapping[str, object] | None = None) -> dict[str, object] | None:
+    return await trio.to_thread.run_sync(lambda: ask(path, question, details, deadline_seconds=HANG_SECONDS))
 
 
 @pytest.mark.parametrize("name", ["c.sock", "d" * 120 + "/" + "e" * 120 + "/c.sock"])
@@ -249,6 +250,45 @@ async def test_a_step_that_holds_up_the_loop_is_named(monkeypatch: pytest.Monkey
     assert any("loop_blocked" in line and "rude_task" in line for line in lines)
 
 
+async def test_a_task_that_blocks_again_and_again_is_logged_once_a_minute_under_its_loops_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = 0.0
+
+    async def rude(times: int, *, of_seconds: float) -> None:
+        nonlocal seconds
+        for _ in range(times):
+            seconds += of_seconds
+            await trio.lowlevel.checkpoint()
+
+    async def loop() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(rude, 100, of_seconds=0.3), name="everos_engine.loops.work._Worker._prepare")
+
+    lines: list[str] = []
+    monkeypatch.setattr(instrument, "time", SimpleNamespace(perf_counter=lambda: seconds))
+    sink = logger.add(lines.append, level="INFO", format="{level} {message}")
+    try:
+        with watching_the_loop() as blocks:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(keep, "work", loop), name="work")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(keep, "scan", partial(rude, 1, of_seconds=1.2)), name="scan")
+            seconds += 60
+            blocks._began = seconds  # this test's own step is none of a loop's
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(keep, "work", loop), name="work")
+    finally:
+        logger.remove(sink)
+    assert [line.strip() for line in lines] == [
+        "INFO loop_blocked task=work/_prepare milliseconds=300 times=1",
+        "WARNING loop_blocked task=scan milliseconds=1200 times=1",
+        "INFO loop_blocked task=work/_prepare milliseconds=300 times=100",
+    ]
+    assert blocks.count == 201
+    assert blocks.worst_task == "scan"
+
+
 async def test_slow_questions_stand_before_nobody_and_too_many_are_told_so(tmp_path: Path) -> None:
     path, go, begun = tmp_path / "c.sock", trio.Event(), 0
     told: list[dict[str, object] | None] = []
@@ -286,3 +326,51 @@ async def test_a_question_too_long_to_be_taken_is_not_asked(tmp_path: Path, nurs
     nursery.start_soon(serve_control, path, echo)
     await listening(path)
     assert ask(path, "pulse", {"query": "x" * MOST_QUESTION_BYTES}, deadline_seconds=HANG_SECONDS) is None
+
+
+class Panic(BaseException):
+    """As a Rust panic reaches Python: no Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), Panic("unwrap on None"), RecursionError("deep")], ids=repr)
+async def test_an_unexpected_error_of_a_question_answers_that_question(
+    error: BaseException, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    def fails(question: str) -> dict[str, object]:
+        if question == "fails":
+            raise error
+        return {"asked": question}
+
+    async def fails_slowly(_: Mapping[str, object]) -> dict[str, object]:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    async def says_what_json_cannot(_: Mapping[str, object]) -> dict[str, object]:
+        await trio.lowlevel.checkpoint()
+        return {"score": object()}
+
+    path = tmp_path / "c.sock"
+    slow = {"slow": fails_slowly, "odd": says_what_json_cannot}
+    nursery.start_soon(partial(serve_control, path, fails, slow=slow))
+    await listening(path)
+    logged: list[str] = []
+    sink = logger.add(logged.append, level="ERROR", format="{message}")
+    for _ in range(2 * MOST_SLOW_TALKS):
+        for question in ("fails", "slow", "odd"):
+            answer = await asked(path, question)
+            assert answer is not None
+            assert f"could not answer {question!r}" in str(answer["error"])
+            assert await asked(path, "pulse") == {"asked": "pulse"}
+    logger.remove(sink)
+    assert len([line for line in logged if "unit_failed loop=control" in line]) == 6 * MOST_SLOW_TALKS
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1001, 3_000_000_000, 2**63, 10**400, True, 2.5, "10", None, [1]], ids=str)
+async def test_a_limit_out_of_bounds_is_refused_with_the_bounds(limit: object, settings: Settings) -> None:
+    async with open_engine(settings, embedder=FakeEmbedder()):
+        await listening(settings.control_socket)
+        for _ in range(6):
+            answer = await asked(settings.control_socket, "search", {"query": "heron", "limit": limit})
+            assert answer is not None
+            assert "at least 1 and at most 1000" in str(answer["error"])
+        assert await asked(settings.control_socket, "search", {"query": "heron", "limit": 1000}) == {"results": []}

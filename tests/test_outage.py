@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from derived import counted
 from everos_engine.engine import Engine, open_engine
-from everos_engine.errors import Transient, Unavailable
+from everos_engine.errors import BadText, Transient, Unavailable
 from everos_engine.settings import Settings, load
 from everos_engine.stores import census
 from everos_engine.surface import status
@@ -213,5 +213,61 @@ async def test_a_search_without_a_mode_falls_back_to_words_while_the_service_is_
         await engine.settle()
         fake.outage = DOWN
         assert len(await engine.search("heron")) == 1
+        assert len(await engine.search("heron", mode="hybrid")) == 1
         with pytest.raises(Transient):
             await engine.search("stork", mode="vector")
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [BadText("HTTP 400"), Transient("HTTP 500"), ConnectionResetError("reset"), ValueError("a bug")],
+    ids=repr,
+)
+async def test_a_hybrid_search_falls_back_to_words_if_the_query_is_refused(root: Path, trouble: Exception) -> None:
+    class Refusing(FakeEmbedder):
+        async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            if any(text == "heron asked" for text in texts):
+                raise trouble
+            return await super().embed(texts)
+
+    put(root, "a.md", "heron")
+    async with open_engine(quick(root), embedder=Refusing()) as engine:
+        await engine.settle()
+        assert len(await engine.search("heron asked", mode="hybrid")) == 1
+        with pytest.raises((Transient, BadText)):
+            await engine.search("heron asked", mode="vector")
+        assert len(await engine.search("heron", mode="vector")) == 1
+
+
+async def test_a_hybrid_search_falls_back_to_words_if_the_query_gets_no_answer(root: Path) -> None:
+    put(root, "a.md", "heron")
+    async with open_engine(quick(root, **HANGING), embedder=FakeEmbedder()) as engine:
+        await engine.settle()
+        with trio.fail_after(HANG_SECONDS):
+            assert len(await engine.search("heron HANG", mode="hybrid")) == 1
+            with pytest.raises(Transient, match="did not answer"):
+                await engine.search("heron HANG", mode="vector")
+
+
+@pytest.mark.parametrize("trouble", [ConnectionResetError("reset"), ValueError("a bug"), MemoryError()], ids=repr)
+async def test_an_embedder_that_raises_a_plain_exception_ends_nothing(root: Path, trouble: Exception) -> None:
+    class Failing(FakeEmbedder):
+        broken = True
+
+        async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            found = await super().embed(texts)
+            if self.broken:
+                raise trouble
+            return found
+
+    put(root, "a.md", "heron")
+    failing = Failing()
+    with trio.fail_after(HANG_SECONDS):
+        async with open_engine(quick(root), embedder=failing) as engine:
+            await down(engine)
+            assert await engine.search("heron", mode="hybrid") == []
+            assert (await engine.status()).counts.failed_retryable == 0
+            failing.broken = False
+            await engine.settle()
+            assert len(await engine.search("heron", mode="hybrid")) == 1
+            assert engine.health.reopenings == 0

@@ -14,7 +14,7 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import EngineError, Fatal, SettingsError, Transient, Unavailable, split_end
+from everos_engine.errors import EngineError, Fatal, SettingsError, Transient, split_end
 from everos_engine.loops.agree import agree
 from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import lay_marker
@@ -191,9 +191,10 @@ class Engine:
     async def search(
         self, query: str, *, mode: Mode | None = None, only: Filter | None = None, limit: int = 10
     ) -> list[Result]:
-        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service that answers, else full text.
+        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service, else full text.
 
-        Raises BadQuestion for a limit below 1, a mode or a kind there is none of.
+        Hybrid falls back to words, with a warning in the log, if the embedder refuses the query, fails or takes too long.
+        Raises BadQuestion for a limit below 1 or above 1,000, a mode or a kind there is none of.
         """
         filtered = only or Filter()
         check_question(mode, filtered.kind, limit)
@@ -201,13 +202,7 @@ class Engine:
         async def work(desk: Desk) -> list[Result]:
             chosen = mode or default_mode(desk.settings)
             parts = (desk.index, desk.database, desk.vectors, query)
-            try:
-                return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
-            except Unavailable as error:
-                if mode is not None:
-                    raise
-                logger.warning("search_without_vectors error={!r}", str(error))
-                return await search_index(*parts, mode="fts", only=filtered, limit=limit)
+            return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
 
         return await self._call(work, needs_loops=False)
 
@@ -565,11 +560,9 @@ async def _control(engine: Engine) -> None:
 
     async def look_up(asked: Mapping[str, object]) -> dict[str, object]:
         only = Filter(*(_word(asked, name) for name in ("kind", "owner", "app", "project")))
-        mode, limit = cast("Mode | None", _word(asked, "mode")), asked.get("limit")
+        mode, limit = cast("Mode | None", _word(asked, "mode")), cast("int", asked.get("limit", 10))
         try:
-            found = await engine.search(
-                _word(asked, "query") or "", mode=mode, only=only, limit=limit if isinstance(limit, int) else 10
-            )
+            found = await engine.search(_word(asked, "query") or "", mode=mode, only=only, limit=limit)
         except EngineError as error:
             return {"error": str(error)}
         return {"results": [result.as_data() for result in found]}

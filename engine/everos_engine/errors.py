@@ -191,7 +191,8 @@ def split_end(error: BaseException) -> tuple[BaseException | None, BaseException
     again. The second part is what some code raised, also if it is a BaseException, as a Rust panic is.
     """
     if isinstance(error, BaseExceptionGroup):
-        return error.split(_ends_the_task)
+        end, rest = error.split(_ends_the_task)
+        return (end, rest) if end is not None else (None, error)
     return (error, None) if _ends_the_task(error) else (None, error)
 
 

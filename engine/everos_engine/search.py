@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from everos_engine.errors import BadQuestion
+import trio
+from loguru import logger
+
+from everos_engine.errors import BadQuestion, BadText, Transient
 from everos_engine.stores import ledger
 from everos_engine.stores.lance import Hit, text_literal
 from everos_engine.text import kinds
@@ -14,15 +17,20 @@ from everos_engine.text import kinds
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from everos_engine.loops.vectors import Vectors
     from everos_engine.stores.database import Database
     from everos_engine.stores.index import Index
+    from everos_engine.stores.lance import Model
 
 Mode = Literal["fts", "vector", "hybrid"]
 RRF_K = 60
 """The constant of reciprocal rank fusion: Cormack, Clarke and Buettcher, SIGIR 2009."""
 WEIGHTS: Mapping[str, float] = {"fts": 1.0, "vector": 1.0}
 SNIPPET_CHARACTERS = 200
+MOST_RESULTS = 1000
 OVERSAMPLE = 3
 
 
@@ -66,13 +74,16 @@ async def search(  # noqa: PLR0913 - the stores, and the question
     """The best ``limit`` entries for ``query``, best first; words only: quotes and operators mean nothing."""
     query = encodable(query)
     chosen = [kind for kind in index.kinds if only.kind in {None, kind}]
-    where, depth = only.where(), max(limit * OVERSAMPLE, limit)
+    where, depth = only.where(), limit * OVERSAMPLE
     rankings: dict[str, list[Hit]] = {}
     if mode != "vector":
         found = [await index.search_text(kind, query, where=where, limit=depth) for kind in chosen]
         rankings["fts"] = _ranked(found)
-    if mode != "fts":
-        vector, model = await vectors.query(query), await vectors.model()
+    embedded = None if mode == "fts" else await _embedded(vectors, query, alone=mode == "vector")
+    if embedded is None:
+        mode = "fts"
+    else:
+        vector, model = embedded
         found = [await index.search_vector(kind, vector, model=model.name, where=where, limit=depth) for kind in chosen]
         rankings["vector"] = _ranked(found)
     best = fuse(rankings)[:limit] if mode == "hybrid" else rankings[mode][:limit]
@@ -91,10 +102,31 @@ async def search(  # noqa: PLR0913 - the stores, and the question
     ]
 
 
+async def _embedded(vectors: Vectors, query: str, *, alone: bool) -> tuple[NDArray[np.float32], Model] | None:
+    """The query's vector and its model; None if there is trouble with the embedder and words can answer, not vectors ``alone``.
+
+    Raises what the embedder says, and Transient if it does not answer within ``embedder.deadline_seconds``.
+    """
+    trouble: Transient | BadText = Transient(
+        f"the embedder did not answer the query within {vectors.deadline_seconds:g} s"
+    )
+    try:
+        with trio.move_on_after(vectors.deadline_seconds):
+            return await vectors.query(query), await vectors.model()
+    except (Transient, BadText) as error:
+        trouble = error
+    if alone or vectors.gate is None:
+        raise trouble
+    logger.warning("search_without_vectors error={!r}", str(trouble))
+    return None
+
+
 def check_question(mode: str | None, kind: str | None, limit: int) -> None:
-    """Raises BadQuestion for what cannot find anything: no such mode or kind, or a limit below 1."""
-    if limit < 1:
-        message = f"limit={limit} asks for nothing: it must be at least 1"
+    """Raises BadQuestion for what cannot be answered: no such mode or kind, or a limit that is not from 1 to MOST_RESULTS."""
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_RESULTS:
+        message = (
+            f"limit={str(limit)[:80]} is refused: it must be a whole number, at least 1 and at most {MOST_RESULTS}"
+        )
         raise BadQuestion(message)
     if mode is not None and mode not in get_args(Mode):
         message = f"there is no mode {mode!r}: choose one of {', '.join(get_args(Mode))}"

@@ -14,8 +14,17 @@ import trio
 from loguru import logger
 from trio_util import AsyncValue
 
-from everos_engine.embed.protocol import PROBE_SENTENCE, check, similar
-from everos_engine.errors import BadText, Exhausted, Transient, Unavailable, exhausted
+from everos_engine.embed.protocol import PROBE_SENTENCE, check, quoted, similar
+from everos_engine.errors import (
+    BadText,
+    Exhausted,
+    Fatal,
+    SettingsError,
+    Transient,
+    Unavailable,
+    exhausted,
+    split_end,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +58,7 @@ class Gate:
         self._probing = trio.Lock()
         self._due = 0.0
         self._failures = 0
+        self._cause: BaseException | None = None
         self._next_turn = 0.0
         self._confirmed = 0.0
         self.unsure_seconds = 0.0
@@ -72,7 +82,9 @@ class Gate:
         """Raise Unavailable, with the time until the next probe, if the service is down and has been so long."""
         now = trio.current_time()
         if self.down.value is not None and now - self.since >= longer_than_seconds:
-            raise Unavailable(f"{WAITING}: {self.down.value}", retry_after_seconds=max(0.0, self._due - now))
+            raise Unavailable(
+                f"{WAITING}: {self.down.value}", retry_after_seconds=max(0.0, self._due - now)
+            ) from self._cause
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """One call: shape (n, dimension), finite, of the width of this life. Take a ``turn`` before.
@@ -81,7 +93,7 @@ class Gate:
         """
         width = 0 if self.probe_vector is None else self.probe_vector.shape[0]
         try:
-            found = check(await self._call(texts), count=len(texts), dimension=width)
+            found = await self._call(texts, dimension=width)
         except Unavailable as error:
             self._open(error)
             self.raise_if_down()
@@ -130,24 +142,33 @@ class Gate:
     def _is_old(self) -> bool:
         return trio.current_time() - self._confirmed >= RECHECK_SECONDS
 
-    async def _call(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """One call under the deadline, except of an embedder that works in threads and cannot be left."""
+    async def _call(self, texts: Sequence[str], *, dimension: int) -> NDArray[np.float32]:
+        """One call under the deadline, except of an embedder that works in threads and cannot be left.
+
+        The door to embedders: what comes back is checked, and whatever is raised becomes a Transient, a BadText or a Fatal.
+        """
         seconds = self._settings.deadline_seconds if self.embedder.hedged else float("inf")
+        deadline = trio.current_time() + seconds
         try:
-            with trio.fail_after(seconds):
-                return await self.embedder.embed(texts)
-        except (OSError, ImportError) as error:  # a model that loads when first used
-            if not exhausted(error):
+            with trio.fail_at(deadline):
+                return check(await self.embedder.embed(texts), count=len(texts), dimension=dimension)
+        except (Transient, BadText, Fatal, SettingsError):
+            raise
+        except BaseException as error:  # noqa: BLE001 - this is the door to any embedder, and it may raise anything
+            end, rest = split_end(error)
+            if rest is None:
                 raise
-            raise Exhausted(f"the embedder found no file descriptor: {error}") from None
-        except trio.TooSlowError:
-            message = f"the embedder did not answer within {seconds:g} s"
-            raise Transient(message) from None
+            if end is not None:
+                raise end from None
+            if isinstance(error, trio.TooSlowError) and trio.current_time() >= deadline:
+                message = f"the embedder did not answer within {seconds:g} s"
+                raise Transient(message) from None
+            raise translated(rest) from rest
 
     async def _probe(self) -> None:
         """One call with the probe sentence: opens or closes the gate, and sees whether another model answers."""
         try:
-            found = check(await self._call([PROBE_SENTENCE]), count=1, dimension=self.embedder.dimension)[0]
+            found = (await self._call([PROBE_SENTENCE], dimension=self.embedder.dimension))[0]
         except BadText as error:
             self._open(Transient(f"it refuses even a plain sentence: {error}"))
             return
@@ -177,7 +198,18 @@ class Gate:
             self._due = now + delay * (1 + random.random() / 4)  # noqa: S311 - spreads probes
         if asked is not None:
             self._due = max(self._due, now + asked)
+        self._cause = error.__cause__
         if self.down.value is None:
             self.since = now
-            logger.warning("embedder_down error={!r}", str(error))
+            logger.opt(exception=self._cause).warning("embedder_down error={!r}", str(error))
         self.down.value = str(error)
+
+
+def translated(error: BaseException) -> Transient:
+    """What an embedder raised of its own, as one of our errors.
+
+    It counts as an attempt: the gate asks whether the embedder answers at all, and if it does not, no text is to blame.
+    """
+    if exhausted(error):
+        return Exhausted(f"the embedder found no file descriptor: {quoted(error)}")
+    return Transient(f"the embedder raised {quoted(error)}")

@@ -18,8 +18,18 @@ import httpx
 import numpy as np
 import trio
 
-from everos_engine.embed.protocol import check
-from everos_engine.errors import BadText, Exhausted, SettingsError, Transient, Unavailable, exhausted
+from everos_engine.embed.protocol import check, quoted
+from everos_engine.errors import (
+    BadText,
+    EngineError,
+    Exhausted,
+    SettingsError,
+    Transient,
+    Unavailable,
+    Unexpected,
+    exhausted,
+    split_end,
+)
 from everos_engine.settings import MASK, secrets_of
 
 if TYPE_CHECKING:
@@ -108,6 +118,20 @@ class HttpEmbedder:
         except (httpx.HTTPError, httpx.StreamError) as error:
             message = f"the call to the embedding service broke off: {type(error).__name__}: {self._safe(str(error))}"
             raise Transient(message) from None
+        except EngineError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - this is the door to httpx, and what is below it raises what it likes
+            end, rest = split_end(error)
+            if rest is None:
+                raise
+            if end is not None:
+                raise end from None
+            if exhausted(rest):
+                raise Exhausted(
+                    f"no file descriptor for a call to the embedding service: {type(rest).__name__}"
+                ) from None
+            message = f"the call to the embedding service failed: {self._safe(quoted(rest))}"
+            raise Unexpected(message, counts_as_retry=True) from None
 
     def _refusal(self, status: int, headers: httpx.Headers, content: bytes) -> Transient | BadText:
         message = f"the embedding service answered HTTP {status}"

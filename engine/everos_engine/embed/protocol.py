@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from everos_engine.errors import Transient
+from everos_engine.errors import SettingsError, Transient
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 PROBE_SENTENCE = "The quick brown fox remembers where the lazy dog sleeps."
 """Embedded once per start: two models that give it the same vector are the same model."""
 SAME_COSINE = 0.999
+MOST_QUOTED = 200
+"""Characters of a foreign error's text in a message."""
 
 
 class Embedder(Protocol):
@@ -44,8 +47,12 @@ class Embedder(Protocol):
         """Shape (n, dimension). Raises Transient, or BadText where the service refuses the texts."""
 
 
-def check(vectors: NDArray[np.float32], *, count: int, dimension: int) -> NDArray[np.float32]:
-    """``vectors`` if they have shape (count, dimension) and are finite; ``dimension`` 0 takes any. Raises Transient."""
+def check(answer: object, *, count: int, dimension: int) -> NDArray[np.float32]:
+    """Return an embedder's answer as float32 of shape (count, dimension), all finite; ``dimension`` 0 takes any.
+
+    Lists and arrays of other numbers are converted. Raises Transient for anything else.
+    """
+    vectors = _numbers(answer)
     if vectors.ndim != 2 or vectors.shape[0] != count or vectors.shape[1] == 0:  # noqa: PLR2004 - a matrix
         message = f"the embedder answered with shape {vectors.shape} for {count} texts"
         raise Transient(message)
@@ -61,9 +68,64 @@ def check(vectors: NDArray[np.float32], *, count: int, dimension: int) -> NDArra
     return vectors
 
 
-def similar(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+def check_embedder(embedder: Embedder) -> None:
+    """Raise SettingsError if an embedder lacks a property that is needed before its first call, or has an unusable one."""
+    needs: dict[str, tuple[type, Callable[[object], bool], str]] = {
+        "model": (str, bool, "a name that is not empty"),
+        "dimension": (
+            Integral,
+            lambda value: cast("int", value) >= 0,
+            "the width of its vectors, or 0 if that is not known yet",
+        ),
+        "concurrency": (Integral, lambda value: cast("int", value) >= 1, "the most calls at one time, at least 1"),
+        "batch_size": (Integral, lambda value: cast("int", value) >= 1, "the most texts in one call, at least 1"),
+        "hedged": (bool, lambda _: True, "whether a slow call may be split"),
+        "embed": (object, callable, "an async method that takes texts"),
+    }
+    for name, (kind, fits, meaning) in needs.items():
+        try:
+            value = getattr(embedder, name)
+        except Exception as error:
+            message = (
+                f"the embedder {type(embedder).__name__} has no {name} ({type(error).__name__}): it must be {meaning}"
+            )
+            raise SettingsError(message) from error
+        if not isinstance(value, kind) or not fits(value):
+            message = f"the embedder {type(embedder).__name__} has {name}={str(value)[:80]!r}: it must be {meaning}"
+            raise SettingsError(message)
+
+
+def _numbers(answer: object) -> NDArray[np.float32]:
+    """The answer as an array of float32. Raises Transient for what is no array of numbers."""
+    try:
+        with np.errstate(over="ignore"):  # infinite then, and refused with the other numbers that are not finite
+            found = np.asarray(answer)
+            if found.dtype.kind not in "fiu":
+                message = f"the embedder answered with {type(answer).__name__} of {found.dtype}: numbers are expected"
+                raise Transient(message)
+            return np.asarray(found, dtype=np.float32)
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:
+        message = f"the embedder answered with {type(answer).__name__}, which is no array of numbers"
+        raise Transient(message) from error
+
+
+def similar(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> bool:
     """Whether two probe vectors, of shape (dimension,), are of the same model: a cosine of at least 0.999."""
     if one.shape != other.shape:
         return False
+    if np.array_equal(one, other):  # also of a model whose vectors have no length
+        return True
+    one, other = one.astype(np.float64), other.astype(np.float64)
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
     return norms > 0 and float(one @ other) / norms >= SAME_COSINE
+
+
+def quoted(error: BaseException) -> str:
+    """The type and the beginning of the text of an error, on one line; also of one whose own text cannot be had."""
+    if isinstance(error, BaseExceptionGroup):
+        return f"{type(error).__name__} of {'; '.join(map(quoted, error.exceptions))}"[: 2 * MOST_QUOTED]
+    try:
+        said = " ".join(str(error).split())[:MOST_QUOTED]
+    except Exception:  # noqa: BLE001 - an error of somebody else's, whose __str__ fails
+        said = ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from loguru import logger
 
 from everos_engine.embed.batch import open_batcher
 from everos_engine.embed.gate import Gate
-from everos_engine.embed.protocol import similar
+from everos_engine.embed.protocol import check_embedder, similar
 from everos_engine.errors import BadText, EngineError, Transient, Unavailable
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import embeddings
@@ -34,9 +35,10 @@ MODEL_CHANGED = "the embedding service changed its model meanwhile: embedded aga
 class Vectors:
     """Vectors by text; without an embedder there are none. Get one from ``open_vectors``."""
 
-    def __init__(self, cache: Database, gate: Gate | None) -> None:
+    def __init__(self, cache: Database, gate: Gate | None, *, deadline_seconds: float = math.inf) -> None:
         self.cache = cache
         self.gate = gate
+        self.deadline_seconds = deadline_seconds
         self.life = 0
         self._batcher: Batcher | None = None
         self._model = NO_MODEL
@@ -128,7 +130,8 @@ async def open_vectors(
     if embedder is None:
         yield Vectors(cache, None)
         return
+    check_embedder(embedder)
     gate = Gate(embedder, settings)
-    vectors = Vectors(cache, gate)
+    vectors = Vectors(cache, gate, deadline_seconds=settings.deadline_seconds)
     async with open_batcher(gate, settings, vectors.keep) as vectors._batcher:  # noqa: SLF001 - each needs the other
         yield vectors

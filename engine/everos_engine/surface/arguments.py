@@ -113,7 +113,7 @@ def _add_questions(add: _Add) -> None:
     search.add_argument("--app", help="only entries of this app")
     search.add_argument("--project", help="only entries of this project")
     search.add_argument(
-        "--limit", type=_positive, default=10, metavar="N", help="at most so many results (default: 10)"
+        "--limit", type=_positive, default=10, metavar="N", help="at most so many results, up to 1000 (default: 10)"
     )
     search.add_argument(
         "--mode",

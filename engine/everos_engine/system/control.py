@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from everos_engine.errors import EngineError
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
@@ -31,6 +33,8 @@ TALK_SECONDS = 1.0
 MOST_SLOW_TALKS = 4
 SLOW_TALK_SECONDS = 60.0
 BUSY = "busy"
+FAILED = "the engine could not answer {!r}: its log has the reason; ask again, and report it if it fails again"
+MOST_QUOTED = 80
 PAUSE_SECONDS = 0.1
 RETRY_SECONDS = 0.02
 _FULL = {errno.EMFILE, errno.ENFILE}
@@ -69,11 +73,15 @@ async def serve_control(
 ) -> None:
     """Answer questions at ``path`` until cancelled; a stale socket there is replaced.
 
+    An unexpected error of one question is logged, and answered to who asked it.
+
     ``slow`` questions get all that was asked; MOST_SLOW_TALKS of them run at once, and whoever asks more is told "busy".
     ``spare`` frees one descriptor for the length of its block: with it a process at its limit still answers.
     Sleeps where the file system takes no sockets. A silent or rude client is dropped, and harms nobody.
     """
     import trio  # noqa: PLC0415 - who only asks needs none
+
+    import everos_engine.system.unit  # noqa: F401, PLC0415 - loaded now: at the descriptor limit nothing can be
 
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with trio.socket.from_stdlib_socket(bound) as listener:
@@ -139,6 +147,8 @@ async def _talk(
 ) -> None:
     import trio  # noqa: PLC0415 - who only asks needs none
 
+    from everos_engine.system.unit import unit  # noqa: PLC0415 - nor this
+
     async with stream:
         asked: Mapping[str, object] = {}
         work = None
@@ -148,29 +158,40 @@ async def _talk(
                 name = str(asked.get("ask", ""))
                 work = slow.get(name)
                 if asked and work is None:
-                    await _say(stream, answer(name))
+                    line = _line(FAILED.format(name[:MOST_QUOTED]))
+                    with unit("control", name[:MOST_QUOTED]):
+                        line = _line(None, answer(name))
+                    await stream.send_all(line)
         finally:
             talks.release()
         if work is not None:
             with trio.move_on_after(SLOW_TALK_SECONDS), suppress(trio.BrokenResourceError):
-                await _say(stream, await _worked(work, asked, places))
+                await stream.send_all(await _worked(name, work, asked, places))
 
 
-async def _worked(work: Slow, asked: Mapping[str, object], places: trio.Semaphore) -> Mapping[str, object]:
+async def _worked(name: str, work: Slow, asked: Mapping[str, object], places: trio.Semaphore) -> bytes:
+    """The line that answers a slow question. Whatever goes wrong with one question is the answer to it alone."""
     import trio  # noqa: PLC0415 - who only asks needs none
+
+    from everos_engine.system.unit import unit  # noqa: PLC0415 - nor this
 
     try:
         places.acquire_nowait()
     except trio.WouldBlock:
-        return {"error": BUSY}
+        return _line(BUSY)
+    line = _line(FAILED.format(name))
     try:
-        return await work(asked)
+        with unit("control", name):
+            line = _line(None, await work(asked))
+    except EngineError as error:
+        return _line(str(error))
     finally:
         places.release()
+    return line
 
 
-async def _say(stream: trio.SocketStream, told: Mapping[str, object]) -> None:
-    await stream.send_all(json.dumps(told).encode() + b"\n")
+def _line(error: str | None, told: Mapping[str, object] | None = None) -> bytes:
+    return json.dumps(told if error is None else {"error": error}).encode() + b"\n"
 
 
 async def _question(stream: trio.SocketStream) -> Mapping[str, object]:

@@ -10,21 +10,26 @@ from dataclasses import dataclass, field
 import trio
 from loguru import logger
 
+from everos_engine.system.repeats import Repeats
+
 BLOCKED_SECONDS = 0.1
 LONG_SECONDS = 1.0
 """A block that a person should see; shorter ones are for those who read the log."""
-SAY_EVERY_SECONDS = 1.0
+SAY_EVERY_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
 class LoopBlocks(trio.abc.Instrument):
-    """Counts task steps of more than ``BLOCKED_SECONDS``, and logs them with the task's name, one a second at most."""
+    """Counts task steps of more than ``BLOCKED_SECONDS``, and logs each task's at most once a minute, with their count.
+
+    A task is named by its loop, and by its function if that is another one: ``work/_prepare``.
+    """
 
     count: int = 0
     worst_seconds: float = 0.0
     worst_task: str = ""
     _began: float = field(default_factory=time.perf_counter)
-    _said: float = float("-inf")
+    _repeats: Repeats = field(default_factory=lambda: Repeats(every_seconds=SAY_EVERY_SECONDS))
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - trio's interface
         self._began = time.perf_counter()
@@ -36,11 +41,25 @@ class LoopBlocks(trio.abc.Instrument):
             return
         self.count += 1
         if took > self.worst_seconds:
-            self.worst_seconds, self.worst_task = took, task.name
-        if now - self._said >= SAY_EVERY_SECONDS:
-            self._said = now
+            self.worst_seconds, self.worst_task = took, name_of(task)
+        name = name_of(task)
+        times = self._repeats.due(name, now)
+        if times:
             level = "WARNING" if took >= LONG_SECONDS else "INFO"
-            logger.log(level, "loop_blocked task={} milliseconds={:.0f} times={}", task.name, took * 1000, self.count)
+            logger.log(level, "loop_blocked task={} milliseconds={:.0f} times={}", name, took * 1000, times)
+
+
+def name_of(task: trio.lowlevel.Task) -> str:
+    """The name of the loop that a task belongs to, and of its own function; the task's own name outside of every loop.
+
+    The supervisor's tasks have the loops' names, which have no dots; all others have those of their functions.
+    """
+    parent = task
+    while "." in parent.name:
+        if parent.parent_nursery is None:
+            return task.name
+        parent = parent.parent_nursery.parent_task
+    return parent.name if parent is task else f"{parent.name}/{task.name.rpartition('.')[2]}"
 
 
 @contextmanager

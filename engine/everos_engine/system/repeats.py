@@ -1,0 +1,24 @@
+"""Keeps what repeats itself out of the log: each key is due once in a while, with the number of times it came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MOST_KEYS = 1024
+
+
+@dataclass(slots=True)
+class Repeats:
+    """Counts how often each key comes, and says when it is due."""
+
+    every_seconds: float
+    _keys: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def due(self, key: str, now_seconds: float) -> int:
+        """Return how often ``key`` came since it was last due, this time included; 0 if it is not due now."""
+        at, times = self._keys.pop(key, (float("-inf"), 0))
+        due = now_seconds - at >= self.every_seconds
+        self._keys[key] = (now_seconds, 0) if due else (at, times + 1)
+        if len(self._keys) > MOST_KEYS:
+            del self._keys[next(iter(self._keys))]  # the one that did not come for the longest time
+        return times + 1 if due else 0
