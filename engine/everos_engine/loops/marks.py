@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loguru import logger
 
-from everos_engine.errors import Transient, Unavailable
+from everos_engine.errors import Transient, Unavailable, disk_full
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.loops.job import Unsettled, complaint, note_written
 from everos_engine.stores import ledger, queue
@@ -74,7 +74,8 @@ def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int
     if job.error is None:
         where = job.put_off_where if error.counts_as_retry else ""
         said = "\n".join(filter(None, [f"{where}{error}", complaint(job)]))
-    if error.counts_as_retry and job.claim.retry_count >= settings.worker_max_retry:
+    counts = error.counts_as_retry and not disk_full(error)
+    if counts and job.claim.retry_count >= settings.worker_max_retry:
         message = f"{said} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
         queue.mark_failed(tx, job.claim, message, retryable=True, now_milliseconds=now)
         logger.warning("change_failed path={!r} retryable=true error={!r}", job.claim.md_path, message)
@@ -91,14 +92,13 @@ def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int
         # its return wakes whatever waits for it: reading the files again before that would be for nothing
         delay = max(delay, settings.worker_retry_backoff_max_seconds)
     not_before = now + max(1, int(delay * 1000))
-    counts = error.counts_as_retry
     queue.postpone(
         tx,
         job.claim,
         None if isinstance(error, Unsettled) else said,
         not_before=not_before,
         now_milliseconds=now,
-        waits_for=error.waits_for,
+        waits_for="disk" if disk_full(error) else error.waits_for,
         counts_as_retry=counts,
     )
 

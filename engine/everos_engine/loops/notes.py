@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from everos_engine.errors import Damaged, Transient
 from everos_engine.stores import meta
 
 if TYPE_CHECKING:
@@ -25,26 +26,31 @@ class Note:
 
 @dataclass(slots=True)
 class Notes:
-    """The conditions that last now; kept in the queue's database so that ``status`` needs no engine to ask."""
+    """The conditions that last now; kept in the queue's database so that ``status`` needs no engine to ask.
+
+    Memory comes first, because the engine acts and answers by it. A write that SQLite refuses is made up for by the next
+    ``say``, ``over`` or ``keep``.
+    """
 
     database: Database
     now: dict[str, Note] = field(default_factory=dict)
+    _kept: str | None = None
 
     async def begin(self) -> None:
         """Forget what an earlier engine said: what still lasts is found, and said, again."""
-        await self._keep()
+        self._kept = None
+        await self.keep()
 
     async def say(self, code: str, message: str, remedy: str) -> None:
         """Begin or renew a condition; logged when it is new, kept when its words changed."""
         note = Note(code, message, remedy)
-        if self.now.get(code) == note:
-            return
-        if code not in self.now:
-            from loguru import logger  # noqa: PLC0415 - as below
+        if self.now.get(code) != note:
+            if code not in self.now:
+                from loguru import logger  # noqa: PLC0415 - as below
 
-            logger.warning("{} message={!r} remedy={!r}", code, message, remedy)
-        self.now[code] = note
-        await self._keep()
+                logger.warning("{} message={!r} remedy={!r}", code, message, remedy)
+            self.now[code] = note
+            await self.keep()
 
     async def over(self, *codes: str) -> None:
         """End conditions, if they last."""
@@ -54,11 +60,21 @@ class Notes:
         for code in ended:
             logger.info("{}_over", code)
         if ended:
-            await self._keep()
+            await self.keep()
 
-    async def _keep(self) -> None:
+    async def keep(self) -> None:
+        """Write the conditions to SQLite if they are not what it holds. Raises Damaged alone: any other trouble passes."""
         text = json.dumps([asdict(note) for note in self.now.values()])
-        await self.database.awrite(lambda tx: meta.put(tx, META, text))
+        if text == self._kept:
+            return
+        self._kept = None
+        try:
+            await self.database.awrite(lambda tx: meta.put(tx, META, text))
+        except Damaged:
+            raise
+        except Transient:
+            return
+        self._kept = text
 
 
 def kept(tx: Transaction) -> list[Note]:

@@ -126,14 +126,14 @@ async def _count_unseen(desk: Desk, *, blameless: bool) -> None:
     """Changes of which no event told within the grace were found by the scan only."""
     progress, unseen, now = desk.progress, desk.progress.unseen, time.monotonic()
     late = [path for path, at in unseen.items() if now - at > EVENT_GRACE_SECONDS]
+    if late:  # SQLite first: what it refuses is counted by the next sweep
+        await desk.database.awrite(lambda tx: sweeps.credit(tx, "scan", len(late)))
     for path in late:
-        del unseen[path]
-
+        unseen.pop(path, None)
     if now - progress.lost_at_seconds > FORGET_SECONDS:
         await desk.notes.over("events_lost")
     if not late:
         return
-    await desk.database.awrite(lambda tx: sweeps.credit(tx, "scan", len(late)))
     if blameless:
         progress.silent += len(late)
     if progress.silent >= SHARE_FOUND_MANY and progress.silent > progress.told:

@@ -6,16 +6,30 @@ with whatever else is ready, so that one slow text or bad file never holds up it
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 from loguru import logger
 from trio_util import AsyncValue
 
-from everos_engine.errors import BadFile, BadText, EngineError, Exhausted, RootAway, Transient, Unavailable, exhausted
+from everos_engine.errors import (
+    BadFile,
+    BadText,
+    Damaged,
+    EngineError,
+    Exhausted,
+    Fatal,
+    RootAway,
+    SettingsError,
+    Transient,
+    Unavailable,
+    exhausted,
+)
 from everos_engine.loops.agree import expect_root, heal
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
@@ -25,13 +39,15 @@ from everos_engine.loops.vectors import MODEL_CHANGED
 from everos_engine.stores import ledger, meta, queue
 from everos_engine.stores.lance import Model, Row
 from everos_engine.system import files, locks
+from everos_engine.system.unit import Unit, unit
 from everos_engine.text import diff, kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Mapping
 
     from everos_engine.stores.database import Transaction
 
+T = TypeVar("T")
 COMMIT_ENTRIES = 8192
 REAP_SECONDS = 30.0
 HELD_FACTOR = 4
@@ -39,30 +55,57 @@ HELD_BYTES = 32 << 20
 """Markdown in work before no more is read; what is made of it takes several times as much memory."""
 READ_BYTES = 8 << 20
 IDLE_SECONDS = 60.0
+FIRST_DELAY_SECONDS = 0.5
+MOST_DELAY_SECONDS = 30.0
+"""Between two tries of a statement that the world is in the way of."""
+MOST_QUOTED = 200
+UNAVAILABLE = "database_unavailable"
+UNAVAILABLE_REMEDY = "make room on the disk, or end the process that holds the lock; nothing is lost, and it is tried again without pause"
 
 
 async def work(desk: Desk) -> None:
-    """Serve the queue until cancelled; whatever is held then is handed back."""
+    """Serve the queue until cancelled; whatever is held then is handed back.
+
+    A claim is in SQLite first and in memory second, and leaves them in the same order. Two repairs serve a failure in between:
+    a worker that starts takes back what an earlier one of this engine held, and a claim in SQLite that no task holds is handed
+    back within REAP_SECONDS.
+    """
     worker = _Worker(desk)
+    await worker.take_back()
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.commit_loop)
+            nursery.start_soon(worker.return_loop)
             nursery.start_soon(_poll, desk)
-            nursery.start_soon(_reap, desk)
+            nursery.start_soon(worker.reap)
             nursery.start_soon(worker.attend)
             await worker.claim_loop()
     finally:
         with trio.CancelScope(shield=True):
-            await desk.database.awrite(lambda tx: queue.recover(tx, [desk.owner]))
+            try:
+                await worker.take_back()
+            except EngineError as error:  # the next worker, or the next engine, takes them back
+                logger.warning("claims_kept error={!r}", str(error))
 
 
 class _Worker:
+    """One run of the work loop. ``in_hand`` are its claims by number, with the bytes of what was read for each."""
+
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
+        self.in_hand: dict[int, int] = {}
         self.held = AsyncValue(0)
         self.held_bytes = AsyncValue(0)
+        self.claiming = trio.Lock()
+        self.returning: AsyncValue[tuple[Job, ...]] = AsyncValue(())
         self.life = 0
         self.ready, self.ready_jobs = trio.open_memory_channel["Job | None"](4 * desk.settings.worker_batch_max)
+
+    async def take_back(self) -> None:
+        """Hand back every claim of this engine."""
+        count = await self.desk.database.awrite(lambda tx: queue.recover(tx, [self.desk.owner]))
+        if count:
+            logger.info("claims_taken_back count={}", count)
 
     async def claim_loop(self) -> None:
         settings, desk = self.desk.settings, self.desk
@@ -71,16 +114,118 @@ class _Worker:
                 seen = desk.wake.value
                 self._beat()
                 await self._breathe()
-                while claims := await self._claim():
+                while claims := await self._patiently(self._claim):
                     self._beat()
-                    self.held.value += len(claims)
-                    nursery.start_soon(self._prepare, claims)
+                    nursery.start_soon(self._prepare, claims, nursery)
                     most = max(1.0, HELD_FACTOR * settings.worker_batch_size * desk.pressure.value)
                     await self.held.wait_value(lambda held, most=most: held < most)
                     await self._breathe()
-                due = await desk.database.aread(partial(queue.next_due, now_milliseconds=now_milliseconds()))
+                due = await self._patiently(self._next_due)
                 pause = IDLE_SECONDS if due is None else min(IDLE_SECONDS, max(0.0, (due - now_milliseconds()) / 1000))
                 await wait_moved(desk.wake, seen, at_most_seconds=pause)
+
+    async def _next_due(self) -> int | None:
+        return await self.desk.database.aread(partial(queue.next_due, now_milliseconds=now_milliseconds()))
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do ``work`` on the database, again and again while the world is in its way, and say so meanwhile."""
+        delay, desk = FIRST_DELAY_SECONDS, self.desk
+        while True:
+            try:
+                result = await work()
+            except Damaged:
+                raise
+            except Transient as error:
+                desk.starved(error)
+                self._beat()
+                await desk.notes.say(UNAVAILABLE, str(error), UNAVAILABLE_REMEDY)
+                await trio.sleep(delay * (1 + random.random() / 4))  # noqa: S311 - spreads tries
+                delay = min(2 * delay, MOST_DELAY_SECONDS)
+            else:
+                await desk.notes.over(UNAVAILABLE)
+                return result
+
+    @contextmanager
+    def _unit(self, what: str, claims: Callable[[], Iterable[queue.Claim]]) -> Iterator[Unit]:
+        """Hand ``claims`` back if the block fails: they are asked for then. A bug costs each of them an attempt."""
+        try:
+            with unit("work", what) as done:
+                yield done
+        except Exception as error:  # a unit lets through only what the doors raise
+            if _decides(error):
+                raise
+            self._hand_back(claims(), error)
+        if done.error is not None:
+            self._hand_back(claims(), done.error, counts_as_retry=True)
+
+    def _hand_back(self, claims: Iterable[queue.Claim], error: BaseException, *, counts_as_retry: bool = False) -> None:
+        """Have a failed unit's claims handed back. Its error is one of the world's, unless it counts as an attempt."""
+        jobs = tuple(Job(claim) for claim in claims)
+        if not jobs:
+            return
+        self.desk.starved(error)
+        if counts_as_retry:
+            reason = Transient(f"internal error: {ascii(error)[:MOST_QUOTED]}")
+        elif isinstance(error, Transient) and not error.counts_as_retry:
+            reason = error
+        else:
+            reason = Transient(str(error), counts_as_retry=False)
+        for job in jobs:
+            job.error = reason
+        logger.warning("claims_handed_back count={} error={!r}", len(jobs), str(reason))
+        self.returning.value += jobs
+
+    async def return_loop(self) -> None:
+        """Hand back what failed units held. It stays in hand until SQLite has taken it, so that no more is claimed than fits."""
+        while True:
+            await self.returning.wait_value(bool)
+            jobs = self.returning.value
+            await self._patiently(
+                partial(
+                    self.desk.database.awrite, partial(mark, desk=self.desk, kind="", jobs=list(jobs), written=None)
+                )
+            )
+            self.returning.value = self.returning.value[len(jobs) :]
+            self._let_go(jobs)
+            self.desk.wake_up()
+            self.desk.applied.value += 1
+
+    def _let_go(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self.in_hand.pop(job.claim.claim_no, None)
+        self._count()
+
+    def _count(self) -> None:
+        self.held.value, self.held_bytes.value = len(self.in_hand), sum(self.in_hand.values())
+
+    async def reap(self) -> None:
+        """Take back what dead processes held, and what this engine holds by SQLite's word but no task of it."""
+        desk = self.desk
+        while True:
+            try:
+                count = await self._reap_dead() + await self._reap_lost()
+            except Damaged:
+                raise
+            except Transient as error:  # the next round does it
+                desk.starved(error)
+            else:
+                if count:
+                    logger.info("cascade_recovered_orphan_processing count={}", count)
+                    desk.wake_up()
+            await desk.notes.keep()
+            await trio.sleep(REAP_SECONDS)
+
+    async def _reap_dead(self) -> int:
+        desk = self.desk
+        others = [owner for owner in await desk.database.aread(queue.owners) if owner != desk.owner]
+        return await desk.database.awrite(partial(queue.recover, dead_owners=_dead(desk, others))) if others else 0
+
+    async def _reap_lost(self) -> int:
+        desk = self.desk
+        async with self.claiming:
+            ours = await desk.database.aread(lambda tx: queue.claimed(tx, desk.owner))
+            lost = [number for number in ours if number not in self.in_hand]
+            return await desk.database.awrite(lambda tx: queue.hand_back(tx, desk.owner, lost)) if lost else 0
 
     async def _breathe(self) -> None:
         """New claims wait while the guard lets none through."""
@@ -105,20 +250,27 @@ class _Worker:
             limit = max(1, int(limit * share))
             return queue.claim(tx, self.desk.owner, limit=limit, now_milliseconds=now_milliseconds())
 
-        due = await self.desk.database.aread(_has_ready)
-        return await self.desk.database.awrite(take) if due else []
+        if not await self.desk.database.aread(_has_ready):
+            return []
+        async with self.claiming:
+            claims = await self.desk.database.awrite(take)
+            self.in_hand |= {claim.claim_no: 0 for claim in claims}
+            self._count()
+        return claims
 
-    async def _prepare(self, claims: list[queue.Claim]) -> None:
+    async def _prepare(self, claims: list[queue.Claim], nursery: trio.Nursery) -> None:
         """Read and diff off the loop, as much as memory should hold; send each job on as soon as it needs nothing more."""
-        known = await self.desk.database.aread(lambda tx: ledger.known(tx, [claim.md_path for claim in claims]))
-        async with trio.open_nursery() as nursery:
-            while claims:
+        left = list(claims)
+        with self._unit("read and compare", lambda: left):
+            known = await self.desk.database.aread(lambda tx: ledger.known(tx, [claim.md_path for claim in claims]))
+            while left:
                 await self.held_bytes.wait_value(lambda held: held < HELD_BYTES)
-                jobs = await trio.to_thread.run_sync(self._read_some, claims, known)
-                claims = claims[len(jobs) :]
-                self.held_bytes.value += sum(job.size_bytes for job in jobs)
+                jobs = await trio.to_thread.run_sync(self._read_some, left, known)
+                self.in_hand |= {job.claim.claim_no: job.size_bytes for job in jobs}
+                self._count()
                 await self._look_up(jobs)
                 for job in jobs:
+                    left.remove(job.claim)
                     if job.error is None and job.missing and self.desk.vectors.gate is not None:
                         nursery.start_soon(self._embed, job)
                     else:
@@ -199,6 +351,11 @@ class _Worker:
             job.life = self.desk.vectors.life
 
     async def _embed(self, job: Job) -> None:
+        with self._unit("embed", lambda: [job.claim]):
+            await self._embed_missing(job)
+            await self.ready.send(job)
+
+    async def _embed_missing(self, job: Job) -> None:
         missing = job.missing
         refused: dict[str, EngineError] = {}
         later: dict[str, Transient] = {}
@@ -213,21 +370,29 @@ class _Worker:
             refuse(job, refused)
         if later:
             put_off(job, later)
-        await self.ready.send(job)
 
     async def attend(self) -> None:
         """Tell of the embedding service's outages, and have what waited for it done as soon as it answers."""
         desk, gate = self.desk, self.desk.vectors.gate
         if gate is None:
             return
+
+        async def note() -> str | None:
+            reason: str | None = gate.down.value
+            await desk.database.awrite(partial(_note_outage, reason=reason, now_milliseconds=now_milliseconds()))
+            return reason
+
         async with aclosing(gate.down.eventual_values()) as reasons:
-            async for reason in reasons:
-                await desk.database.awrite(partial(_note_outage, reason=reason, now_milliseconds=now_milliseconds()))
-                if reason is None:
-                    with suppress(Unavailable):
+            async for _ in reasons:
+                if await self._patiently(note) is None:
+                    try:
                         if desk.index.open_kinds():
                             await desk.vectors.model()
                         await self.ready.send(None)
+                    except Damaged:
+                        raise
+                    except Transient as error:  # the next batch of jobs asks again
+                        desk.starved(error)
                     desk.wake_up()
 
     async def _renew(self) -> None:
@@ -256,13 +421,35 @@ class _Worker:
                 if job is not None:
                     entries += len(job.plan.upserts)
                     jobs.append(job)
+            by_kind: dict[str, list[Job]] = defaultdict(list)
+            for job in jobs:
+                by_kind[job.claim.kind].append(job)
             with trio.CancelScope(shield=True):
-                await self._renew()
-                await self._commit(jobs)
-            self.held.value -= len(jobs)
-            self.held_bytes.value -= sum(job.size_bytes for job in jobs)
+                with self._unit("renew tables", list):
+                    await self._renew()
+                for of_kind in by_kind.values():
+                    await self._commit_apart(of_kind)
             self._beat()
             self.desk.applied.value += 1
+
+    async def _commit_apart(self, jobs: list[Job]) -> None:
+        """Commit jobs together. If that meets a bug, commit each by itself: one of them must not hold up the others."""
+        together = Unit()
+        try:
+            with unit("work", f"commit {len(jobs)} changes") as together:
+                await self._commit(jobs)
+                self._let_go(jobs)
+        except Exception as error:  # a unit lets through only what the doors raise
+            if _decides(error):
+                raise
+            self._hand_back([job.claim for job in jobs], error)
+        if together.error is None:
+            return
+        if len(jobs) == 1:
+            self._hand_back([jobs[0].claim], together.error, counts_as_retry=True)
+            return
+        for job in jobs:
+            await self._commit_apart([job])
 
     async def _commit(self, jobs: list[Job]) -> None:
         """Commit each kind once; a kind in trouble postpones its own jobs only."""
@@ -338,6 +525,13 @@ class _Worker:
         self.desk.wake_up()
 
 
+def _decides(error: BaseException) -> bool:
+    """Whether an error is for the supervisor: the stores must be opened again, or the process must end."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup((Damaged, Fatal, SettingsError)) is not None
+    return isinstance(error, (Damaged, Fatal, SettingsError))
+
+
 def _has_ready(tx: Transaction) -> bool:
     if queue.ready(tx):
         return True
@@ -354,13 +548,19 @@ def _note_outage(tx: Transaction, *, reason: str | None, now_milliseconds: int) 
 
 async def _poll(desk: Desk) -> None:
     """The net under the wake-ups: another process' commit moves the data version."""
-    last = await desk.database.data_version()
+    last = None
     while True:
-        await trio.sleep(desk.settings.worker_poll_interval_seconds)
-        version = await desk.database.data_version()
-        if version != last:
+        try:
+            version = await desk.database.data_version()
+        except Damaged:
+            raise
+        except Transient as error:  # the next look sees what this one missed
+            desk.starved(error)
+        else:
+            if last is not None and version != last:
+                desk.wake_up()
             last = version
-            desk.wake_up()
+        await trio.sleep(desk.settings.worker_poll_interval_seconds)
 
 
 def _dead(desk: Desk, owners: list[str]) -> set[str]:
@@ -370,15 +570,3 @@ def _dead(desk: Desk, owners: list[str]) -> set[str]:
         if not desk.starved(error):
             raise
         return set()  # nobody can be looked at now; the next round does
-
-
-async def _reap(desk: Desk) -> None:
-    """Take back what dead processes held."""
-    while True:
-        others = [owner for owner in await desk.database.aread(queue.owners) if owner != desk.owner]
-        if others:
-            count = await desk.database.awrite(partial(queue.recover, dead_owners=_dead(desk, others)))
-            if count:
-                logger.info("cascade_recovered_orphan_processing count={}", count)
-                desk.wake_up()
-        await trio.sleep(REAP_SECONDS)

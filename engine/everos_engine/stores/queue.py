@@ -334,6 +334,25 @@ def recover(tx: Transaction, dead_owners: Iterable[str]) -> int:
     return sum(len(list(tx.execute(RELEASE, (owner,)))) for owner in dead_owners)
 
 
+CLAIMED = "SELECT claim_no FROM md_change_state WHERE status = 'processing' AND owner = ?"
+
+
+def claimed(tx: Transaction, owner: str) -> list[int]:
+    """Return the numbers of an owner's claims."""
+    return [cast("int", number) for (number,) in tx.execute(CLAIMED, (owner,))]
+
+
+HAND_BACK = """
+UPDATE md_change_state SET status = 'pending', claim_no = NULL, claim_lsn = NULL, owner = NULL, not_before = 0, waits_for = NULL
+WHERE status = 'processing' AND owner = ? AND claim_no IN (SELECT value FROM json_each(?)) RETURNING 1
+"""
+
+
+def hand_back(tx: Transaction, owner: str, claim_numbers: Sequence[int]) -> int:
+    """Hand back some claims of an owner, of which it knows nothing any more. Returns how many there were."""
+    return len(list(tx.execute(HAND_BACK, (owner, json.dumps(list(claim_numbers))))))
+
+
 def owners(tx: Transaction) -> list[str]:
     """Owners of the claims there are."""
     return [
