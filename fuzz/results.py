@@ -28,6 +28,8 @@ class Run:
     session_bytes: Sequence[int]
     limit: int
     budget: int | None = None
+    ceiling_bytes: int | None = None
+    index_bytes: Sequence[int] = ()
 
 
 def write_result(name: str, facts: Mapping[str, object], run: Run, *, folder: Path = RESULTS) -> Path:
@@ -55,6 +57,8 @@ def _write(name: str, facts: Mapping[str, object], run: Run, folder: Path) -> Pa
     }
     if run.session_bytes:
         series["session_bytes"] = run.session_bytes
+    if run.index_bytes:
+        series["index_bytes"] = run.index_bytes
     with (folder / f"{name}.csv").open("w", encoding="ascii", newline="") as file:
         csv.writer(file).writerows([series, *zip(*series.values(), strict=True)])
     if importlib.util.find_spec("matplotlib") is None:
@@ -76,11 +80,16 @@ def draw(title: str, run: Run, path: Path) -> None:
     above.axhline(run.limit, color="#b02a2a", linewidth=1, label=f"limit {run.limit}")
     if run.budget is not None:
         above.axhline(run.budget, color="#c98a1b", linewidth=1, linestyle="--", label=f"soft budget {run.budget}")
-    above.set_ylim(bottom=0)
+    above.set_ylim(0, None if run.limit <= 4 * max(run.counts) else 1.5 * max(run.counts))
     above.set_ylabel("open descriptors")
     above.set_title(title)
     above.legend(loc="upper left", fontsize="small")
     below.plot(run.seconds, [value / (1 << 20) for value in run.rss_bytes], linewidth=0.8, color="#2c7a4b", label="RSS")
+    if run.ceiling_bytes is not None:
+        below.axhline(run.ceiling_bytes / (1 << 20), color="#b02a2a", linewidth=1, label="ceiling of RSS")
+    if run.index_bytes:
+        size = [value / (1 << 20) for value in run.index_bytes]
+        below.plot(run.seconds, size, linewidth=0.8, color="#c98a1b", label="index on disk")
     if run.session_bytes:
         session = [value / (1 << 20) for value in run.session_bytes]
         below.plot(run.seconds, session, linewidth=0.8, color="#7a4b9c", label="of it the Session's caches")

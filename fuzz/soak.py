@@ -2,6 +2,7 @@
 
     python fuzz/soak.py --minutes 10               # 64, 128, 256 and 1024 in mode reopen, 256 in mode pinned
     python fuzz/soak.py --minutes 0.5 --limit 64
+    python fuzz/soak.py --defaults --minutes 60    # see soak_defaults.py
 
 The tree keeps its size while its content changes without pause, so whatever grows in the second half is a leak.
 """
@@ -23,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import realistic
+import soak_defaults
 from meter import Meter
 from results import RESULTS, Run, write_result
 from slope import NEEDS_SECONDS, Slope, crest, slope
@@ -277,9 +280,36 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--minutes", type=float, default=5.0, help="how long each soak lasts; slopes are judged from 7.5 on"
     )
-    parser.add_argument("--limit", type=int, action="append", help="only this one, in mode reopen; may be repeated")
+    parser.add_argument(
+        "--limit", action="append", type=_limit, help="only this one, in mode reopen, or none; may be repeated"
+    )
+    parser.add_argument("--defaults", action="store_true", help="soak the default settings with the local model")
+    parser.add_argument("--rows", type=int, default=realistic.ROWS, help="rows of the memory, with --defaults")
+    parser.add_argument("--rest-minutes", type=float, help="how long to rest at the end, with --defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, with --defaults")
     chosen = parser.parse_args(arguments)
+    if chosen.defaults:
+        return _soak_defaults(chosen)
+    if chosen.limit and None in chosen.limit:
+        parser.error("--limit none is for --defaults")
     return run_plan([(limit, "reopen") for limit in chosen.limit] if chosen.limit else PLAN, chosen.minutes)
+
+
+def _limit(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _soak_defaults(chosen: argparse.Namespace) -> int:
+    flags = dict(setting.split("=", 1) for setting in chosen.set)
+    rest = chosen.rest_minutes
+    if rest is None:
+        rest = soak_defaults.REST_SECONDS / 60 if chosen.minutes >= soak_defaults.REST_FROM_MINUTES else 0.0
+    failed = False
+    for limit in chosen.limit or [None]:
+        verdict = soak_defaults.soak(limit, chosen.minutes, rest_seconds=60 * rest, rows=chosen.rows, flags=flags)
+        print(verdict.line(), flush=True)
+        failed = failed or bool(verdict.faults)
+    return int(failed)
 
 
 def run_plan(plan: Sequence[tuple[int, str]], minutes: float) -> int:

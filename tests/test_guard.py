@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import resource
@@ -11,7 +12,7 @@ import time
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from everos_engine.errors import SettingsError
 from everos_engine.loops.desk import HISTORY, History, Point
 from everos_engine.loops.guard import Guard, share_of_breadth
 from everos_engine.loops.law import prove
-from everos_engine.settings import DescriptorMode, LanceDBSettings, Settings, load
+from everos_engine.loops.resident import LEAST_SHARE
+from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores import meta
+from everos_engine.system import ceiling, fds
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.system.control import ask
 from everos_engine.testing import FakeEmbedder
@@ -141,10 +144,12 @@ def test_at_a_limit_of_64_all_is_indexed_and_searched_under_edits_below_48_descr
         engine.tell(f"search {SEARCHES}")
         edit(root, seconds=5)
         assert engine.hear("searched")["hits"] > SEARCHES
+        seen = pulse(root)
         engine.tell("end")
         end = engine.hear("end")
     assert (end["failures"], end["pending"], end["agrees"], end["exhaustions"]) == ({}, 0, True, 0)
-    assert end["peak"] <= 48
+    assert end["peak"] <= 48 <= seen["fds"]["soft_budget"]
+    assert (seen["pressure"], end["rotations"]) == (1, 0)  # it is neither slowed nor rotated for what it always holds
 
 
 def test_pinned_indexes_are_kept_under_budget_by_rotation(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +219,7 @@ async def quiet(settings: Settings) -> AsyncIterator[Engine]:
         yield reader
 
 
-async def test_a_session_that_holds_too_many_bytes_is_rotated_once_a_minute(settings: Settings, root: Path) -> None:
+async def test_a_session_that_holds_too_many_bytes_is_rotated_once_in_a_while(settings: Settings, root: Path) -> None:
     tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
     put(root, day(1), facts(fact(1, "heron")))
     async with quiet(tight) as engine:
@@ -235,6 +240,7 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budg
     async with quiet(tight) as engine:
         guard = Guard(engine.desk)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
         resource.setrlimit(resource.RLIMIT_NOFILE, (guard.count() * 3 // 2, hard))
         try:
             for turn in range(1, 5):  # none of them frees a descriptor, and none has to
@@ -244,6 +250,70 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budg
                 assert engine.desk.index.rotations == turn
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for handle in held:
+                os.close(handle)
+
+
+@given(
+    limit=st.integers(ceiling.LEAST_LIMIT, 1 << 20),
+    others=st.integers(0, 200),
+    reads=st.integers(1, 64),
+    soft_share=st.floats(0.1, 0.95),
+    http=st.booleans(),
+)
+def test_budgets_lie_above_what_is_always_open_as_far_as_the_limit_has_room(
+    limit: int, others: int, reads: int, soft_share: float, *, http: bool
+) -> None:
+    lancedb = LanceDBSettings(soft_budget_share=soft_share, hard_budget_share=0.95, concurrent_reads=reads)
+    settings = Settings(lancedb=lancedb, embedder=EmbedderSettings(kind="http" if http else "local"))
+    soft, hard = ceiling.budgets_of(settings, limit=limit, others=others)
+    held = ceiling.ceiling_of(settings, cap_bytes=0, pinned=False, limit=limit) + max(0, others - 3)
+    assert 0 < soft < hard < limit
+    assert soft >= min(held, limit - 8)
+    assert soft >= min(int(limit * soft_share), limit - 8)
+
+
+@pytest.mark.skipif(fds.memory() is None, reason="needs /proc")
+async def test_memory_over_its_ceiling_slows_work_rotates_and_is_reported_until_it_is_free_again(
+    settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everos_engine.loops.resident.OVER_SECONDS", 0.0)
+    monkeypatch.setattr("everos_engine.loops.guard.TRIM_SECONDS", 0.0)
+    small = replace(settings, embedder=EmbedderSettings(kind="none"))
+    put(root, day(1), facts(fact(1, "heron")))
+    async with quiet(small) as engine:
+        desk, guard = engine.desk, Guard(engine.desk)
+        assert len(await engine.search("heron")) == 1
+        await guard.look()
+        shown = desk.fds["memory"]
+        assert (desk.pressure.value, desk.index.rotations) == (1, 0)
+        assert shown["rss_bytes"] < shown["soft_bytes"] < shown["ceiling_bytes"]  # type: ignore[index]
+        assert sum(shown["parts"].values()) == shown["ceiling_bytes"]  # type: ignore[index]
+        hoard = mmap.mmap(-1, shown["ceiling_bytes"])  # type: ignore[index]
+        for page in range(0, len(hoard), mmap.PAGESIZE):
+            hoard[page] = 1
+        for _ in range(3):
+            await guard.look()
+        assert desk.pressure.value == LEAST_SHARE  # slow, and never at a stop
+        assert desk.index.rotations == 1
+        assert "MiB are resident" in desk.notes.now["memory_over_ceiling"].message
+        assert len(await engine.search("heron")) == 1
+        hoard.close()
+        for _ in range(2):
+            await guard.look()
+        assert desk.pressure.value == 1
+        assert "memory_over_ceiling" not in desk.notes.now
+
+
+@given(rows=st.integers(0, 10**6), dimension=st.integers(0, 2048), budget=st.integers(0, 1 << 30))
+def test_the_ceiling_of_memory_grows_with_each_of_its_parts(rows: int, dimension: int, budget: int) -> None:
+    settings = Settings(lancedb=LanceDBSettings(session_most_bytes=budget))
+    found = ceiling.memory_ceiling(settings, rows=rows, dimension=dimension)
+    more = Settings(lancedb=LanceDBSettings(session_most_bytes=2 * budget))
+    assert found.soft_bytes < found.ceiling_bytes == sum(asdict(found).values())
+    assert found.session >= budget
+    assert ceiling.memory_ceiling(more, rows=rows, dimension=dimension).ceiling_bytes >= found.ceiling_bytes
+    assert ceiling.memory_ceiling(settings, rows=rows + 1, dimension=dimension).ceiling_bytes > found.ceiling_bytes
 
 
 async def test_memory_of_an_old_session_goes_back_once_its_last_reader_is_done(

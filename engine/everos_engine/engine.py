@@ -18,7 +18,7 @@ from everos_engine.errors import EngineError, Fatal, SettingsError, Transient, s
 from everos_engine.loops.agree import agree
 from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import lay_marker
-from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
+from everos_engine.loops.desk import Base, Desk, base_now, now_milliseconds, wait_moved
 from everos_engine.loops.guard import guard
 from everos_engine.loops.maintain import compact, maintain
 from everos_engine.loops.observe import audit, sweep
@@ -82,6 +82,7 @@ class Engine:
         self._calls: set[trio.CancelScope] = set()
         self._calls_gone = trio.Event()
         self.health = Health()
+        self.base = base_now()
 
     @property
     def settings(self) -> Settings:
@@ -340,7 +341,7 @@ async def _serve(
 
     async def life(wait_seconds: float) -> None:
         async with (
-            _stores(settings, embedder, owner, blocks, before=engine.last_desk) as desk,
+            _stores(settings, embedder, owner, blocks, base=engine.base, before=engine.last_desk) as desk,
             engine.using(desk),
             trio.open_nursery() as nursery,
         ):
@@ -394,7 +395,7 @@ def _loops(desk: Desk, *, watching: bool) -> dict[str, Callable[[], Awaitable[No
 
 @asynccontextmanager
 async def _stores(
-    settings: Settings, embedder: Embedder | None, owner: str, blocks: LoopBlocks, *, before: Desk | None
+    settings: Settings, embedder: Embedder | None, owner: str, blocks: LoopBlocks, *, base: Base, before: Desk | None
 ) -> AsyncIterator[Desk]:
     """The stores of one root, open for the length of the block; the shared values are those of the desk ``before``."""
     async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder) as vectors:
@@ -402,7 +403,7 @@ async def _stores(
             ceiling.check_limit(fds.limits()[1])
             index = _index(settings, bridge)
             if before is None:
-                desk = Desk(settings, database, index, vectors, owner, blocks=blocks)
+                desk = Desk(settings, database, index, vectors, owner, blocks=blocks, base=base)
             else:
                 desk = replace(before, database=database, index=index, vectors=vectors)
             index.on_exhausted = desk.exhaust
@@ -421,7 +422,7 @@ async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
         with _databases(settings) as database:
             index = _index(settings, bridge)
             try:
-                async with engine.using(Desk(settings, database, index, vectors, "reader")):
+                async with engine.using(Desk(settings, database, index, vectors, "reader", base=engine.base)):
                     yield engine
             finally:
                 index.close()

@@ -98,7 +98,7 @@ class LanceDBSettings:
         scope="root",
     )
     session_most_bytes: int = knob(
-        256 << 20,
+        32 << 20,
         "Bytes in the Session's caches, metadata too, above which it is rotated; sizes are accepted.",
         least=0,
         scope="root",

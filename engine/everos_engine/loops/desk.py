@@ -15,6 +15,7 @@ from trio_util import AsyncValue
 from everos_engine.errors import exhausted
 from everos_engine.loops.brake import Brake
 from everos_engine.loops.notes import Notes
+from everos_engine.system import fds
 from everos_engine.system.fds import Reserve
 from everos_engine.system.instrument import LoopBlocks
 
@@ -74,6 +75,20 @@ class Point(NamedTuple):
     session_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What the process held before the engine began: open descriptors and resident bytes."""
+
+    descriptors: int
+    rss_bytes: int
+
+
+def base_now() -> Base:
+    """Measure what the process holds now; zero resident bytes where the system does not report them."""
+    memory = fds.memory()
+    return Base(fds.counter()[0](), 0 if memory is None else memory.rss_bytes)
+
+
 class History:
     """The last HISTORY points, in memory laid out at the start: an hour of them costs no more than the first."""
 
@@ -121,6 +136,7 @@ class Desk:
     exhaustion: AsyncValue[int] = field(default_factory=lambda: AsyncValue(0))
     exhausted_at_seconds: float = float("-inf")
     reserve: Reserve = field(default_factory=Reserve)
+    base: Base = field(default_factory=base_now)
     fds: dict[str, object] = field(default_factory=dict)
     fds_history: History = field(default_factory=History)
     brake: Brake = field(init=False)

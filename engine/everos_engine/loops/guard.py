@@ -16,6 +16,7 @@ from everos_engine.errors import Transient
 from everos_engine.loops.agree import expect_root
 from everos_engine.loops.desk import Desk, Point, now_milliseconds, wait_moved
 from everos_engine.loops.law import Law, prove
+from everos_engine.loops.resident import Resident
 from everos_engine.stores import meta
 from everos_engine.stores.lance import LIBRARY
 from everos_engine.system import ceiling, fds, memory
@@ -37,7 +38,8 @@ FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
 """A rotation that freed nothing is tried again after a rest that doubles."""
 CALM_SECONDS = 2.0
 """After an exhaustion new work waits until none was seen for so long."""
-BYTES_REST_SECONDS = 60.0
+BYTES_REST_SECONDS = 10.0
+"""Between two rotations for the Session's bytes."""
 TRIM_SECONDS, TRIM_BYTES = 5.0, 256 << 10
 """How often the allocator is asked for what it holds free, and how much more than after the last time must be resident."""
 PROVE_AFTER_SECONDS = 3.0
@@ -77,6 +79,7 @@ class Guard:
     counted_by: str = field(init=False)
     peak: int = 0
     law: Law | None = None
+    resident: Resident = field(init=False)
     classes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(fds.CLASSES, 0))
     memory: fds.Memory = field(default_factory=lambda: fds.Memory(0, 0))
     disk: tuple[int, int, int] = (0, 0, 0)
@@ -94,6 +97,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         self.count, self.counted_by = fds.counter()
+        self.resident = Resident(self.desk)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -125,16 +129,15 @@ class Guard:
         else:  # without pinned indexes a rotation frees bytes only, also where the limit is so low that any count is over
             if count <= soft:
                 self._rest_seconds = FIRST_REST_SECONDS
-            too_many = desk.index.session_bytes() > desk.settings.lancedb.session_most_bytes
-            if too_many and now - self._rotated_for_bytes >= BYTES_REST_SECONDS:
-                self._rotated_for_bytes = now
-                self._rotate(count, reason="session_bytes")
+            self._rotate_for_bytes(now, count)
         count = self.count()
         self.peak = max(self.peak, count)
         calm = now - desk.exhausted_at_seconds >= CALM_SECONDS
-        self._press(count, share_of_breadth(count, soft=soft, hard=hard) if calm else 0.0)
+        share = share_of_breadth(count, soft=soft, hard=hard) if calm else 0.0
+        self._press(count, min(share, self.resident.share(self.memory.rss_bytes)))
         with suppress(Transient):
-            await self._tell(calm=calm, limit=limit)
+            await self._tell(calm=calm, exhausting=share <= 0, limit=limit)
+            await self.resident.report(self.memory.rss_bytes, now)
         if not desk.reserve.held and count < limit - 1:
             desk.reserve.take()
         self._publish(count)
@@ -145,7 +148,9 @@ class Guard:
         at, rss_bytes = self._trimmed
         if self._trim_due and self.desk.index.generations_open == 1:
             self._trim_due = False
-        elif now - at < TRIM_SECONDS or self.memory.rss_bytes - rss_bytes < TRIM_BYTES:
+        elif now - at < TRIM_SECONDS or not (
+            self.memory.rss_bytes - rss_bytes >= TRIM_BYTES or self.resident.is_over(self.memory.rss_bytes)
+        ):
             return
         await trio.to_thread.run_sync(memory.trim)
         self.memory = fds.memory() or self.memory
@@ -192,12 +197,13 @@ class Guard:
             began = time.monotonic()
             found = await trio.to_thread.run_sync(fds.tree_size, self.desk.settings.lancedb_directory)
             self.disk = found or self.disk
+            await self.resident.count_rows()
             await trio.sleep(max(CLASSIFY_SECONDS, (time.monotonic() - began) / WALK_SHARE))
 
     def _bounds(self) -> tuple[int, int, int]:
         """The limit, the soft and the hard budget."""
-        limit, settings = fds.limits()[0], self.desk.settings.lancedb
-        return limit, int(limit * settings.soft_budget_share), int(limit * settings.hard_budget_share)
+        limit = fds.limits()[0]
+        return limit, *ceiling.budgets_of(self.desk.settings, limit=limit, others=self.desk.base.descriptors)
 
     def _classify(self, now: float, count: int) -> None:
         at, counted = self._classified
@@ -216,6 +222,16 @@ class Guard:
         self._rest_seconds = FIRST_REST_SECONDS if helped else min(2 * self._rest_seconds, MOST_REST_SECONDS)
         self._rotate_after = now + self._rest_seconds
         self._before_last = self._lowest_since = before
+
+    def _rotate_for_bytes(self, now: float, before: int) -> None:
+        """Rotate for what the Session holds, or for what the process holds; not sooner than a rest after the last time."""
+        index = self.desk.index
+        if index.session_bytes() > self.desk.settings.lancedb.session_most_bytes:
+            if now - self._rotated_for_bytes >= BYTES_REST_SECONDS:
+                self._rotated_for_bytes = now
+                self._rotate(before, reason="session_bytes")
+        elif self.resident.wants_rotation(self.memory.rss_bytes, now):
+            self._rotate(before, reason="memory")
 
     def _rotate(self, before: int, *, reason: str) -> None:
         index, held_bytes = self.desk.index, self.desk.index.session_bytes()
@@ -244,7 +260,7 @@ class Guard:
         if value <= 0:
             self.desk.wake_up()
 
-    async def _tell(self, *, calm: bool, limit: int) -> None:
+    async def _tell(self, *, calm: bool, exhausting: bool, limit: int) -> None:
         desk = self.desk
         if not calm:
             self._was_exhausted = True
@@ -255,7 +271,7 @@ class Guard:
         if self._was_exhausted:
             self._was_exhausted = False
             desk.look_again()  # events and sweeps of that time are void
-        if desk.pressure.value <= 0:
+        if exhausting:
             hard = desk.settings.lancedb.hard_budget_share
             message = f"more than {hard:.0%} of the {limit} file descriptors are open: new work waits"
             await desk.notes.say("descriptors_over_budget", message, OVER_REMEDY)
@@ -286,6 +302,7 @@ class Guard:
             "generations_open": index.generations_open,
             "exhaustions": desk.exhaustion.value,
             "rss_bytes": point.rss_bytes,
+            "memory": self.resident.as_data(point.rss_bytes),
             "threads": self.memory.threads,
             "index_files": self.disk[0],
             "index_directories": self.disk[1],

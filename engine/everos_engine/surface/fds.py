@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 from everos_engine.errors import SettingsError
@@ -63,13 +64,21 @@ def implied(settings: Settings) -> dict[str, object]:
         cap_bytes, refusal = ceiling.cap_of(lancedb, limit=limit), None
     except SettingsError as error:
         cap_bytes, refusal = cast("int", lancedb.index_cache_size_bytes), str(error)
+    soft, hard = ceiling.budgets_of(settings, limit=limit)
+    memory = ceiling.memory_ceiling(settings)
     return {
         "limit": limit,
-        "soft_budget": int(limit * lancedb.soft_budget_share),
-        "hard_budget": int(limit * lancedb.hard_budget_share),
+        "soft_budget": soft,
+        "hard_budget": hard,
         "mode": lancedb.descriptor_mode,
         "cap_bytes": cap_bytes,
         "ceiling": ceiling.ceiling_of(settings, cap_bytes=cap_bytes, pinned=pinned, limit=limit),
+        "memory": {
+            "soft_bytes": memory.soft_bytes,
+            "ceiling_bytes": memory.ceiling_bytes,
+            "parts": asdict(memory),
+            "rows": 0,
+        },
         "refusal": refusal,
     }
 
@@ -116,7 +125,7 @@ def _live(sample: Mapping[str, object], found: Vitals, paint: Paint) -> str:
         ),
         f"without any descriptor: {_int(sample, 'exhaustions')} times",
         f"worker: {cast('float', found.pulse.get('pressure', 1.0)):.0%} of its breadth",
-        f"memory: {size(_int(sample, 'rss_bytes'))}, {_int(sample, 'threads')} threads",
+        f"memory: {size(_int(sample, 'rss_bytes'))} resident, {_int(sample, 'threads')} threads",
         (
             f"index on disk: {_int(sample, 'index_files'):,} files in {_int(sample, 'index_directories'):,} directories, "
             f"{size(_int(sample, 'index_bytes'))}"
@@ -132,7 +141,15 @@ def _bounds(facts: Mapping[str, object]) -> list[str]:
             f"hard budget {_int(facts, 'hard_budget'):,} (new work waits)"
         ),
         f"mode: {facts['mode']}, cap {size(_int(facts, 'cap_bytes'))}, ceiling {_int(facts, 'ceiling'):,}",
+        _memory(cast("Mapping[str, object]", facts.get("memory") or {})),
     ]
+
+
+def _memory(facts: Mapping[str, object]) -> str:
+    """The ceiling of resident memory, as a sum."""
+    parts = cast("Mapping[str, int]", facts.get("parts") or {})
+    total = " + ".join(f"{name} {size(part)}" for name, part in parts.items())
+    return f"memory ceiling: {size(_int(facts, 'ceiling_bytes'))} = {total}; slowed from {size(_int(facts, 'soft_bytes'))} on"
 
 
 def _int(facts: Mapping[str, object], name: str) -> int:

@@ -12,8 +12,8 @@ from everos_engine.loops.asked import key_of
 from everos_engine.loops.brake import REMEDY, WHY
 from everos_engine.stores import census, inspection, ledger, meta
 from everos_engine.stores.database import Database
-from everos_engine.surface.paint import Paint, ago, plural, shown
-from everos_engine.surface.vitals import Vitals, vitals
+from everos_engine.surface.paint import Paint, ago, plural, shown, size
+from everos_engine.surface.vitals import Vitals, number, vitals
 from everos_engine.system import files
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def _lines(found: Snapshot, paint: Paint) -> list[str]:
         _found_by(counts),
         *_held(found, moment, paint),
         *_engine(found, paint),
+        *_memory(found),
         *_outage(found, moment, paint),
         *(_note(note, paint) for note in _notes(found)),
         f"root: {shown(found.root)}",
@@ -245,6 +246,15 @@ def _engine(found: Snapshot, paint: Paint) -> list[str]:
         for stall in engine.stalls
     ]
     return [f"engine: {words[engine.state]}", *stalls]
+
+
+def _memory(found: Snapshot) -> list[str]:
+    memory = found.engine.memory
+    if not memory.get("ceiling_bytes"):
+        return []
+    return [
+        f"memory: {size(int(number(memory.get('rss_bytes'))))} resident of at most {size(int(number(memory['ceiling_bytes'])))}"
+    ]
 
 
 def _outage(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:

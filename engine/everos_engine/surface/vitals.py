@@ -81,6 +81,11 @@ class Vitals:
         """The pulse's part about file descriptors."""
         return _mapping(self.pulse.get("fds"))
 
+    @property
+    def memory(self) -> Mapping[str, object]:
+        """The pulse's part about resident memory: bytes, their ceiling and its parts; empty before the first count."""
+        return _mapping(self.descriptors.get("memory"))
+
 
 def vitals(settings: Settings) -> Vitals:
     """How the engine of this root is, now."""

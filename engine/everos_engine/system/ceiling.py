@@ -1,7 +1,8 @@
-"""The arithmetic of file descriptors: what a cap of the index cache may cost, and whether that fits under the limit."""
+"""The arithmetic of file descriptors and of resident memory: what the settings may cost, and whether that fits."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import SettingsError
@@ -22,6 +23,72 @@ HEADROOM = 2
 MIB = 1 << 20
 MOST_AUTO_BYTES = 64 * MIB
 """Beyond this the measured latency no longer falls."""
+OTHERS_DESCRIPTORS = 3
+"""Standard input, output and errors: what a process of its own holds before the engine opens anything."""
+ROOM_DESCRIPTORS = 4
+"""Between the soft and the hard budget, and between the hard budget and the limit, at the least."""
+
+BASE_BYTES = 140 * MIB
+"""What a process holds once the engine is imported, for an estimate without one; a running engine measures its own."""
+RUNTIME_BYTES = 96 * MIB
+"""What the first work adds for good: LanceDB's threads and code, SQLite's caches, Python's heap. Measured: 83 to 90 MiB."""
+MODEL_BYTES = {"local": 176 * MIB, "http": 16 * MIB, "none": 0}
+"""The embedder. Measured for the local model: 150 MiB once it is loaded, 21 MiB more while it works."""
+SESSION_FACTOR = 1.25
+"""Times its budget the Session's caches may hold: what a look once a second and a pause between two rotations let pass."""
+SESSION_LEAST_BYTES = 16 * MIB
+WORK_BYTES = 64 * MIB
+"""What is in hand at one moment: changes, searches, a compaction."""
+ROW_BYTES = 2048
+"""For each row, besides its vector: what a search, a compaction or one huge file may hold of a whole table."""
+VECTOR_VALUE_BYTES = 4
+SOFT_MEMORY_SHARE = 0.9
+"""Share of the ceiling of resident memory above which the guard acts."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCeiling:
+    """The most memory that an engine may hold resident, in bytes, as the sum of its parts; see docs/descriptors.md."""
+
+    base: int
+    runtime: int
+    model: int
+    session: int
+    work: int
+
+    @property
+    def ceiling_bytes(self) -> int:
+        """The sum."""
+        return self.base + self.runtime + self.model + self.session + self.work
+
+    @property
+    def soft_bytes(self) -> int:
+        """Above this the guard rotates, trims and slows down."""
+        return int(SOFT_MEMORY_SHARE * self.ceiling_bytes)
+
+
+def memory_ceiling(
+    settings: Settings, *, base_bytes: int = BASE_BYTES, rows: int = 0, dimension: int = 0
+) -> MemoryCeiling:
+    """Return the ceiling of resident memory for these settings and so many rows with vectors of this width."""
+    return MemoryCeiling(
+        base=base_bytes,
+        runtime=RUNTIME_BYTES,
+        model=MODEL_BYTES[settings.embedder.kind],
+        session=max(SESSION_LEAST_BYTES, int(SESSION_FACTOR * settings.lancedb.session_most_bytes)),
+        work=WORK_BYTES + rows * (ROW_BYTES + VECTOR_VALUE_BYTES * dimension),
+    )
+
+
+def budgets_of(settings: Settings, *, limit: int, others: int = OTHERS_DESCRIPTORS) -> tuple[int, int]:
+    """Return the soft and the hard budget of descriptors.
+
+    Both lie above what is open anyway: the engine's own at their most, and the ``others`` that were open before it.
+    """
+    lancedb = settings.lancedb
+    held = ceiling_of(settings, cap_bytes=0, pinned=False, limit=limit) + max(0, others - OTHERS_DESCRIPTORS)
+    soft = min(max(int(limit * lancedb.soft_budget_share), held), limit - 2 * ROOM_DESCRIPTORS)
+    return soft, max(int(limit * lancedb.hard_budget_share), soft + ROOM_DESCRIPTORS)
 
 
 def cap_of(settings: LanceDBSettings, *, limit: int) -> int:
