@@ -18,7 +18,7 @@ from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Fatal, Transient
 from everos_engine.loops import brake
 from everos_engine.loops.agree import expect_root
-from everos_engine.loops.brake import Brake, without_moved
+from everos_engine.loops.brake import without_moved
 from everos_engine.loops.maintain import _optimize
 from everos_engine.settings import Settings, load
 from everos_engine.stores.held import Reason
@@ -95,7 +95,10 @@ def test_sync_says_that_deletions_are_held(root: Path, capsys: pytest.CaptureFix
     assert "30 rows, 0 failed, 25 deletions held: `everos-engine --root " in capsys.readouterr().out
     assert main(["--root", str(root), "status"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "because so many files vanished at once that it may be an accident; bring the files back, or run" in told
+    assert (
+        "because so many files vanished within a minute that it may be an accident; bring the files back, or run"
+        in told
+    )
 
 
 async def test_held_deletions_are_let_go_of_when_the_files_come_back(root: Path) -> None:
@@ -443,13 +446,6 @@ async def test_an_unmounted_root_keeps_every_row(tmp_path: Path) -> None:
             assert status.counts.failed_retryable == 0
     finally:
         subprocess.run(["umount", "-l", root], capture_output=True, check=False)
-
-
-def test_files_that_come_while_others_go_are_no_accident(tmp_path: Path) -> None:
-    armed = Brake(quiet(tmp_path))
-    assert not any(armed.is_too_much(1, known=30, now_seconds=second / 100) for second in range(2000))
-    assert armed.is_too_much(21, known=30, now_seconds=21)
-    assert not Brake(quiet(tmp_path)).is_too_much(20, known=30, now_seconds=0)
 
 
 def test_a_moved_file_is_matched_once() -> None:

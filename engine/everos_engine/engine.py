@@ -177,7 +177,7 @@ class Engine:
                 enqueue, desk.settings, desk.database, paths, limiter=desk.database.limiter
             )
             await _reach(desk, lsn)
-            return await desk.database.aread(lambda tx: census.outcomes(tx, keys))
+            return await desk.database.aread(lambda tx: census.standing(tx, keys))
 
         return await self._call(work)
 

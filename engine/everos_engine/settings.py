@@ -287,12 +287,14 @@ class Settings:
     )
     brake_ratio: float = knob(
         0.3,
-        "Share of the known files that may vanish at once; more are held until `release`. 1 never holds.",
+        "Share of the known files that may vanish within a minute; more are held until `release`. 1 never holds.",
         least=0,
         most=1,
         scope="root",
     )
-    brake_least: int = knob(20, "That many may always vanish at once, whatever their share.", least=0, scope="root")
+    brake_least: int = knob(
+        20, "That many may always vanish within a minute, whatever their share.", least=0, scope="root"
+    )
     max_file_bytes: int = knob(16 << 20, "Largest markdown file that is indexed.", least=1, scope="root")
     shutdown_grace_seconds: float = knob(
         10.0, "Time a graceful stop may take to finish what is held.", least=0, scope="root"

@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import OutsideRoot
+from everos_engine.loops.brake import to_hold
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.loops.observe import key_in_root, observe_paths
-from everos_engine.stores import queue
+from everos_engine.stores import held, queue
 from everos_engine.system import files
 from everos_engine.text import kinds
 from everos_engine.text.kinds.layout import nearest
@@ -21,13 +22,21 @@ if TYPE_CHECKING:
 
 
 def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tuple[list[str], int]:
-    """Queue single paths whatever their state; their keys and the newest lsn. Raises OutsideRoot."""
+    """Queue single paths whatever their state, and return their keys and the newest lsn.
+
+    Files that are gone count for the deletion guard like all others: too many are held. Raises OutsideRoot.
+    """
     keys = [key_of(settings, path) for path in paths]
     observations = observe_paths(settings, keys)
     now = now_milliseconds()
 
     def record(tx: Transaction) -> int:
-        queue.record(tx, observations, source="sync", now_milliseconds=now, force=True)
+        gone = [seen.md_path for seen in observations if seen.fingerprint is None]
+        holding = {one.md_path: one.kind for one in to_hold(tx, settings, gone, now_milliseconds=now)}
+        held.hold(tx, holding.items(), "mass_delete", now_milliseconds=now)
+        todo = [seen for seen in observations if seen.md_path not in holding]
+        if todo:
+            queue.record(tx, todo, source="sync", now_milliseconds=now, force=True)
         return queue.newest(tx)
 
     return keys, database.write(record)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import FULL, Exhausted, Fatal
+from everos_engine.stores import held, sweeps
+from everos_engine.stores.held import Passed
 
 if TYPE_CHECKING:
     from everos_engine.settings import Settings
+    from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Reason
     from everos_engine.stores.sweeps import Vanished
 
-WINDOW_SECONDS = 30.0
-"""What a tree lost within half a minute counts together: removed in many small steps, it is removed all the same."""
+WINDOW_SECONDS = 60.0
+"""Deletions within this time count together, whoever records them: a tree removed in many small steps is removed all the same."""
 FEW = 5
 """That many deletions of one batch of events are believed at once; more are left to a sweep, which sees the whole."""
 MARKER = "marker"
 WHY: dict[Reason, str] = {
-    "mass_delete": "so many files vanished at once that it may be an accident",
+    "mass_delete": "so many files vanished within a minute that it may be an accident",
     "unreadable": "the directory they are in cannot be read",
     "unmounted": "the file system they are on is not mounted any more",
     "root_missing": "the memory root is gone",
@@ -47,12 +50,11 @@ REMEDY: dict[Reason, str] = {
 
 @dataclass(slots=True)
 class Brake:
-    """Which root we began with, and how many files were known of late: (monotonic seconds, count)."""
+    """Remember which root we began with, and say what is wrong with it."""
 
     settings: Settings
     device: int = 0
     inode: int = 0
-    known: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=1000))
 
     def arm(self) -> None:
         """Remember the root as it is now, and leave the marker in it."""
@@ -94,22 +96,58 @@ class Brake:
         """Whether the root, and with it the index in it, is not the one we began with: what is missing proves nothing."""
         return self.trouble() in {"root_missing", "root_unreadable", "root_replaced"}
 
-    def is_too_much(self, count: int, *, known: int, now_seconds: float) -> bool:
-        """Whether ``count`` of ``known`` files may not vanish now: too many at once, or too many in a row.
 
-        In a row counts the loss, not the churn: files that come while others go are no accident.
-        """
-        while self.known and now_seconds - self.known[0][0] > WINDOW_SECONDS:
-            self.known.popleft()
-        self.known.append((now_seconds, known))
-        peak = max(before for _, before in self.known)
-        at_once = count > most(self.settings, known=known)
-        in_a_row = peak - (known - count) > most(self.settings, known=peak)
-        return count > 0 and (at_once or in_a_row)
+def let_go(  # noqa: PLR0913 - who decides, what vanished, and the moment
+    tx: Transaction,
+    settings: Settings,
+    gone: Sequence[Vanished],
+    *,
+    moved: int = 0,
+    known: int,
+    now_milliseconds: int,
+) -> bool:
+    """Decide in ``tx`` whether the files ``gone`` count as deleted, and remember that they were let through.
+
+    Every deletion that nobody released is decided here, in the transaction that records it: sweeps, events, ``sync``,
+    the worker, in any process. ``known`` counts the files known now, ``moved`` those of them that only have another name.
+    A file that came after the window began, and goes again, is no loss.
+    """
+    window_milliseconds = int(WINDOW_SECONDS * 1000)
+    window = held.recent(tx, now_milliseconds=now_milliseconds, window_milliseconds=window_milliseconds)
+    began = window[0].at_milliseconds if window else now_milliseconds
+    count = sum(not began < one.known_since <= now_milliseconds for one in gone)
+    if is_too_much(settings, window, count, known=known - moved):
+        return False
+    if count:
+        held.let_through(tx, Passed(now_milliseconds, count, known - moved))
+    return True
+
+
+def to_hold(tx: Transaction, settings: Settings, paths: Sequence[str], *, now_milliseconds: int) -> list[Vanished]:
+    """Return the known files of ``paths``, all found gone, whose deletion must be held: none, or all that did not move."""
+    vanished = sweeps.vanished(tx, paths)
+    if not vanished:
+        return []
+    moved = [one for one in vanished if one.elsewhere]
+    gone = [one for one in vanished if not one.elsewhere]
+    sweeps.carry_age(tx, moved)
+    known = sweeps.files(tx)
+    may_go = let_go(tx, settings, gone, moved=len(moved), known=known, now_milliseconds=now_milliseconds)
+    return [] if may_go else gone
+
+
+def is_too_much(settings: Settings, window: Sequence[Passed], count: int, *, known: int) -> bool:
+    """Check whether ``count`` more files may not vanish in the window, of which ``window`` was let through already.
+
+    The share is of the files that were known when the window began, as far as they are still of a kind.
+    """
+    used = sum(one.files for one in window)
+    at_first = min(window[0].known if window else known, known + used)
+    return count > 0 and settings.brake_ratio < 1 and used + count > most(settings, known=at_first)
 
 
 def most(settings: Settings, *, known: int) -> float:
-    """How many of ``known`` files may vanish at once."""
+    """How many of ``known`` files may vanish within one window."""
     return max(settings.brake_least, settings.brake_ratio * known)
 
 

@@ -32,6 +32,7 @@ class Job:
     racy: bool = False
     digest: bytes | None = None
     hollow: bool = False
+    vanished: bool = False
     document: Document = field(default_factory=lambda: Document((), ()))
     plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -69,6 +70,12 @@ def put_off(job: Job, later: Mapping[str, Transient]) -> None:
         job.put_off_where = f"line {late[0].line}: entry {late[0].entry_id!r}{more}: "
     keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in later)
     job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
+
+
+def keep(job: Job, known: queue.Fingerprint4) -> None:
+    """Leave the rows of a file that vanished as they are; it is queued again when it comes back, whatever its fingerprint."""
+    job.plan = diff.Plan((), (), 0)
+    job.fingerprint, job.racy, job.digest = files.Fingerprint(*known), True, None
 
 
 class Unsettled(Transient):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
+from loguru import logger
 
 from everos_engine.errors import BadFile, Transient
-from everos_engine.loops.brake import WHY, Brake, without_moved
+from everos_engine.loops.brake import WHY, Brake, let_go, without_moved
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import held, meta, queue, sweeps
 from everos_engine.stores.queue import Observation, Source
@@ -71,7 +71,7 @@ async def sweep(settings: Settings, database: Database, *, source: Source, brake
         if reason is not None:
             await database.awrite(lambda tx: held.hold_all(tx, reason, now_milliseconds=now_milliseconds()))
         raise
-    record = partial(_record, settings, database, seen, source, brake)
+    record = partial(_record, settings, database, seen, source)
     return await trio.to_thread.run_sync(record, limiter=database.limiter)
 
 
@@ -152,7 +152,6 @@ def _record(
     database: Database,
     look: _Look,
     source: Source,
-    brake: Brake,
 ) -> Sweep:
     walked, trouble = look.walked, look.trouble
     now, settle = now_milliseconds(), settings.settle_milliseconds
@@ -168,19 +167,26 @@ def _record(
 
     compared, sticking, unmounted = database.write(compare)
     dark: dict[Reason, Sequence[str]] = {"unreadable": list(walked.blind), "unmounted": unmounted}
-    vanished = [one for one in compared.vanished if one.md_path not in sticking]
+    excluded = [] if trouble else [one for one in compared.vanished if _is_of_no_kind(settings, one)]
+    vanished = [one for one in compared.vanished if one.md_path not in sticking and one not in excluded]
     in_sight = [] if trouble else [one for one in vanished if _shade(one.md_path, dark) is None]
     looks = dict(zip(in_sight, observe_paths(settings, [one.md_path for one in in_sight]), strict=True))
     again = [seen for seen in looks.values() if seen.fingerprint is not None]
     vanished = [one for one in vanished if one not in looks or looks[one].fingerprint is None]
-    let_go, holding = _sort(vanished, compared, trouble, dark, brake)
+    if excluded:
+        logger.info("files_excluded count={} first={!r}", len(excluded), excluded[0].md_path)
 
     def finish(tx: Transaction) -> Sweep:
+        # Another process may have recorded or held some of them since they were compared.
+        settled = held.sticking(tx)
+        still = {one.md_path for one in sweeps.vanished(tx, [one.md_path for one in vanished])} - settled
+        left = [one for one in vanished if one.md_path in still]
+        going, holding = _sort(tx, settings, left, compared, trouble=trouble, dark=dark, now_milliseconds=now)
         held.judge_anew(tx, [path for paths in holding.values() for path, _ in paths])
         for reason, paths in holding.items():
             held.hold(tx, paths, reason, now_milliseconds=now)
         held.heal(tx)
-        gone = [Observation(one.md_path, one.kind, None) for one in let_go]
+        gone = [Observation(one.md_path, one.kind, None) for one in going + excluded]
         queued = queue.record(tx, again + gone, source=source, now_milliseconds=now)
         meta.put(tx, "last_scan", str(now_milliseconds()))
         return Sweep(
@@ -195,12 +201,20 @@ def _record(
     return database.write(finish)
 
 
-def _sort(
+def _is_of_no_kind(settings: Settings, one: Vanished) -> bool:
+    """Check whether the settings no longer match a known file: its rows go, and nothing was lost on the disk."""
+    return kinds.recognise(one.md_path, note_globs=settings.note.globs) is None
+
+
+def _sort(  # noqa: PLR0913 - what vanished, and all that may explain it
+    tx: Transaction,
+    settings: Settings,
     vanished: list[Vanished],
     compared: sweeps.Compared,
+    *,
     trouble: Reason | None,
     dark: Mapping[Reason, Sequence[str]],
-    brake: Brake,
+    now_milliseconds: int,
 ) -> tuple[list[Vanished], dict[Reason, list[tuple[str, str]]]]:
     """Which of the vanished are deleted, and which are held for what."""
     if trouble is not None:
@@ -214,10 +228,12 @@ def _sort(
         else:
             open_to_doubt.append(one)
     gone, moved = without_moved(open_to_doubt, compared.appeared)
-    if brake.is_too_much(len(gone), known=compared.known - len(moved), now_seconds=time.monotonic()):
-        holding["mass_delete"] = [(one.md_path, one.kind) for one in gone]
-        return moved, holding
-    return gone + moved, holding
+    sweeps.carry_age(tx, moved)
+    known = sweeps.files(tx)
+    if let_go(tx, settings, gone, moved=len(moved), known=known, now_milliseconds=now_milliseconds):
+        return gone + moved, holding
+    holding["mass_delete"] = [(one.md_path, one.kind) for one in gone]
+    return moved, holding
 
 
 def _shade(path: str, dark: Mapping[Reason, Sequence[str]]) -> Reason | None:

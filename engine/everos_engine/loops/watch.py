@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -15,7 +16,7 @@ from loguru import logger
 from watchfiles._rust_notify import RustNotify
 
 from everos_engine.errors import Exhausted, Transient, exhausted
-from everos_engine.loops.brake import FEW
+from everos_engine.loops.brake import FEW, to_hold
 from everos_engine.loops.desk import Desk, now_milliseconds
 from everos_engine.loops.observe import key_in_root, observe_paths, verify_racy
 from everos_engine.stores import queue, sweeps
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from everos_engine.settings import Settings
+    from everos_engine.stores.database import Transaction
     from everos_engine.stores.queue import Observation
 
 STEP_MILLISECONDS = 20
@@ -314,13 +316,20 @@ async def _record(desk: Desk, paths: set[str]) -> None:
         verified = verify_racy(settings, desk.database, [seen.md_path for seen in observations])
         observations = [seen for seen in observations if seen not in verified]
         gone = [seen for seen in observations if seen.fingerprint is None]
-        if gone and (len(gone) > FEW or _is_suspicious(desk, len(gone))):
-            observations, again = [seen for seen in observations if seen.fingerprint is not None], True
+        there = [seen for seen in observations if seen.fingerprint is not None]
+        if gone and (len(gone) > FEW or desk.brake.trouble() is not None):
+            gone, again = [], True
         now, settle = now_milliseconds(), settings.settle_milliseconds
-        queued = desk.database.write(
-            lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now, settle_milliseconds=settle)
-        )
-        return observations, queued, again
+
+        def record(tx: Transaction) -> tuple[list[Observation], list[str]]:
+            found = partial(queue.record, tx, source="watch", now_milliseconds=now, settle_milliseconds=settle)
+            queued = found(there)  # first, so that a file that got another name is known under it
+            if to_hold(tx, settings, [seen.md_path for seen in gone], now_milliseconds=now):
+                return there, queued  # a sweep sees the whole, and holds them
+            return there + gone, queued + found(gone)
+
+        noted, queued = desk.database.write(record)
+        return noted, queued, again or len(noted) < len(there) + len(gone)
 
     try:
         observations, queued, again = await trio.to_thread.run_sync(look, limiter=desk.database.limiter)
@@ -336,13 +345,6 @@ async def _record(desk: Desk, paths: set[str]) -> None:
         desk.look_again()
     if queued:
         desk.wake_up()
-
-
-def _is_suspicious(desk: Desk, gone: int) -> bool:
-    """Whether deletions are left to a sweep, which holds them if they look like an accident."""
-    known = desk.database.read(sweeps.files)
-    too_much = desk.brake.is_too_much(gone, known=known, now_seconds=time.monotonic())
-    return too_much or desk.brake.trouble() is not None
 
 
 def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:

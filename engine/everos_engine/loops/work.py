@@ -31,12 +31,12 @@ from everos_engine.errors import (
     exhausted,
 )
 from everos_engine.loops.agree import expect_root, heal
-from everos_engine.loops.brake import REMEDY, WHY
+from everos_engine.loops.brake import REMEDY, WHY, to_hold
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
-from everos_engine.loops.job import Job, looks_torn, put_off, refuse, unsettled
+from everos_engine.loops.job import Job, keep, looks_torn, put_off, refuse, unsettled
 from everos_engine.loops.marks import Written, mark
 from everos_engine.loops.vectors import MODEL_CHANGED
-from everos_engine.stores import ledger, meta, queue
+from everos_engine.stores import held, ledger, meta, queue
 from everos_engine.stores.lance import Model, Row
 from everos_engine.system import files, locks
 from everos_engine.system.unit import Unit, unit
@@ -268,6 +268,7 @@ class _Worker:
                 jobs = await trio.to_thread.run_sync(self._read_some, left, known)
                 self.in_hand |= {job.claim.claim_no: job.size_bytes for job in jobs}
                 self._count()
+                await self._guard_vanished(jobs)
                 await self._look_up(jobs)
                 for job in jobs:
                     left.remove(job.claim)
@@ -275,6 +276,25 @@ class _Worker:
                         nursery.start_soon(self._embed, job)
                     else:
                         await self.ready.send(job)
+
+    async def _guard_vanished(self, jobs: list[Job]) -> None:
+        """Hold the files that vanished between being queued and being read, if with them too many are gone.
+
+        A deletion that was recorded as one has passed the guard already.
+        """
+        vanished = {job.claim.md_path: job for job in jobs if job.vanished}
+        if not vanished:
+            return
+        now = now_milliseconds()
+
+        def guard(tx: Transaction) -> None:
+            holding = to_hold(tx, self.desk.settings, list(vanished), now_milliseconds=now)
+            held.hold(tx, [(one.md_path, one.kind) for one in holding], "mass_delete", now_milliseconds=now)
+            known = queue.fingerprints(tx, [one.md_path for one in holding])
+            for one in holding:
+                keep(vanished[one.md_path], known[one.md_path])
+
+        await self.desk.database.awrite(guard)
 
     def _read_some(self, claims: list[queue.Claim], known: Mapping[str, Mapping[str, bytes]]) -> list[Job]:
         """Read, parse and diff the first of ``claims``, as many as fit into READ_BYTES."""
@@ -306,6 +326,7 @@ class _Worker:
             job.problems = list(job.document.problems)
         except files.Vanished:
             job.error = self._deletable()
+            job.vanished = job.error is None
         except BadFile as error:
             job.error = error
             if job.fingerprint is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
+from everos_engine.stores import held
 from everos_engine.stores.database import Transaction, Value
 from everos_engine.stores.queue import Status, newest, watermark
 
@@ -30,7 +31,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where one path stands; a path the queue does not know (any more) has ``status`` None."""
+    """Where one path stands; a path the queue does not know (any more) has ``status`` None.
+
+    ``held`` is why the deletion of its file is held, if it is.
+    """
 
     md_path: str
     status: Status | None
@@ -40,6 +44,7 @@ class Outcome:
     lsn: int = 0
     updated: int = 0
     kind: str = ""
+    held: held.Reason | None = None
 
 
 COUNTS = """
@@ -81,6 +86,12 @@ def outcomes(tx: Transaction, paths: Sequence[str]) -> list[Outcome]:
     sql = f"{OUTCOME} WHERE md_path IN (SELECT value FROM json_each(?))"
     found = {outcome.md_path: outcome for outcome in map(_outcome, tx.execute(sql, (json.dumps(list(paths)),)))}
     return [found.get(path) or Outcome(path, None) for path in paths]
+
+
+def standing(tx: Transaction, paths: Sequence[str]) -> list[Outcome]:
+    """Return where each of ``paths`` stands, and why its deletion is held, if it is."""
+    kept = held.reasons(tx, paths)
+    return [replace(one, held=kept.get(one.md_path)) for one in outcomes(tx, paths)]
 
 
 def failed(tx: Transaction, *, retryable: bool | None = None) -> list[Outcome]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from everos_engine.stores import meta, queue
 from everos_engine.stores.database import Transaction, Value
@@ -17,6 +17,9 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS held (
     md_path TEXT PRIMARY KEY, kind TEXT NOT NULL, reason TEXT NOT NULL, since INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS recent_deletions (
+    at INTEGER NOT NULL, count INTEGER NOT NULL, known INTEGER NOT NULL
+) STRICT;
 """
 UPGRADE_TO_3 = ""
 """What version 3 changes in the tables of version 2. New tables and indexes come with SCHEMA."""
@@ -43,6 +46,30 @@ class Held:
     reason: Reason
     count: int
     since: int
+
+
+class Passed(NamedTuple):
+    """Deletions that were let through together: when, how many, and how many files were known before them."""
+
+    at_milliseconds: int
+    files: int
+    known: int
+
+
+def recent(tx: Transaction, *, now_milliseconds: int, window_milliseconds: int) -> list[Passed]:
+    """Return the unreleased deletions of the window that ends now, oldest first, and forget older ones.
+
+    A time in the future comes from a clock that was set back. It counts if it is less than a window away.
+    """
+    sql = "DELETE FROM recent_deletions WHERE at NOT BETWEEN ?1 - ?2 AND ?1 + ?2"
+    _drain(tx.execute(sql, (now_milliseconds, window_milliseconds)))
+    rows = tx.execute("SELECT at, count, known FROM recent_deletions ORDER BY rowid")
+    return [Passed(*row) for row in cast("Iterable[tuple[int, int, int]]", rows)]
+
+
+def let_through(tx: Transaction, passed: Passed) -> None:
+    """Remember deletions that were let through, for all processes that record more of them."""
+    _drain(tx.execute("INSERT INTO recent_deletions VALUES (?, ?, ?)", passed))
 
 
 HOLD = """
@@ -99,6 +126,14 @@ def reason_of(tx: Transaction, md_path: str) -> Held | None:
     return None
 
 
+def reasons(tx: Transaction, md_paths: Sequence[str]) -> dict[str, Reason]:
+    """Return why the deletions of those of ``md_paths`` that are held are held."""
+    sql = "SELECT md_path, reason FROM held WHERE md_path IN (SELECT value FROM json_each(?))"
+    return {
+        cast("str", path): cast("Reason", reason) for path, reason in tx.execute(sql, (json.dumps(list(md_paths)),))
+    }
+
+
 def paths(tx: Transaction, *, limit: int) -> list[str]:
     """The first ``limit`` held paths in order."""
     return [cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held ORDER BY md_path LIMIT ?", (limit,))]
@@ -107,8 +142,10 @@ def paths(tx: Transaction, *, limit: int) -> list[str]:
 def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
     """Queue every held deletion after all, and expect no mount that is gone to come back; the paths.
 
-    A deletion that somebody asked for by its path, and that was refused, is tried again now.
+    A deletion that somebody asked for by its path, and that was refused, is tried again now. What was let through before
+    counts as meant too: the window begins again.
     """
+    _drain(tx.execute("DELETE FROM recent_deletions"))
     queue.hurry(tx, "root")
     meta.put(tx, MOUNTS, "[]")  # the next sweep puts in those there are
     rows = list(tx.execute("DELETE FROM held RETURNING md_path, kind"))
@@ -132,14 +169,18 @@ __all__ = [
     "SCHEMA",
     "STICKY",
     "Held",
+    "Passed",
     "Reason",
     "counts",
     "heal",
     "hold",
     "hold_all",
     "judge_anew",
+    "let_through",
     "paths",
     "reason_of",
+    "reasons",
+    "recent",
     "release",
     "sticking",
 ]

@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS md_change_state (
     waits_for   TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk'))
                      CHECK ((waits_for IS NOT NULL) = (status = 'pending' AND not_before > 0)),
     failed_for  TEXT CHECK (failed_for IS NULL OR status = 'failed'),
+    known_since INTEGER NOT NULL DEFAULT 0,
     CHECK ((status = 'processing') = (claim_no IS NOT NULL)),
     CHECK ((status = 'failed') = (retryable IS NOT NULL))
 ) STRICT;
@@ -57,6 +58,7 @@ UPDATE md_change_state SET not_before = 0 WHERE not_before > 0;
 ALTER TABLE md_change_state ADD COLUMN waits_for TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk'))
     CHECK ((waits_for IS NOT NULL) = (status = 'pending' AND not_before > 0));
 ALTER TABLE md_change_state ADD COLUMN failed_for TEXT CHECK (failed_for IS NULL OR status = 'failed');
+ALTER TABLE md_change_state ADD COLUMN known_since INTEGER NOT NULL DEFAULT 0;
 """
 """What version 3 changes in the tables of version 2: a change that waited without a typed reason is ready now."""
 
@@ -109,8 +111,9 @@ SETTLED = """CASE
         WHEN ?9 - updated BETWEEN 0 AND ?10 THEN updated + ?10 ELSE 0 END"""
 """When a change that is recorded again at ?9 may be claimed, if it has ?10 milliseconds to settle."""
 RECORD = f"""
-INSERT INTO md_change_state (md_path, kind, lsn, pos, status, mtime_ns, size, ino, ctime_ns, source, first_seen, updated)
-VALUES (?1, ?2, ?3, ?3, 'pending', ?4, ?5, ?6, ?7, ?8, ?9, ?9)
+INSERT INTO md_change_state
+    (md_path, kind, lsn, pos, status, mtime_ns, size, ino, ctime_ns, source, first_seen, updated, known_since)
+VALUES (?1, ?2, ?3, ?3, 'pending', ?4, ?5, ?6, ?7, ?8, ?9, ?9, ?9)
 ON CONFLICT (md_path) DO UPDATE SET
     kind = CASE excluded.kind WHEN '' THEN kind ELSE excluded.kind END,
     lsn = excluded.lsn,
@@ -119,6 +122,7 @@ ON CONFLICT (md_path) DO UPDATE SET
     status = CASE WHEN status = 'processing' THEN status ELSE 'pending' END,
     not_before = {SETTLED}, waits_for = CASE WHEN {SETTLED} > 0 THEN 'settle' END,
     retry_count = 0, retryable = NULL, error = NULL, failed_for = NULL, racy = 0,
+    known_since = CASE WHEN mtime_ns IS NULL THEN excluded.known_since ELSE known_since END,
     mtime_ns = excluded.mtime_ns, size = excluded.size, ino = excluded.ino, ctime_ns = excluded.ctime_ns,
     source = excluded.source, updated = excluded.updated
 """
@@ -469,6 +473,12 @@ SELECT md_path, mtime_ns, size, ino, ctime_ns FROM md_change_state WHERE md_path
 """
 
 
+def fingerprints(tx: Transaction, paths: Sequence[str]) -> dict[str, Fingerprint4]:
+    """Return the recorded fingerprints of those of ``paths`` that are known as files."""
+    rows = tx.execute(FINGERPRINTS, (json.dumps(list(paths)),))
+    return {cast("str", row[0]): cast("Fingerprint4", tuple(row[1:])) for row in rows if row[1] is not None}
+
+
 def requeue_kind(tx: Transaction, kind: str, *, now_milliseconds: int) -> int:
     """Queue every known file of a kind again, because its table began a new life."""
     paths = [cast("str", row[0]) for row in tx.execute(PATHS_OF_KIND, (kind,))]
@@ -477,13 +487,8 @@ def requeue_kind(tx: Transaction, kind: str, *, now_milliseconds: int) -> int:
 
 def requeue_paths(tx: Transaction, paths: Sequence[str], kind: str, *, now_milliseconds: int) -> int:
     """Queue these paths again whatever their state; a path without a row counts as a file that went."""
-    known = {row[0]: row[1:] for row in tx.execute(FINGERPRINTS, (json.dumps(list(paths)),))}
-    seen = []
-    for path in paths:
-        fingerprint = known.get(path, (None,))
-        seen.append(
-            Observation(path, kind, None if fingerprint[0] is None else cast("Fingerprint4", tuple(fingerprint)))
-        )
+    known = fingerprints(tx, paths)
+    seen = [Observation(path, kind, known.get(path)) for path in paths]
     return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0
 
 

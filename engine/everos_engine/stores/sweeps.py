@@ -24,7 +24,8 @@ WHERE c.md_path IS NULL OR (c.mtime_ns, c.size, c.ino, c.ctime_ns) IS NOT (s.mti
 SWEEP_VANISHED = """
 SELECT c.md_path, c.kind, c.size, c.mtime_ns,
     (c.ino, c.size, c.mtime_ns) IN (SELECT ino, size, mtime_ns FROM temp.sweep)
-    OR (c.kind = 'agent_skill' AND (c.size, c.mtime_ns) IN (SELECT size, mtime_ns FROM temp.sweep WHERE kind = 'agent_skill'))
+    OR (c.kind = 'agent_skill' AND (c.size, c.mtime_ns) IN (SELECT size, mtime_ns FROM temp.sweep WHERE kind = 'agent_skill')),
+    c.known_since
 FROM md_change_state AS c
 WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
 """
@@ -42,13 +43,17 @@ def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Vanished:
-    """A known file that a sweep did not see, with the size and mtime it had; ``elsewhere``: it saw it under another name."""
+    """A known file that is not there any more, with the size and mtime it had.
+
+    ``elsewhere``: it is there under another name. ``known_since``: when it was first recorded, in milliseconds.
+    """
 
     md_path: str
     kind: str
     size: int
     mtime_ns: int
     elsewhere: bool
+    known_since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +90,55 @@ def record_sweep(
         if changed
         else []
     )
-    gone = cast("Iterable[tuple[str, str, int, int, int]]", list(tx.execute(SWEEP_VANISHED)))
-    vanished = [Vanished(*row[:4], elsewhere=bool(row[4])) for row in gone]
+    vanished = [_vanished(row) for row in tx.execute(SWEEP_VANISHED)]
     ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
     return Compared(queued, appeared, vanished, cast("int", known))
+
+
+VANISHED = """
+WITH gone AS MATERIALIZED (
+    SELECT md_path, kind, size, mtime_ns, ino, known_since FROM md_change_state
+    WHERE md_path IN (SELECT value FROM json_each(?)) AND mtime_ns IS NOT NULL
+), present AS MATERIALIZED (
+    SELECT kind, size, mtime_ns, ino FROM md_change_state
+    WHERE mtime_ns IS NOT NULL AND size IN (SELECT size FROM gone) AND md_path NOT IN (SELECT md_path FROM gone)
+)
+SELECT md_path, kind, size, mtime_ns,
+    (ino, size, mtime_ns) IN (SELECT ino, size, mtime_ns FROM present)
+    OR (kind = 'agent_skill' AND (size, mtime_ns) IN (SELECT size, mtime_ns FROM present WHERE kind = 'agent_skill')),
+    known_since
+FROM gone
+"""
+
+
+def vanished(tx: Transaction, paths: Sequence[str]) -> list[Vanished]:
+    """Return those of ``paths`` that the queue knows as files, for a caller that found them gone."""
+    return [_vanished(row) for row in tx.execute(VANISHED, (json.dumps(list(paths)),))]
+
+
+def _vanished(row: tuple[Value, ...]) -> Vanished:
+    path, kind, size, mtime_ns, elsewhere, known_since = row
+    return Vanished(
+        cast("str", path),
+        cast("str", kind),
+        cast("int", size),
+        cast("int", mtime_ns),
+        elsewhere=bool(elsewhere),
+        known_since=cast("int", known_since),
+    )
+
+
+KNOWN_LONG = """
+UPDATE md_change_state SET known_since = 0
+WHERE known_since > 0 AND (size, mtime_ns) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?))
+"""
+
+
+def carry_age(tx: Transaction, moved: Iterable[Vanished]) -> None:
+    """Record that files with the content of ``moved`` are not new: a rename makes no file younger."""
+    old = sorted({(one.size, one.mtime_ns) for one in moved})
+    if old:
+        _drain(tx.execute(KNOWN_LONG, (json.dumps(old),)))
 
 
 def credit(tx: Transaction, found_by: Literal["scan", "watch"], count: int) -> None:

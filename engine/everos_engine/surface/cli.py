@@ -177,7 +177,8 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
             print(f"{shown(outcome.md_path)}: no such file, and nothing was indexed of it: check the name")
         else:
             _show(outcome)
-    return TROUBLE if any(one.status == "failed" or one.md_path in unknown for one in outcomes) else OK
+    bad = [one for one in outcomes if one.status == "failed" or one.held is not None or one.md_path in unknown]
+    return TROUBLE if bad else OK
 
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -346,6 +347,10 @@ def _show(outcome: Outcome) -> None:
     if outcome.status == "failed":
         seconds = max(0.0, time.time() - outcome.updated / 1000)
         word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}, last attempt {ago(seconds)} ago"
+    if outcome.held is not None:
+        from everos_engine.loops.brake import REMEDY, WHY  # noqa: PLC0415 - not needed by --help
+
+        word = f"the file is gone, and its deletion is held because {WHY[outcome.held]}; {REMEDY[outcome.held]}"
     print(f"{shown(outcome.md_path)}: {word}")
     for line in (outcome.error or "").split("\n") if outcome.error and outcome.status == "failed" else []:
         print(f"    {printable(line)}")

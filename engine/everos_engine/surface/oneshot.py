@@ -62,7 +62,7 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
         if paths:
             keys, lsn = enqueue(settings, database, paths)
             await _reach(settings, database, lsn)
-            return database.read(lambda tx: census.outcomes(tx, keys))
+            return database.read(lambda tx: census.standing(tx, keys))
         brake = Brake(settings)
         brake.aim()
         found = await sweep(settings, database, source="sync", brake=brake)
