@@ -386,6 +386,40 @@ async def test_the_history_is_kept_and_written(settings: Settings, tmp_path: Pat
     assert all(line["descriptors"] > 0 and line["rss_bytes"] > 0 and line["limit"] > 0 for line in lines)
 
 
+@pytest.mark.parametrize("place", ["a directory", "below a file", "a pipe", "the full device", "a NUL"])
+async def test_a_history_file_that_cannot_be_written_is_a_condition(
+    place: str, settings: Settings, tmp_path: Path
+) -> None:
+    good, path = tmp_path / "good.jsonl", tmp_path / "history.jsonl"
+    if place == "a directory":
+        path.mkdir()
+    elif place == "below a file":
+        good.write_text("")
+        path = good / "history.jsonl"
+    elif place == "a pipe":
+        os.mkfifo(path)
+    elif place == "the full device":
+        path.symlink_to("/dev/full")
+    else:
+        path = tmp_path / "a\0b"
+    noted = replace(settings, lancedb=replace(settings.lancedb, history_file=str(path)))
+    async with open_engine(noted, embedder=FakeEmbedder(), watching=False) as engine:
+        guard = Guard(engine.desk)
+        with guard.opened():
+            await guard.look()
+            note = engine.desk.notes.now["history_file_failed"]
+            assert repr(str(path)) in note.message
+            assert "lancedb.history_file" in note.remedy
+            assert len(engine.desk.fds_history) >= 1
+            if place == "the full device":  # a disk that has room again
+                path.unlink()
+                await guard.look()
+                await guard.look()
+                assert "history_file_failed" not in engine.desk.notes.now
+                assert [json.loads(line)["limit"] for line in path.read_text(encoding="ascii").splitlines()]
+        assert engine.health.reopenings == 0
+
+
 @given(st.integers(0, 2000), st.integers(1, 1000), st.integers(0, 1000))
 def test_the_share_falls_from_all_to_nothing_between_the_budgets(count: int, soft: int, more: int) -> None:
     hard = soft + more

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import trio
+from loguru import logger
 
 from derived import described, indexed
 from everos_engine import engine as engine_module
 from everos_engine import supervise
 from everos_engine.engine import REOPENED, Engine, open_engine
 from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError
+from everos_engine.loops import guard, maintain, scan, watch
 from everos_engine.loops.desk import Desk
-from everos_engine.settings import Settings
+from everos_engine.settings import Settings, load
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
@@ -93,6 +95,60 @@ async def test_a_loop_that_keeps_dying_never_ends_the_engine(
             await engine.settle()
             assert await indexed(engine) == described(settings)
             assert f"the {loop} loop died 6 times" in engine.desk.notes.now[REOPENED].message
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (watch, "_record"),
+        (scan, "_sweep_once"),
+        (scan, "audit"),
+        (guard.Guard, "look"),
+        (maintain, "_optimize"),
+        (maintain, "_prune"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+async def test_a_bug_in_one_unit_of_a_loop_costs_that_unit(
+    module: object, name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {
+        "memory.root": str(root),
+        "note.globs": ["**/*.md"],
+        "audit_interval_hours": 0.0001,
+        "lancedb.optimize_idle_seconds": 0.05,
+        "lancedb.optimize_after_commits": 1,
+    }
+    sound, failures = getattr(module, name), [ValueError("a bug")] * 3
+
+    def failing(*args: object, **options: object) -> object:
+        if failures:
+            raise failures.pop()
+        return sound(*args, **options)
+
+    logged: list[str] = []
+    sink = logger.add(logged.append, format="{message}", level="ERROR", backtrace=False, diagnose=False)
+    monkeypatch.setattr(module, name, failing)
+    if name == "_prune":
+        monkeypatch.setattr(maintain, "LONG_SECONDS", 0.05)
+    try:
+        with trio.fail_after(HANG_SECONDS):
+            async with open_engine(
+                load(flags, environment={}, user_file=root / "none"), embedder=FakeEmbedder()
+            ) as engine:
+                number = 0
+                while failures:
+                    number += 1
+                    put(root, FACTS, facts(fact(number % 1000, f"the heron eats {number} fish")))
+                    await engine.settle()
+                    await trio.sleep(0.1)
+                await engine.settle()
+                assert await indexed(engine) == described(engine.settings)
+                assert engine.health.reopenings == 0
+    finally:
+        logger.remove(sink)
+    assert len([line for line in logged if line.startswith("unit_failed")]) == 3
+    assert not [line for line in logged if line.startswith(("loop_died", "stores_reopened"))]
 
 
 async def test_a_call_waits_for_the_stores_and_is_made_again_on_the_new_ones(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,10 +21,10 @@ from everos_engine.loops.resident import Resident
 from everos_engine.stores import meta
 from everos_engine.stores.lance import LIBRARY
 from everos_engine.system import ceiling, fds, memory
+from everos_engine.system.history_file import HistoryFile
+from everos_engine.system.unit import unit
 
 if TYPE_CHECKING:
-    from io import TextIOWrapper
-
     from everos_engine.settings import DescriptorMode
     from everos_engine.stores.database import Transaction
 
@@ -51,6 +52,7 @@ LAW_REMEDY = (
     "tested with, and report the new one"
 )
 EXHAUSTED_REMEDY = "see `everos-engine fds` for who holds them; raise `ulimit -n`, or lower lancedb.index_cache_size_bytes in mode pinned"
+HISTORY_REMEDY = "make room on its disk, or name another file with lancedb.history_file; the last hour is kept in memory all the same"
 OVER_REMEDY = f"{EXHAUSTED_REMEDY}; where others hold them for good, raise lancedb.hard_budget_share"
 
 
@@ -65,7 +67,8 @@ async def guard(desk: Desk, *, proving: bool = True) -> None:
             while True:
                 desk.beat("guard", within_seconds=ALLOWANCE_SECONDS)
                 seen = desk.exhaustion.value
-                await watcher.look()
+                with unit("guard", "a look at descriptors"):
+                    await watcher.look()
                 await trio.sleep(LEAST_PAUSE_SECONDS)
                 await wait_moved(desk.exhaustion, seen, at_most_seconds=BEAT_SECONDS - LEAST_PAUSE_SECONDS)
 
@@ -93,7 +96,8 @@ class Guard:
     _was_exhausted: bool = False
     _trimmed: tuple[float, int] = (float("-inf"), 0)
     _trim_due: bool = False
-    _history: TextIOWrapper | None = None
+    _history: HistoryFile | None = None
+    _history_failed_for: str | None = None
 
     def __post_init__(self) -> None:
         self.count, self.counted_by = fds.counter()
@@ -107,7 +111,8 @@ class Guard:
             self.desk.reserve.take()
             stack.callback(self.desk.reserve.release)
             if named:
-                self._history = stack.enter_context(open(named, "a", encoding="ascii", buffering=1))
+                self._history = HistoryFile(Path(named))
+                stack.callback(self._history.close)
             yield
 
     async def look(self) -> None:
@@ -141,7 +146,18 @@ class Guard:
         if not desk.reserve.held and count < limit - 1:
             desk.reserve.take()
         self._publish(count)
+        with suppress(Transient):
+            await self._say_history()
         await self._trim(now)
+
+    async def _say_history(self) -> None:
+        """Say why the history file does not grow, while it does not."""
+        if self._history_failed_for is None:
+            await self.desk.notes.over("history_file_failed")
+            return
+        named = self.desk.settings.lancedb.history_file
+        message = f"the history file {str(named)!r} cannot be written: {self._history_failed_for}"
+        await self.desk.notes.say("history_file_failed", message, HISTORY_REMEDY)
 
     async def _trim(self, now: float) -> None:
         """What was freed in a heap's midst goes back to the system only when asked for: by growth, and by a Session let go."""
@@ -311,7 +327,7 @@ class Guard:
         }
         if self._history is not None:
             line = point._asdict() | {"limit": limit, "soft_budget": soft, "rotations": index.rotations}
-            self._history.write(json.dumps(line) + "\n")
+            self._history_failed_for = self._history.append(json.dumps(line))
 
 
 def share_of_breadth(count: int, *, soft: int, hard: int) -> float:

@@ -11,6 +11,7 @@ from everos_engine.errors import Transient
 from everos_engine.loops.agree import expect_root
 from everos_engine.loops.desk import wait_moved
 from everos_engine.stores import embeddings, ledger
+from everos_engine.system.unit import unit
 
 if TYPE_CHECKING:
     from everos_engine.loops.desk import Desk
@@ -36,12 +37,13 @@ async def maintain(desk: Desk) -> None:
         for kind in due:
             if quiet or desk.index.unoptimized(kind) >= MANY * desk.settings.lancedb.optimize_after_commits:
                 desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
-                if await _optimize(desk, kind, alone=kind in voided or not quiet):
-                    voided.discard(kind)
-                else:
-                    voided.add(kind)
+                is_compact = False
+                with unit("maintain", f"optimize {kind}"):
+                    is_compact = await _optimize(desk, kind, alone=kind in voided or not quiet)
+                (voided.discard if is_compact else voided.add)(kind)
         if quiet:
-            await _prune(desk)
+            with unit("maintain", "prune caches"):
+                await _prune(desk)
 
 
 async def compact(desk: Desk) -> None:

@@ -20,6 +20,7 @@ from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.observe import AUDIT_POSITION, Sweep, audit, sweep
 from everos_engine.stores import held, meta, sweeps
 from everos_engine.system import files
+from everos_engine.system.unit import unit
 
 if TYPE_CHECKING:
     from everos_engine.stores.held import Held
@@ -36,6 +37,8 @@ STALL_SECONDS = 5.0
 FORGET_SECONDS = 3600.0
 AUDIT_FILES = 64
 SHARE_FOUND_MANY = 20
+MOST_QUOTED = 300
+VOID_REMEDY = "nothing is deleted meanwhile; the next sweep tries again"
 LOST_REMEDY = (
     "nothing is lost: the sweep found them; to have them sooner, raise the kernel's queue: "
     "`echo fs.inotify.max_queued_events=131072 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`"
@@ -59,15 +62,18 @@ async def _sweeps(desk: Desk) -> None:
         seen = desk.scan_now.value
         desk.beat("scan", within_seconds=SWEEP_ALLOWANCE_SECONDS)
         began = time.monotonic()
-        try:
-            await _sweep_once(desk, first=first)
-            first = False
-        except Transient as error:
-            desk.starved(error)
-            await desk.notes.say("sweep_void", str(error), "nothing is deleted meanwhile; the next sweep tries again")
-        else:
-            await desk.notes.over("sweep_void")
-        await _say_held(desk)
+        with unit("scan", "a sweep") as done:
+            try:
+                await _sweep_once(desk, first=first)
+            except Transient as error:
+                desk.starved(error)
+                await desk.notes.say("sweep_void", str(error), VOID_REMEDY)
+            else:
+                first = False
+                await desk.notes.over("sweep_void")
+            await _say_held(desk)
+        if done.error is not None:
+            await desk.notes.say("sweep_void", f"the sweep met a bug: {done.error!r}"[:MOST_QUOTED], VOID_REMEDY)
         took = time.monotonic() - began
         pause = _interval(desk)
         desk.beat("scan", within_seconds=pause + SWEEP_ALLOWANCE_SECONDS)
@@ -209,10 +215,11 @@ async def _audit(desk: Desk) -> None:
     while True:
         known, position = await desk.database.aread(lambda tx: (sweeps.files(tx), meta.get(tx, AUDIT_POSITION) or ""))
         await trio.sleep(max(1.0, hours * 3600 * AUDIT_FILES / max(known, AUDIT_FILES)))
-        _, queued, _ = await trio.to_thread.run_sync(
-            lambda after=position: audit(desk.settings, desk.database, after=after, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
-            limiter=desk.database.limiter,
-        )
-        if queued:
-            logger.warning("audit_found_changes count={} first={!r}", len(queued), queued[0])
-            desk.wake_up()
+        with unit("scan", f"an audit step after {position!r}"):
+            _, queued, _ = await trio.to_thread.run_sync(
+                lambda after=position: audit(desk.settings, desk.database, after=after, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
+                limiter=desk.database.limiter,
+            )
+            if queued:
+                logger.warning("audit_found_changes count={} first={!r}", len(queued), queued[0])
+                desk.wake_up()

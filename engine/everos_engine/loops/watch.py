@@ -21,6 +21,7 @@ from everos_engine.loops.desk import Desk, now_milliseconds
 from everos_engine.loops.observe import key_in_root, observe_paths, verify_racy
 from everos_engine.stores import queue, sweeps
 from everos_engine.system import fds, files, limits
+from everos_engine.system.unit import unit
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -305,7 +306,10 @@ async def _receive(desk: Desk, batches: trio.MemoryReceiveChannel[set[str]]) -> 
             desk.look_again()
         paths = {path for path in batch if not _ours(desk.settings, path)}
         if paths:
-            await _record(desk, paths)
+            with unit("watch", f"{len(paths)} events") as done:
+                await _record(desk, paths)
+            if done.error is not None:
+                desk.look_again()
 
 
 async def _record(desk: Desk, paths: set[str]) -> None:

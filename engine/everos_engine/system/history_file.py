@@ -1,0 +1,39 @@
+"""A file that lines are appended to, whatever happens to its disk or its path meanwhile."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(slots=True)
+class HistoryFile:
+    """Lines appended to ``path``. It is opened with the first line, and again after each failure."""
+
+    path: Path
+    _handle: int | None = None
+    _is_torn: bool = False
+
+    def append(self, line: str) -> str | None:
+        """Append a line; return why that failed, or None. Nothing is raised, and nothing waits."""
+        try:
+            if self._handle is None:
+                # without a wait: opening a pipe that nobody reads would hold up the whole engine
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+                self._handle = os.open(self.path, flags, 0o666)
+            data = ("\n" if self._is_torn else "").encode() + line.encode("ascii", "backslashreplace") + b"\n"
+            written = os.write(self._handle, data)
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+            self.close()
+            return str(error)
+        self._is_torn = written < len(data)
+        return "only a part of a line could be written" if self._is_torn else None
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with suppress(OSError):
+                os.close(handle)
