@@ -137,17 +137,22 @@ def test_a_root_that_is_a_file_is_refused_or_never_indexed(word: str, root: Path
 
 
 @pytest.mark.skipif(not MAY_BE_NOBODY, reason="needs root, to become somebody else who can reach this Python")
-def test_another_user_may_read_what_failed_and_is_told_why_no_more(root: Path) -> None:
+@pytest.mark.parametrize("access", ["owner", "group"])
+def test_another_user_of_the_group_may_read_what_failed_and_nobody_else_anything(access: str, root: Path) -> None:
     put(root, FACTS, facts(fact(1, "heron"), fact(2, "otter", timestamp="yesterday")))
-    assert command(root, "sync").returncode == 1
+    if access == "group":
+        os.chown(root, -1, 65534)
+        root.chmod(0o2755)
+    shared = {"EVEROS_MEMORY__INDEX_ACCESS": access}
+    assert command(root, "sync", **shared).returncode == 1
     for directory in (root, *root.parents):
         if str(directory).startswith(tempfile.gettempdir()):
-            directory.chmod(0o755)
+            directory.chmod(directory.stat().st_mode & 0o2000 | 0o755)
 
     def as_nobody(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*ENGINE, *words],
-            env=environment(root),
+            env=environment(root) | shared,
             capture_output=True,
             text=True,
             check=False,
@@ -157,13 +162,18 @@ def test_another_user_may_read_what_failed_and_is_told_why_no_more(root: Path) -
             extra_groups=[],
         )
 
+    if access == "owner":
+        for words in (["status"], ["fix"], ["explain", FACTS], ["sync"], ["search", "heron"]):
+            done = as_nobody(*words)
+            assert (done.returncode, "as the user the engine runs as" in done.stderr) == (2, True), done
+        return
     status = json.loads(as_nobody("status", "--json").stdout)
     assert (status["rows"], status["engine"]["state"]) == ({"atomic_fact": 1}, "absent")
     assert "timestamp must be" in as_nobody("fix").stdout
     for words in (["sync"], ["run"], ["search", "heron"], ["fix", "--apply"]):
         done = as_nobody(*words)
         assert (done.returncode, "as the user the engine runs as" in done.stderr) == (2, True), done.stderr
-    with running(root) as process:
+    with running(root, **shared) as process:
         assert json.loads(as_nobody("status", "--json").stdout)["engine"]["pid"] == process.pid
 
 

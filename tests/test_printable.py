@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from loguru import logger
 
 from everos_engine.settings import EmbedderSettings, Settings
-from everos_engine.surface import logs
+from everos_engine.surface import logs, terminal
 from everos_engine.surface.cli import main
 from everos_engine.surface.paint import Paint, json_text, printable
 from patience import HANG_SECONDS
@@ -60,6 +60,15 @@ def test_painted_and_wrapped_text_holds_only_our_own_colours(text: str, code: st
     paint = Paint(colour=True, columns=columns)
     for drawn in (paint(text, code), paint.wrap(text, indent=4, first=paint(text, code))):
         assert not unsafe_in(SGR.sub("", drawn))
+
+
+@given(WORDS)
+def test_below_all_sources_a_net_lets_only_our_colours_through(text: str) -> None:
+    painted = Paint(colour=True)("word", "red")
+    assert not unsafe_in(terminal._net(text + painted + text, terminal=False))
+    drawn = terminal._net(text + painted + text, terminal=True)
+    assert painted in drawn
+    assert not unsafe_in(terminal.OURS.sub("", drawn))
 
 
 @given(st.dictionaries(WORDS, WORDS, max_size=3))

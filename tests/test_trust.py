@@ -31,6 +31,7 @@ from everos_engine.surface.cli import main
 NAMES = [name for name, *_ in table()]
 DESTINATIONS = {
     "memory.root",
+    "memory.index_access",
     "lancedb.history_file",
     "embedder.url",
     "embedder.model",

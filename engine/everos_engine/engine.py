@@ -32,7 +32,7 @@ from everos_engine.stores import census, embeddings, held, ledger, meta, queue
 from everos_engine.stores.database import Database, open_or_replace
 from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import WITHIN_SECONDS, Health, alone, keep, keep_open
-from everos_engine.system import ceiling, fds, locks, wake
+from everos_engine.system import ceiling, fds, locks, private, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
@@ -460,7 +460,7 @@ def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
     creates none.
     """
     check_root(settings)
-    settings.engine_directory.mkdir(parents=True, exist_ok=True)
+    private.make(settings)
     may_replace = may_replace or locks.running_pid(settings.engine_directory / "engine.lock") is None
     path = settings.engine_directory / "engine.db"
     opened = partial(
@@ -484,7 +484,8 @@ def status_of(tx: Transaction) -> Status:
 @asynccontextmanager
 async def _owned(settings: Settings) -> AsyncIterator[str]:
     directory = settings.engine_directory
-    directory.mkdir(parents=True, exist_ok=True)
+    settings.root.mkdir(parents=True, exist_ok=True)
+    private.make(settings, whole=True)
     owner = f"{os.getpid()}-{secrets.token_hex(4)}"
     with locks.EngineLock(directory / "engine.lock"), locks.OwnerLock(directory / "owners", owner):
         yield owner
@@ -492,7 +493,7 @@ async def _owned(settings: Settings) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncIterator[Vectors]:
-    settings.engine_directory.mkdir(parents=True, exist_ok=True)
+    private.make(settings)
     path = settings.engine_directory / "embeddings.db"
     cache = Database(path, schema=embeddings.SCHEMA, cache_kibibytes=embeddings.PAGES_KIBIBYTES)
     try:

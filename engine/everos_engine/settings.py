@@ -241,6 +241,12 @@ class MemorySettings:
 
     root: Path = knob(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.", scope="user")
 
+    index_access: Literal["owner", "group"] = knob(
+        "owner",
+        "Who may read the index: the user that the engine runs as, or its group too. Only the owner may write.",
+        scope="user",
+    )
+
     def __post_init__(self) -> None:
         """Absolute from the start, links resolved: the root stays what it was though a link is moved."""
         object.__setattr__(self, "root", Path(os.path.realpath(os.path.expanduser(self.root))))
@@ -541,7 +547,7 @@ def _check_credentials(
 
 
 def _root_of(values: Mapping[str, tuple[object, str]]) -> Path:
-    (fld,) = dataclasses.fields(MemorySettings)
+    fld = next(fld for fld in dataclasses.fields(MemorySettings) if fld.name == "root")
     value, source = values.get("memory.root", (fld.default, "default"))
     return Path(os.path.expanduser(typing.cast("Path", _coerce("memory.root", value, Path, fld, source))))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from everos_engine.errors import FULL, Exhausted, Fatal
 from everos_engine.stores import held, sweeps
 from everos_engine.stores.held import Passed
+from everos_engine.system import private
 
 if TYPE_CHECKING:
     from everos_engine.settings import Settings
@@ -155,6 +156,7 @@ def lay_marker(settings: Settings) -> None:
     """Put the marker file into the root's index folder."""
     path = settings.engine_directory / MARKER
     if not path.exists():
+        path.touch(private.file_mode(path.parent))
         path.write_text("While this file is here, this is the memory root that the index beside it was made from.\n")
 
 

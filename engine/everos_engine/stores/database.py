@@ -76,6 +76,8 @@ class Database:
                 where = f"file:{quote(os.fsencode(path))}?immutable=1"
                 self._connection = apsw.Connection(where, flags=flags | apsw.SQLITE_OPEN_URI)
             else:
+                if not readonly:
+                    _create_private(path)
                 self._connection = apsw.Connection(str(path), flags=flags)
             self._connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
             if not readonly:
@@ -241,6 +243,16 @@ class Database:
 _IO = (apsw.IOError, apsw.CantOpenError)
 LITTLE_BYTES = 65_536
 """A disk with less room than this cannot take one transaction with its shared memory."""
+
+
+def _create_private(path: Path) -> None:
+    """Create an empty file that only those can read who can read its folder. SQLite gives its -wal and -shm the same mode.
+
+    An existing file is not opened: to close it again would drop the locks that this process holds on it.
+    """
+    with suppress(OSError):  # SQLite reports it, with the words that are sorted below
+        mode = 0o600 | os.stat(path.parent).st_mode & 0o040  # a group that may read the folder may read the file
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
 
 
 def _is_damage(error: apsw.Error, code: int) -> bool:

@@ -127,7 +127,7 @@ def prepare() -> None:
 
 async def connect(directory: Path, mode: DescriptorMode, cap_bytes: int) -> tuple[AsyncConnection, lancedb.Session]:
     """A connection, and its Session with an index cache of so many bytes; makes the directory, but not its parents."""
-    directory.mkdir(exist_ok=True)  # a root that is gone stays gone
+    directory.mkdir(0o700 | os.stat(directory.parent).st_mode & 0o050, exist_ok=True)  # a root that is gone stays gone
     session = lancedb.Session(index_cache_size_bytes=cap_bytes)
     return await lancedb.connect_async(uri_of(directory, mode), session=session), session
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -16,7 +17,7 @@ from everos_engine.surface.checkup import Check, Verdict, notes_of
 from everos_engine.surface.paint import ago, plural, quoted, size
 from everos_engine.surface.permission import blocked, may, permit
 from everos_engine.surface.vitals import number
-from everos_engine.system import ceiling, limits
+from everos_engine.system import ceiling, limits, private
 
 if TYPE_CHECKING:
     from everos_engine.surface.checkup import Case
@@ -92,6 +93,23 @@ def check_index_writable(case: Case) -> Check:
             remedy = f"run doctor as the engine's user; if that was it, `{sudo()}{quoted('chown', '-R', owner, index)}`"
             return Check("permissions", "fail", cause, remedy)
     return Check("permissions", "ok", f"the index may be written by uid {os.geteuid()}")
+
+
+def check_private(case: Case) -> Check | None:
+    """Nobody else can read the index: the text of private files is in it."""
+    index = case.settings.root / ".index"
+    if not index.is_dir():
+        return None
+    found = private.too_open(case.settings)
+    if found is None:
+        who = "its owner and its group" if case.settings.memory.index_access == "group" else "its owner"
+        return Check("private", "ok", f"only {who} can read the index")
+    mode = stat.S_IMODE(os.stat(found).st_mode)
+    cause = f"{case.show(found)} has mode {mode:04o}: other users can read the text of every file that is indexed"
+    chmod = quoted("chmod", "o-rwx" if case.settings.memory.index_access == "group" else "go-rwx", found)
+    if os.stat(found).st_uid not in {os.geteuid(), 0} and os.geteuid() != 0:
+        return Check("private", "warn", cause, f"as its owner, `{chmod}`")
+    return Check("private", "warn", cause, f"take that away: `{chmod}`; the engine does so too when it starts")
 
 
 def check_mounts(case: Case) -> Check:

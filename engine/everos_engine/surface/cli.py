@@ -18,6 +18,7 @@ from everos_engine.settings import Settings, describe, load
 from everos_engine.surface import arguments as grammar
 from everos_engine.surface import terminal
 from everos_engine.surface.paint import ago, plural, printable, shown
+from everos_engine.system import private
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,7 +75,10 @@ def _run_command(argv: Sequence[str] | None) -> int:
         return int(_trust(flags, arguments))
     if arguments.command is _settings:
         return int(_settings(flags))
-    return int(arguments.command(load(flags), arguments))
+    settings = load(flags)
+    if arguments.is_program:
+        os.umask(0o777 & ~private.mode_of(settings))  # what LanceDB creates in the index is for its owner too
+    return int(arguments.command(settings, arguments))
 
 
 def _root_named(grammar_of_all: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:

@@ -23,6 +23,7 @@ CHECKS: Checks = (
     ("versions", checks_system.check_versions),
     ("root", checks_system.check_root),
     ("permissions", checks_system.check_index_writable),
+    ("private", checks_system.check_private),
     ("mount", checks_system.check_mounts),
     ("disk", checks_system.check_disk),
     ("memory", checks_system.check_memory),

@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from everos_engine.surface.paint import json_text, printable
 
 NAME = "everos-engine"
 INPUT, OUTPUT, ERRORS = 0, 1, 2
+OURS = re.compile(r"(\x1b\[(?:0|1|2|3[123])m|\x1b\[H\x1b\[2J)")
+"""The only sequences that a terminal gets from us: a colour, and a cleared screen."""
 
 
 def prepare() -> None:
@@ -57,8 +60,10 @@ class _Output(io.TextIOWrapper):
     lost: OutputLost | None = None
 
     def write(self, text: str, /) -> int:
+        """Write text, fit for a terminal: each source makes its text printable, and this is the net below them all."""
         with self._renamed():
-            return super().write(text)
+            super().write(_net(text, terminal=self.isatty()))
+        return len(text)
 
     def flush(self) -> None:
         with self._renamed():
@@ -73,6 +78,12 @@ class _Output(io.TextIOWrapper):
         except OSError as error:
             self.lost = self.lost or OutputLost(error.errno, error.strerror)
             raise self.lost from error
+
+
+def _net(text: str, *, terminal: bool) -> str:
+    if not terminal:
+        return printable(text, lines=True)
+    return "".join(part if OURS.fullmatch(part) else printable(part, lines=True) for part in OURS.split(text))
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

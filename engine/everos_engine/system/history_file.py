@@ -22,7 +22,7 @@ class HistoryFile:
             if self._handle is None:
                 # without a wait: opening a pipe that nobody reads would hold up the whole engine
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-                self._handle = os.open(self.path, flags, 0o666)
+                self._handle = os.open(self.path, flags, 0o600)
             data = ("\n" if self._is_torn else "").encode() + line.encode("ascii", "backslashreplace") + b"\n"
             written = os.write(self._handle, data)
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from everos_engine.errors import AlreadyRunning
+from everos_engine.system.private import directory_mode, file_mode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,7 @@ class EngineLock:
 
     def __enter__(self) -> Self:
         """Take it. Raises AlreadyRunning, naming the holder's pid."""
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, file_mode(self._path.parent))
         if not _try(self._handle):
             pid = _pid_in(self._handle)
             os.close(self._handle)
@@ -52,8 +53,8 @@ class OwnerLock:
 
     def __enter__(self) -> Self:
         """Create and take it."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._path.parent.mkdir(mode=directory_mode(self._path.parent.parent), exist_ok=True)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, file_mode(self._path.parent))
         fcntl.flock(self._handle, fcntl.LOCK_EX)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -42,6 +43,7 @@ async def open_wake(path: Path) -> AsyncIterator[Wake]:
             with suppress(FileNotFoundError):
                 path.unlink()
             await sock.bind(address)
+            os.chmod(path, 0o600)
             bound = True
         try:
             yield Wake(sock if bound else None)
