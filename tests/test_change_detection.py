@@ -260,7 +260,7 @@ async def test_a_file_that_vanishes_after_it_was_queued_leaves_no_rows(root: Pat
         await engine.settle()
     path.write_text(facts(fact(1, "edited")))
     database = open_queue(settings)
-    enqueue(settings, database, [str(path), str(other)])  # as another process does, with no engine to serve it
+    await enqueue(settings, database, [str(path), str(other)])  # as another process does, with no engine to serve it
     database.close()
     path.unlink()
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from everos_engine.engine import open_engine, open_queue
-from everos_engine.loops.observe import observe_paths
+from everos_engine.loops.observe import observe_path
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
 from everos_engine.surface.explain import Explanation, as_json, explain
@@ -201,7 +201,7 @@ async def test_a_file_that_was_saved_again_at_once_has_time_to_settle(settings: 
     path.write_text(GOOD + "\n")
     database = open_queue(settings)
     now = time.time_ns() // 1_000_000
-    observations = observe_paths(settings, [FACTS])
+    observations = [observe_path(settings, FACTS)]
     database.write(
         lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now, settle_milliseconds=60_000)
     )

@@ -172,10 +172,8 @@ class Engine:
         async def work(desk: Desk) -> list[Outcome]:
             if not paths:
                 await _settle(desk)
-                return await desk.database.aread(census.failed)
-            keys, lsn = await trio.to_thread.run_sync(
-                enqueue, desk.settings, desk.database, paths, limiter=desk.database.limiter
-            )
+                return await desk.database.aread(census.troubled)
+            keys, lsn = await enqueue(desk.settings, desk.database, paths, threads=desk.threads)
             await _reach(desk, lsn)
             return await desk.database.aread(lambda tx: census.standing(tx, keys))
 
@@ -231,10 +229,7 @@ class Engine:
         async def work(desk: Desk) -> list[str]:
             after, found = "", list[str]()
             while True:
-                _, queued, end = await trio.to_thread.run_sync(
-                    lambda start=after: audit(desk.settings, desk.database, after=start, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
-                    limiter=desk.database.limiter,
-                )
+                _, queued, end = await audit(desk.settings, desk.database, desk.threads, after=after, limit=AUDIT_FILES)
                 found += queued
                 if end is None:
                     break
@@ -263,7 +258,7 @@ class Engine:
 
 
 async def _settle(desk: Desk) -> Status:
-    found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake)
+    found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake, threads=desk.threads)
     desk.progress.last_scan_milliseconds = now_milliseconds()
     await _reach(desk, found.lsn)
     while (again := await desk.database.aread(queue.rebuilding)) is not None:
@@ -276,7 +271,7 @@ async def _reach(desk: Desk, lsn: int) -> None:
     desk.wake_up()
     while True:
         seen = desk.applied.value
-        if await desk.database.aread(queue.watermark) >= lsn:
+        if await desk.database.aread(lambda tx: queue.reached(tx, lsn)):
             return
         desk.vectors.raise_if_down(longer_than_seconds=patience_seconds)
         if (why := await desk.database.aread(lambda tx: queue.refused(tx, lsn))) is not None:

@@ -49,7 +49,7 @@ class Transient(EngineError):
     the reason that the queue keeps for a change that is delayed by it.
     """
 
-    waits_for: ClassVar[Literal["retry", "settle", "embedder", "root", "descriptors", "disk"]] = "retry"
+    waits_for: ClassVar[Literal["retry", "settle", "embedder", "root", "descriptors", "disk", "file"]] = "retry"
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None, counts_as_retry: bool = True) -> None:
         super().__init__(message)

@@ -262,6 +262,12 @@ class Settings:
     note: NoteSettings = field(default_factory=NoteSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
 
+    file_deadline_seconds: float = knob(
+        30.0,
+        "How long one look at a file or directory may take. One that takes longer (a hung network file system, a file that is only in the cloud) is left, named, and tried again later.",
+        least=0.05,
+        scope="root",
+    )
     scan_interval_seconds: float = knob(30.0, "Time between sweeps of the whole tree.", least=0.05, scope="root")
     worker_batch_size: int = knob(50, "Changes claimed at once; grows with the backlog.", least=1, scope="root")
     worker_batch_max: int = knob(500, "Most changes claimed at once.", least=1, scope="root")

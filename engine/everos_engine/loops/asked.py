@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import OutsideRoot
 from everos_engine.loops.brake import to_hold
 from everos_engine.loops.desk import now_milliseconds
-from everos_engine.loops.observe import key_in_root, observe_paths
+from everos_engine.loops.observe import key_in_root, observe
 from everos_engine.stores import held, queue
 from everos_engine.system import files
+from everos_engine.system.file_threads import open_threads
 from everos_engine.text import kinds
 from everos_engine.text.kinds.layout import nearest
 
@@ -19,15 +21,24 @@ if TYPE_CHECKING:
 
     from everos_engine.settings import Settings
     from everos_engine.stores.database import Database, Transaction
+    from everos_engine.system.file_threads import FileThreads
 
 
-def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tuple[list[str], int]:
+async def enqueue(
+    settings: Settings, database: Database, paths: Sequence[str], *, threads: FileThreads | None = None
+) -> tuple[list[str], int]:
     """Queue single paths whatever their state, and return their keys and the newest lsn.
 
-    Files that are gone count for the deletion guard like all others: too many are held. Raises OutsideRoot.
+    Files that are gone count for the deletion guard like all others: too many are held. Raises OutsideRoot, and Transient for one that cannot be looked at.
     """
-    keys = [key_of(settings, path) for path in paths]
-    observations = observe_paths(settings, keys)
+    threads = threads or open_threads(deadline_seconds=settings.file_deadline_seconds)
+    keys = [
+        await threads.call(partial(key_of, settings, path), what="stat", name=os.path.join(settings.root, path))
+        for path in paths
+    ]
+    observations, unseen = await observe(settings, threads, keys)
+    for error in unseen.values():
+        raise error
     now = now_milliseconds()
 
     def record(tx: Transaction) -> int:
@@ -39,7 +50,7 @@ def enqueue(settings: Settings, database: Database, paths: Sequence[str]) -> tup
             queue.record(tx, todo, source="sync", now_milliseconds=now, force=True)
         return queue.newest(tx)
 
-    return keys, database.write(record)
+    return keys, await database.awrite(record)
 
 
 def key_of(settings: Settings, path: str) -> str:

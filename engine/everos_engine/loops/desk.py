@@ -17,6 +17,7 @@ from everos_engine.loops.brake import Brake
 from everos_engine.loops.notes import Notes
 from everos_engine.system import fds
 from everos_engine.system.fds import Reserve
+from everos_engine.system.file_threads import FileThreads, open_threads
 from everos_engine.system.instrument import LoopBlocks
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 STARVED_SECONDS = 5.0
 """Errors that do not name their cause (a name server, a TLS file) are put down to a lack of descriptors for so long."""
 
+HUNG_NAMED = 20
 HISTORY = 3600
 POINT_CODES = "qqqdq"
 """The types of a point's columns, as `array` knows them."""
@@ -141,10 +143,12 @@ class Desk:
     fds_history: History = field(default_factory=History)
     brake: Brake = field(init=False)
     notes: Notes = field(init=False)
+    threads: FileThreads = field(init=False)
 
     def __post_init__(self) -> None:
         self.brake = Brake(self.settings)
         self.notes = Notes(self.database)
+        self.threads = open_threads(deadline_seconds=self.settings.file_deadline_seconds)
 
     async def report_replaced(self) -> None:
         """Report a database that was damaged and is made again from markdown."""
@@ -211,6 +215,7 @@ class Desk:
                 "notes": [asdict(note) for note in self.notes.now.values()],
             },
             "pressure": self.pressure.value,
+            "hung": [[name, round(seconds, 1)] for name, seconds in self.threads.hung()[:HUNG_NAMED]],
         }
 
 

@@ -11,7 +11,7 @@ from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import ledger, queue
 from everos_engine.system import files
 from everos_engine.text import diff
-from everos_engine.text.entries import Document, Entry, Problem
+from everos_engine.text.entries import Document, Entry, Place, Problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,8 @@ class Job:
     digest: bytes | None = None
     hollow: bool = False
     vanished: bool = False
+    place: Place | None = None
+    sources: Mapping[str, bytes] = field(default_factory=dict)
     document: Document = field(default_factory=lambda: Document((), ()))
     plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)

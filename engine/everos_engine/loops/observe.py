@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import trio
 from loguru import logger
 
-from everos_engine.errors import BadFile, Transient
+from everos_engine.errors import BadFile, Exhausted, Transient
 from everos_engine.loops.brake import WHY, Brake, let_go, without_moved
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import held, meta, queue, sweeps
 from everos_engine.stores.queue import Observation, Source
 from everos_engine.system import files, limits
+from everos_engine.system.file_threads import Call, FileThreads, NoAnswer, open_threads
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -49,41 +50,96 @@ class _Look:
     trouble: Reason | None
 
 
-async def sweep(settings: Settings, database: Database, *, source: Source, brake: Brake) -> Sweep:
+async def sweep(
+    settings: Settings, database: Database, *, source: Source, brake: Brake, threads: FileThreads | None = None
+) -> Sweep:
     """One sweep, recorded. What vanished in a suspicious way is held instead of deleted.
 
     Raises Transient, with nothing recorded, if the root cannot be read; all files count as held then.
     """
-    recognise = partial(kinds.recognise, note_globs=settings.note.globs)
-
-    def look() -> _Look:
-        before = brake.trouble()
-        if before not in {"root_missing", "root_unreadable"}:
-            walked = files.walk(settings.root, recognise)
-            return _Look(walked, brake.trouble() or before)
-        message = f"the sweep stopped: {WHY[before]}"
-        raise files.SweepAborted(message)
-
+    threads = threads or open_threads(deadline_seconds=settings.file_deadline_seconds)
     try:
-        seen = await trio.to_thread.run_sync(look)
+        seen = await _walk(settings, threads, brake)
     except files.SweepAborted:
-        reason = await trio.to_thread.run_sync(brake.trouble)
+        reason = await root_trouble(brake, threads)
         if reason is not None:
             await database.awrite(lambda tx: held.hold_all(tx, reason, now_milliseconds=now_milliseconds()))
         raise
-    record = partial(_record, settings, database, seen, source)
-    return await trio.to_thread.run_sync(record, limiter=database.limiter)
+    async with database.sweeping:
+        return await _record(settings, database, threads, seen, source)
 
 
-def observe_paths(settings: Settings, paths: Sequence[str]) -> list[Observation]:
-    """Look at single files again; those of no kind count as gone. Raises Transient if a look fails."""
-    seen = []
-    for path in paths:
-        place = kinds.recognise(path, note_globs=settings.note.globs)
-        fingerprint = None if place is None else files.fingerprint(settings.root, place)
-        kind = place.kind if place is not None else ""
-        seen.append(Observation(path, kind, None if fingerprint is None else _four(fingerprint)))
-    return seen
+async def root_trouble(brake: Brake, threads: FileThreads) -> Reason | None:
+    """What is wrong with the root as a whole. One that does not answer cannot be read."""
+    try:
+        return await threads.call(brake.trouble, what="root", name=os.fspath(brake.settings.root))
+    except NoAnswer:
+        return "root_unreadable"
+
+
+async def _walk(settings: Settings, threads: FileThreads, brake: Brake) -> _Look:
+    """Walk the tree, a level at a time. A directory that does not answer is blind, and its neighbours are seen."""
+    before = await root_trouble(brake, threads)
+    if before in {"root_missing", "root_unreadable"}:
+        message = f"the sweep stopped: {WHY[before]}"
+        raise files.SweepAborted(message)
+    walker = files.Walker(settings.root, partial(kinds.recognise, note_globs=settings.note.globs))
+    todo: Sequence[str] = [os.fspath(settings.root)]
+    late: Sequence[Call[str, files.Visit[kinds.Place]]] = []
+    while todo or late:
+        if todo:
+            calls = await threads.each(todo, walker.visit, what="list", name=str)
+            over, late = calls.over, [*late, *calls.late]
+        else:
+            over, late = late, []
+        visits = []
+        for call in over:
+            try:
+                visits.append(await call.wait())
+            except NoAnswer as error:
+                walker.lose(call.item, str(error))
+        todo = await trio.to_thread.run_sync(_added, walker, visits)
+    return _Look(walker.walk(), await root_trouble(brake, threads) or before)
+
+
+def _added(walker: files.Walker[kinds.Place], visits: Sequence[files.Visit[kinds.Place]]) -> Sequence[str]:
+    return [directory for visit in visits for directory in walker.add(visit)]
+
+
+def observe_path(settings: Settings, path: str) -> Observation:
+    """Look at a single file again; one that no kind matches counts as gone. Raises Transient if the look fails."""
+    place = kinds.recognise(path, note_globs=settings.note.globs)
+    fingerprint = None if place is None else files.fingerprint(settings.root, place)
+    return Observation(
+        path, place.kind if place is not None else "", None if fingerprint is None else _four(fingerprint)
+    )
+
+
+async def observe(
+    settings: Settings, threads: FileThreads, paths: Sequence[str]
+) -> tuple[list[Observation], dict[str, Transient]]:
+    """Look at single files again: what was seen, and by path why the others could not be looked at.
+
+    Raises Exhausted if there is no descriptor to look with.
+    """
+
+    def look(path: str) -> Observation | Transient:
+        try:
+            return observe_path(settings, path)
+        except Exhausted:
+            raise
+        except Transient as error:
+            return error
+
+    seen: list[Observation] = []
+    unseen: dict[str, Transient] = {}
+    root = settings.root
+    for path, found in await threads.all(paths, look, what="stat", name=lambda path: files.path_of(root, path)):
+        if isinstance(found, Transient):
+            unseen[path] = found
+        else:
+            seen.append(found)
+    return seen, unseen
 
 
 def key_in_root(settings: Settings, path: str) -> str | None:
@@ -92,38 +148,49 @@ def key_in_root(settings: Settings, path: str) -> str | None:
     return files.key_of(settings.root, full)
 
 
-def verify_racy(
-    settings: Settings, database: Database, paths: Sequence[str] | None = None
+async def verify_racy(
+    settings: Settings, database: Database, threads: FileThreads, paths: Sequence[str] | None = None
 ) -> frozenset[queue.Observation]:
     """Read those of ``paths`` (of all) whose fingerprint is not to be trusted; the ones that are what was indexed.
 
     Git's rule: a file observed within a tick of its last change could change again and keep its fingerprint.
     """
+
+    def compare(doubtful: tuple[Observation, bytes]) -> files.Reading | None:
+        seen, digest = doubtful
+        reading = _read(settings, seen.md_path)
+        is_same = reading is not None and reading.digest == digest and _four(reading.fingerprint) == seen.fingerprint
+        return reading if is_same else None
+
+    doubtful = await database.aread(lambda tx: sweeps.racy(tx, paths))
+    if not doubtful:
+        return frozenset()
     same, settled = set(), []
-    for seen, digest in database.read(lambda tx: sweeps.racy(tx, paths)):
-        place = kinds.recognise(seen.md_path, note_globs=settings.note.globs)
-        if place is None:
-            continue
-        try:
-            reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
-        except (Transient, BadFile, files.Vanished):
-            continue
-        if reading.digest == digest and _four(reading.fingerprint) == seen.fingerprint:
+    for (seen, digest), reading in await threads.all(doubtful, compare, what="read", name=_name_in(settings)):
+        if isinstance(reading, files.Reading):
             same.add(seen)
             if not reading.racy:
                 settled.append((seen, digest))
     if settled:
-        database.write(lambda tx: sweeps.trust(tx, settled))
+        await database.awrite(lambda tx: sweeps.trust(tx, settled))
     return frozenset(same)
 
 
-def audit(settings: Settings, database: Database, *, after: str, limit: int) -> tuple[int, list[str], str | None]:
+async def audit(
+    settings: Settings, database: Database, threads: FileThreads, *, after: str, limit: int
+) -> tuple[int, list[str], str | None]:
     """Read the next ``limit`` files in order of path and queue those whose content is not what was indexed.
 
     (files read, paths queued, the path to go on after); None at the end of the tree.
     """
-    todo = database.read(lambda tx: sweeps.to_audit(tx, after, limit=limit))
-    differing = [seen for seen, digest in todo if _differs(settings, seen.md_path, digest)]
+
+    def differs(todo: tuple[Observation, bytes]) -> bool:
+        reading = _read(settings, todo[0].md_path)
+        return reading is not None and reading.digest != todo[1]
+
+    todo = await database.aread(lambda tx: sweeps.to_audit(tx, after, limit=limit))
+    read = await threads.all(todo, differs, what="read", name=_name_in(settings))
+    differing = [seen for (seen, _), found in read if found is True]
     now = now_milliseconds()
     end = todo[-1][0].md_path if len(todo) == limit else None
 
@@ -134,45 +201,48 @@ def audit(settings: Settings, database: Database, *, after: str, limit: int) -> 
             meta.put(tx, "last_audit", str(now))
         return queued
 
-    return len(todo), database.write(note), end
+    return len(todo), await database.awrite(note), end
 
 
-def _differs(settings: Settings, md_path: str, digest: bytes) -> bool:
+def _read(settings: Settings, md_path: str) -> files.Reading | None:
+    """The content of a change; None if it cannot be had, which is a sweep's business."""
     place = kinds.recognise(md_path, note_globs=settings.note.globs)
     if place is None:
-        return False
+        return None
     try:
-        return files.read(settings.root, place, max_file_bytes=settings.max_file_bytes).digest != digest
-    except (Transient, BadFile, files.Vanished):  # gone or out of reach: a sweep's business
-        return False
+        return files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
+    except (Transient, BadFile, files.Vanished):
+        return None
 
 
-def _record(
-    settings: Settings,
-    database: Database,
-    look: _Look,
-    source: Source,
-) -> Sweep:
+def _name_in(settings: Settings) -> Callable[[tuple[Observation, bytes]], str]:
+    return lambda one: files.path_of(settings.root, one[0].md_path)
+
+
+async def _record(settings: Settings, database: Database, threads: FileThreads, look: _Look, source: Source) -> Sweep:
+    """Record a walk. Files are read and looked at between the transactions, so that one that hangs holds up none."""
     walked, trouble = look.walked, look.trouble
     now, settle = now_milliseconds(), settings.settle_milliseconds
-    observations = [Observation(path, place.kind, _four(print_)) for path, (place, print_) in walked.found.items()]
-    verified = verify_racy(settings, database)
-    database.write(lambda tx: sweeps.load_sweep(tx, observations))
+    verified = await verify_racy(settings, database, threads)
 
     def compare(tx: Transaction) -> tuple[sweeps.Compared, set[str], list[str]]:
+        found = walked.found.items()
+        sweeps.load_sweep(tx, [Observation(path, place.kind, _four(print_)) for path, (place, print_) in found])
         compared = sweeps.record_sweep(
             tx, source=source, now_milliseconds=now, settle_milliseconds=settle, verified=verified
         )
         return compared, held.sticking(tx), _lost_mounts(settings, tx)
 
-    compared, sticking, unmounted = database.write(compare)
+    compared, sticking, unmounted = await database.awrite(compare)
     dark: dict[Reason, Sequence[str]] = {"unreadable": list(walked.blind), "unmounted": unmounted}
     excluded = [] if trouble else [one for one in compared.vanished if _is_of_no_kind(settings, one)]
     vanished = [one for one in compared.vanished if one.md_path not in sticking and one not in excluded]
-    in_sight = [] if trouble else [one for one in vanished if _shade(one.md_path, dark) is None]
-    looks = dict(zip(in_sight, observe_paths(settings, [one.md_path for one in in_sight]), strict=True))
-    again = [seen for seen in looks.values() if seen.fingerprint is not None]
-    vanished = [one for one in vanished if one not in looks or looks[one].fingerprint is None]
+    in_sight = [] if trouble else [one.md_path for one in vanished if _shade(one.md_path, dark) is None]
+    seen, unseen = await observe(settings, threads, in_sight)
+    again = [one for one in seen if one.fingerprint is not None]
+    dark["unreadable"] = [*walked.blind, *unseen]
+    found = {one.md_path for one in again}
+    vanished = [one for one in vanished if one.md_path not in found]
     if excluded:
         logger.info("files_excluded count={} first={!r}", len(excluded), excluded[0].md_path)
 
@@ -190,7 +260,7 @@ def _record(
         queued = queue.record(tx, again + gone, source=source, now_milliseconds=now)
         meta.put(tx, "last_scan", str(now_milliseconds()))
         return Sweep(
-            len(observations),
+            len(walked.found),
             compared.queued + queued,
             queue.newest(tx),
             walked.blind,
@@ -198,7 +268,7 @@ def _record(
             held.counts(tx),
         )
 
-    return database.write(finish)
+    return await database.awrite(finish)
 
 
 def _is_of_no_kind(settings: Settings, one: Vanished) -> bool:

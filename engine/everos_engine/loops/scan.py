@@ -92,7 +92,9 @@ async def _sweep_once(desk: Desk, *, first: bool) -> None:
     progress = desk.progress
     listening = progress.watching and not first and time.monotonic() - progress.watched_since_seconds > GATHER_SECONDS
     burst, stall, progress.burst, progress.stall_seconds = progress.burst, progress.stall_seconds, 0, 0.0
-    found = await sweep(desk.settings, desk.database, source="start" if first else "scan", brake=desk.brake)
+    found = await sweep(
+        desk.settings, desk.database, source="start" if first else "scan", brake=desk.brake, threads=desk.threads
+    )
     progress.last_scan_milliseconds = now_milliseconds()
     if found.queued:
         logger.info("sweep files={} queued={}", found.files, len(found.queued))
@@ -216,10 +218,7 @@ async def _audit(desk: Desk) -> None:
         known, position = await desk.database.aread(lambda tx: (sweeps.files(tx), meta.get(tx, AUDIT_POSITION) or ""))
         await trio.sleep(max(1.0, hours * 3600 * AUDIT_FILES / max(known, AUDIT_FILES)))
         with unit("scan", f"an audit step after {position!r}"):
-            _, queued, _ = await trio.to_thread.run_sync(
-                lambda after=position: audit(desk.settings, desk.database, after=after, limit=AUDIT_FILES),  # type: ignore[misc]  # a default binds the value of this turn
-                limiter=desk.database.limiter,
-            )
+            _, queued, _ = await audit(desk.settings, desk.database, desk.threads, after=position, limit=AUDIT_FILES)
             if queued:
                 logger.warning("audit_found_changes count={} first={!r}", len(queued), queued[0])
                 desk.wake_up()

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 from loguru import logger
@@ -18,14 +18,15 @@ from watchfiles._rust_notify import RustNotify
 from everos_engine.errors import Exhausted, Transient, exhausted
 from everos_engine.loops.brake import FEW, to_hold
 from everos_engine.loops.desk import Desk, now_milliseconds
-from everos_engine.loops.observe import key_in_root, observe_paths, verify_racy
+from everos_engine.loops.observe import key_in_root, observe, root_trouble, verify_racy
 from everos_engine.stores import queue, sweeps
 from everos_engine.system import fds, files, limits
+from everos_engine.system.file_threads import NoAnswer
 from everos_engine.system.unit import unit
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from everos_engine.settings import Settings
     from everos_engine.stores.database import Transaction
@@ -38,6 +39,8 @@ INDEX_DIRECTORY = ".index"
 LOOK_SECONDS = 2.0
 """How often the root's identity is checked, and the watching thread's life."""
 RETRY_SECONDS = 300.0
+STOP_SECONDS = 2.0
+"""A watching thread that is asked to end does so within its step of 20 ms, unless a directory hangs it."""
 FIRST_PAUSE_SECONDS = 0.2
 FAILURES = 6
 """So many failures of the events' library within RETRY_SECONDS are waited out, each twice as long as the last; then the scan polls."""
@@ -49,6 +52,7 @@ POLL_REMEDY = "until then changes are found by polling"
 REMEDIES = {
     "watch_limit": "`echo fs.inotify.max_user_watches=524288 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
     "watch_failed": "if a file or directory is named here, rename it so that its name is UTF-8; ",
+    "watch_hung": "see whether the server of this directory answers, or remove the link to it; ",
     "instance_limit": "`echo fs.inotify.max_user_instances=1024 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
 }
 
@@ -58,6 +62,10 @@ class WatcherFailed(Transient):
 
     It does so when a name in a batch is not UTF-8, and goes on doing so.
     """
+
+
+class DirectoryHangs(WatcherFailed):
+    """A directory that would be watched does not answer. The library would stop the whole process in it."""
 
 
 async def watch(desk: Desk) -> None:
@@ -91,7 +99,7 @@ async def _again(desk: Desk, failures: deque[float], error: WatcherFailed) -> No
     now = time.monotonic()
     while failures and now - failures[0] > RETRY_SECONDS:
         failures.popleft()
-    if len(failures) == FAILURES:
+    if len(failures) == FAILURES or isinstance(error, DirectoryHangs):
         await _degraded(desk, error)
         return
     pause = FIRST_PAUSE_SECONDS * 2 ** len(failures)
@@ -127,6 +135,8 @@ async def _judge_mount(desk: Desk) -> None:
 async def _degraded(desk: Desk, error: OSError | WatcherFailed) -> None:
     """No events for now: name the limit and its remedy, poll, and try again later."""
     code = "watch_failed"
+    if isinstance(error, DirectoryHangs):
+        code = "watch_hung"
     if isinstance(error, OSError):
         code = "watch_limit" if error.errno == errno.ENOSPC or "limit" in str(error) else code
         if error.errno in {errno.EMFILE, errno.ENFILE} or "open files" in str(error):
@@ -137,7 +147,10 @@ async def _degraded(desk: Desk, error: OSError | WatcherFailed) -> None:
     await desk.notes.say(code, f"file events cannot be had: {reason}", remedy)
     desk.look_again()
     with trio.move_on_after(RETRY_SECONDS):
-        await _idle(desk)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_idle, desk)
+            await desk.threads.returned.wait_transition()  # what hung may answer again
+            nursery.cancel_scope.cancel()
 
 
 def _raise(code: str) -> str:
@@ -156,13 +169,18 @@ async def _listen(desk: Desk) -> None:
 
     Raises OSError where they cannot be laid, and WatcherFailed for whatever else their library raises.
     """
-    laid_on, stop = _identity(desk.settings.root), threading.Event()
+    laid_on, stop = await _identity(desk), threading.Event()
+    silent = await _silent_directory(desk)
+    if silent is not None:
+        message = f"the directory {silent!r} does not answer"
+        raise DirectoryHangs(message)
     send, receive = trio.open_memory_channel[set[str]](64)
+    thread = trio.CancelScope(shield=True)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_when_cancelled, stop)
+            nursery.start_soon(_stop_when_cancelled, stop, thread)
             nursery.start_soon(_receive, desk, receive)
-            nursery.start_soon(trio.to_thread.run_sync, _run, desk, stop, send)
+            nursery.start_soon(_in_thread, thread, partial(_run, desk, stop, send))
             await _until_stale(desk, laid_on)
             nursery.cancel_scope.cancel()
     except* (OSError, WatcherFailed) as group:
@@ -176,6 +194,8 @@ def _run(desk: Desk, stop: threading.Event, send: trio.MemorySendChannel[set[str
     """In a thread of its own: laying thousands of watches takes its time, and waiting for events blocks."""
     settings = desk.settings
     with _lay(settings) as watches:
+        if stop.is_set():
+            return
         trio.from_thread.run_sync(_laid, desk)
         while True:
             with _translated():
@@ -239,23 +259,50 @@ def _laid(desk: Desk) -> None:
     desk.look_again()  # what changed before the watches were laid has no event
 
 
-async def _stop_when_cancelled(stop: threading.Event) -> None:
-    """The watching thread cannot be cancelled, only told."""
+async def _silent_directory(desk: Desk) -> str | None:
+    """The first directory that does not answer, None if all do. Links are followed, as the library does.
+
+    It holds the interpreter's lock while it goes through the tree: a directory that hangs would stop every thread.
+    """
+    todo, known = [os.fspath(desk.settings.root)], set[tuple[int, int]]()
+    while todo:
+        found = await desk.threads.all(todo, files.directories_in, what="list", name=str)
+        todo = []
+        for directory, below in found:
+            if isinstance(below, NoAnswer):
+                return directory
+            new = {identity: path for path, identity in below if identity not in known}
+            known.update(new)
+            todo += new.values()
+    return None
+
+
+async def _in_thread(scope: trio.CancelScope, run: Callable[[], None]) -> None:
+    with scope:
+        await trio.to_thread.run_sync(run, abandon_on_cancel=True)
+
+
+async def _stop_when_cancelled(stop: threading.Event, thread: trio.CancelScope) -> None:
+    """The watching thread cannot be cancelled, only asked to end. One that hangs in a directory is left behind."""
     try:
         await trio.sleep_forever()
     finally:
         stop.set()
+        thread.deadline = trio.current_time() + STOP_SECONDS
 
 
 async def _until_stale(desk: Desk, laid_on: tuple[int, int]) -> None:
     """Return once the root is not the one the watches were laid on; meanwhile see that there is one for each directory."""
     due, added = time.monotonic() + LOOK_SECONDS, 0
     short_before, exhausted_before = 0, desk.exhaustion.value
+    began = time.monotonic()
     while True:
         await trio.sleep(LOOK_SECONDS)
         desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
-        if _identity(desk.settings.root) != laid_on:
+        if await _identity(desk) != laid_on:
             return
+        if not desk.progress.watching and time.monotonic() - began > desk.settings.file_deadline_seconds:
+            await _poll_meanwhile(desk)
         if desk.exhaustion.value != exhausted_before:
             if desk.pressure.value <= 0:
                 continue  # there is no descriptor to look with
@@ -264,7 +311,7 @@ async def _until_stale(desk: Desk, laid_on: tuple[int, int]) -> None:
             continue
         added = desk.progress.directories_added
         due = time.monotonic() + CHECK_SECONDS
-        short = await trio.to_thread.run_sync(_directories_unwatched, desk.settings)
+        short = await _directories_unwatched(desk)
         if short and short_before:
             if not desk.progress.polling:
                 desk.progress.polling = True
@@ -281,21 +328,38 @@ async def _until_stale(desk: Desk, laid_on: tuple[int, int]) -> None:
         short_before = short
 
 
+async def _poll_meanwhile(desk: Desk) -> None:
+    """The watches are still being made: a very large tree, or a directory that does not answer."""
+    seconds = desk.settings.watch.poll_interval_seconds
+    message = "file events cannot be had yet: the watches are still being made, and a directory may not answer"
+    await desk.notes.say("watch_failed", message, f"{POLL_REMEDY} every {seconds:g} s")
+    if not desk.progress.polling:
+        desk.progress.polling = True
+        desk.look_again()
+
+
 async def _well(desk: Desk) -> None:
     """Every directory is watched: no limit holds, and polling ends unless the mount asks for it."""
-    await desk.notes.over("watch_limit", "instance_limit", "watch_failed")
+    await desk.notes.over("watch_limit", "instance_limit", "watch_failed", "watch_hung")
     desk.progress.polling = "mount_silent" in desk.notes.now
 
 
-def _directories_unwatched(settings: Settings) -> int:
-    watched = limits.own_watches()
+async def _directories_unwatched(desk: Desk) -> int:
+    """About how many directories have no watch; 0 if it cannot be known."""
+    watched, root = limits.own_watches(), os.fspath(desk.settings.root)
     if watched is None:
         return 0
-    return max(0, files.directories_below(os.fspath(settings.root)) - watched)
+    try:
+        there = await desk.threads.call(partial(files.directories_below, root), what="list all", name=root)
+    except NoAnswer:
+        return 0
+    return max(0, there - watched)
 
 
-def _identity(root: str | os.PathLike[str]) -> tuple[int, int]:
-    found = os.stat(root)
+async def _identity(desk: Desk) -> tuple[int, int]:
+    """Which directory the root is. Raises OSError, and NoAnswer."""
+    root = desk.settings.root
+    found = await desk.threads.call(lambda: os.stat(root), what="stat", name=os.fspath(root))
     return found.st_dev, found.st_ino
 
 
@@ -313,15 +377,15 @@ async def _receive(desk: Desk, batches: trio.MemoryReceiveChannel[set[str]]) -> 
 
 
 async def _record(desk: Desk, paths: set[str]) -> None:
+    """Look at what a batch of events names, and queue it. What cannot be looked at is left to a sweep, which names it."""
     settings = desk.settings
-
-    def look() -> tuple[list[Observation], list[str], bool]:
-        observations, again = _observe(desk, paths)
-        verified = verify_racy(settings, desk.database, [seen.md_path for seen in observations])
+    try:
+        observations, again = await _observe(desk, paths)
+        verified = await verify_racy(settings, desk.database, desk.threads, [seen.md_path for seen in observations])
         observations = [seen for seen in observations if seen not in verified]
         gone = [seen for seen in observations if seen.fingerprint is None]
         there = [seen for seen in observations if seen.fingerprint is not None]
-        if gone and (len(gone) > FEW or desk.brake.trouble() is not None):
+        if gone and (len(gone) > FEW or await root_trouble(desk.brake, desk.threads) is not None):
             gone, again = [], True
         now, settle = now_milliseconds(), settings.settle_milliseconds
 
@@ -332,11 +396,8 @@ async def _record(desk: Desk, paths: set[str]) -> None:
                 return there, queued  # a sweep sees the whole, and holds them
             return there + gone, queued + found(gone)
 
-        noted, queued = desk.database.write(record)
-        return noted, queued, again or len(noted) < len(there) + len(gone)
-
-    try:
-        observations, queued, again = await trio.to_thread.run_sync(look, limiter=desk.database.limiter)
+        observations, queued = await desk.database.awrite(record)
+        again = again or len(observations) < len(there) + len(gone)
     except Transient as error:
         desk.starved(error)
         logger.warning("events_left_to_scan count={} error={!r}", len(paths), str(error))
@@ -351,27 +412,42 @@ async def _record(desk: Desk, paths: set[str]) -> None:
         desk.wake_up()
 
 
-def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
+class _Named(NamedTuple):
+    """What one event names: its change, or the changes below a directory, or a key that may have been a directory."""
+
+    changes: Sequence[str]
+    is_directory: bool
+    gone: str | None
+
+
+async def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
     """A look at every path named, at all below a directory that appeared, and at all known below one that went.
 
-    True beside it where a sweep should look again: files made in a new directory before its watch have no event.
+    True with it if a sweep should look again: files made in a new directory before its watch have no event.
     """
-    settings, directories = desk.settings, False
-    keys: dict[str, None] = {}
-    for path in (files.without_links(settings.root, named) for named in paths):
-        key = key_in_root(settings, path)
-        if key is None:
-            continue
-        place = kinds.recognise(key, note_globs=settings.note.globs)
-        if place is not None:
-            keys[place.md_path] = None
-        if os.path.isdir(path) and not os.path.islink(path):  # noqa: PTH112, PTH114 - str in, str out
-            keys.update(dict.fromkeys(_below(settings, path)))
-            directories = True
-            desk.progress.directories_added += 1
-        elif place is None:
-            keys.update(dict.fromkeys(desk.database.read(lambda tx, k=key: sweeps.known_below(tx, k))))  # type: ignore[misc]  # a default binds the value of this turn
-    return observe_paths(settings, list(keys)), directories
+    named = await desk.threads.all(sorted(paths), partial(_named, desk.settings), what="stat", name=str)
+    found = [seen for _, seen in named if isinstance(seen, _Named)]
+    directories = sum(seen.is_directory for seen in found)
+    desk.progress.directories_added += directories
+    keys = dict.fromkeys(key for seen in found for key in seen.changes)
+    gone = [seen.gone for seen in found if seen.gone is not None]
+    if gone:
+        known = await desk.database.aread(lambda tx: [path for key in gone for path in sweeps.known_below(tx, key)])
+        keys.update(dict.fromkeys(known))
+    observations, unseen = await observe(desk.settings, desk.threads, list(keys))
+    return observations, bool(directories or unseen or len(found) < len(named))
+
+
+def _named(settings: Settings, event: str) -> _Named:
+    path = files.without_links(settings.root, event)
+    key = key_in_root(settings, path)
+    if key is None:
+        return _Named((), is_directory=False, gone=None)
+    place = kinds.recognise(key, note_globs=settings.note.globs)
+    changes = [] if place is None else [place.md_path]
+    if os.path.isdir(path) and not os.path.islink(path):  # noqa: PTH112, PTH114 - str in, str out
+        return _Named([*changes, *_below(settings, path)], is_directory=True, gone=None)
+    return _Named(changes, is_directory=False, gone=key if place is None else None)
 
 
 def _below(settings: Settings, directory: str) -> list[str]:

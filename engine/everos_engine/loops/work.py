@@ -44,8 +44,10 @@ from everos_engine.text import diff, kinds
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
+    from pathlib import Path
 
     from everos_engine.stores.database import Transaction
+    from everos_engine.system.file_threads import Call, Calls
 
 T = TypeVar("T")
 COMMIT_ENTRIES = 8192
@@ -78,6 +80,7 @@ async def work(desk: Desk) -> None:
             nursery.start_soon(worker.return_loop)
             nursery.start_soon(_poll, desk)
             nursery.start_soon(worker.reap)
+            nursery.start_soon(worker.take_up_answered)
             nursery.start_soon(worker.attend)
             await worker.claim_loop()
     finally:
@@ -215,6 +218,14 @@ class _Worker:
             await desk.notes.keep()
             await trio.sleep(REAP_SECONDS)
 
+    async def take_up_answered(self) -> None:
+        """Have what waits for its file ready when a late look has returned."""
+        desk, seen = self.desk, self.desk.threads.returned.value
+        while True:
+            seen = await desk.threads.returned.wait_value(lambda value, seen=seen: value != seen)
+            await self._patiently(lambda: desk.database.awrite(lambda tx: queue.hurry(tx, "file")))
+            desk.wake_up()
+
     async def _reap_dead(self) -> int:
         desk = self.desk
         others = [owner for owner in await desk.database.aread(queue.owners) if owner != desk.owner]
@@ -259,23 +270,22 @@ class _Worker:
         return claims
 
     async def _prepare(self, claims: list[queue.Claim], nursery: trio.Nursery) -> None:
-        """Read and diff off the loop, as much as memory should hold; send each job on as soon as it needs nothing more."""
+        """Read and diff off the loop, as much as memory should hold; send each job on as soon as it needs nothing more.
+
+        A file whose read is late is waited for by itself, up to its deadline.
+        """
         left = list(claims)
         with self._unit("read and compare", lambda: left):
             known = await self.desk.database.aread(lambda tx: ledger.known(tx, [claim.md_path for claim in claims]))
-            while left:
+            jobs = [Job(claim) for claim in claims]
+            while jobs:
                 await self.held_bytes.wait_value(lambda held: held < HELD_BYTES)
-                jobs = await trio.to_thread.run_sync(self._read_some, left, known)
-                self.in_hand |= {job.claim.claim_no: job.size_bytes for job in jobs}
-                self._count()
-                await self._guard_vanished(jobs)
-                await self._look_up(jobs)
-                for job in jobs:
-                    left.remove(job.claim)
-                    if job.error is None and job.missing and self.desk.vectors.gate is not None:
-                        nursery.start_soon(self._embed, job)
-                    else:
-                        await self.ready.send(job)
+                calls = await self._read_some(jobs)
+                jobs = list(calls.rest)
+                for call in calls.late:
+                    left.remove(call.item.claim)
+                    nursery.start_soon(self._await_read, call, known, nursery)
+                await self._send_on([_read_of(call) for call in calls.over], known, nursery, left)
 
     async def _guard_vanished(self, jobs: list[Job]) -> None:
         """Hold the files that vanished between being queued and being read, if with them too many are gone.
@@ -296,24 +306,65 @@ class _Worker:
 
         await self.desk.database.awrite(guard)
 
-    def _read_some(self, claims: list[queue.Claim], known: Mapping[str, Mapping[str, bytes]]) -> list[Job]:
-        """Read, parse and diff the first of ``claims``, as many as fit into READ_BYTES."""
-        jobs, read_bytes = [], 0
-        for claim in claims:
-            job = self._read(claim)
-            before = known[claim.md_path]
+    async def _read_some(self, jobs: list[Job]) -> Calls[Job, Job]:
+        """Read the first of ``jobs``, as many as fit into READ_BYTES."""
+        read_bytes = 0
+
+        def enough(job: Job) -> bool:
+            nonlocal read_bytes
+            read_bytes += job.size_bytes
+            return read_bytes >= READ_BYTES
+
+        root = self.desk.settings.root
+        named = partial(_path_of, root)
+        return await self.desk.threads.each(jobs, self._read, what="read", name=named, enough=enough)
+
+    async def _await_read(
+        self, call: Call[Job, Job], known: Mapping[str, Mapping[str, bytes]], nursery: trio.Nursery
+    ) -> None:
+        """Wait for one file's read. If it does not return, its change waits, and no attempt is counted."""
+        left = [call.item.claim]
+        with self._unit("read and compare", lambda: left):
+            try:
+                job = await call.wait()
+            except Transient as error:
+                job = Job(call.item.claim, error=error)  # the thread may still write into the other one
+            await self._send_on([job], known, nursery, left)
+
+    async def _send_on(
+        self,
+        jobs: list[Job],
+        known: Mapping[str, Mapping[str, bytes]],
+        nursery: trio.Nursery,
+        left: list[queue.Claim],
+    ) -> None:
+        """Parse and diff what was read, and send it on; ``left`` are claims that the caller hands back if this fails."""
+        self.in_hand |= {job.claim.claim_no: job.size_bytes for job in jobs}
+        self._count()
+        await trio.to_thread.run_sync(self._parse_all, jobs, known)
+        await self._guard_vanished(jobs)
+        await self._look_up(jobs)
+        for job in jobs:
+            left.remove(job.claim)
+            if job.error is None and job.missing and self.desk.vectors.gate is not None:
+                nursery.start_soon(self._embed, job)
+            else:
+                await self.ready.send(job)
+
+    def _parse_all(self, jobs: list[Job], known: Mapping[str, Mapping[str, bytes]]) -> None:
+        """Parse and diff what was read."""
+        for job in jobs:
+            before = known[job.claim.md_path]
+            if job.error is None:
+                self._parse(job)
             if job.error is None:
                 job.plan = diff.plan(job.document, before)
             if looks_torn(job, before):
                 job.error = unsettled(job, self.desk.settings.settle_milliseconds) or job.error
-            jobs.append(job)
-            read_bytes += job.size_bytes
-            if read_bytes >= READ_BYTES:
-                break
-        return jobs
 
-    def _read(self, claim: queue.Claim) -> Job:
-        settings, job = self.desk.settings, Job(claim)
+    def _read(self, job: Job) -> Job:
+        """Read the file of a change, or see that it is gone; changes nothing but the job."""
+        settings, claim = self.desk.settings, job.claim
         place = kinds.recognise(claim.md_path, note_globs=settings.note.globs)
         if place is None:
             return job  # of no kind any more: its rows go
@@ -322,31 +373,37 @@ class _Worker:
             job.fingerprint, job.racy, job.digest = reading.fingerprint, reading.racy, reading.digest
             job.size_bytes = sum(map(len, reading.sources.values()))
             job.hollow = not all(reading.sources.values())
-            job.document = kinds.parse(place, reading.sources)
-            job.problems = list(job.document.problems)
+            job.place, job.sources = place, reading.sources
         except files.Vanished:
             job.error = self._deletable()
             job.vanished = job.error is None
         except BadFile as error:
             job.error = error
-            if job.fingerprint is None:
-                try:
-                    job.fingerprint = files.fingerprint(settings.root, place)
-                except Transient as unseen:
-                    job.error = unseen
+            try:
+                job.fingerprint = files.fingerprint(settings.root, place)
+            except Transient as unseen:
+                job.error = unseen
         except (Transient, OSError) as error:
             job.error = error if isinstance(error, Transient) else Transient(f"reading failed: {error}")
             if claim.source == "release" and files.is_out_of_reach(job.error):
                 job.error = self._deletable()  # somebody decided that what cannot be looked at is gone
         except Exception as error:  # noqa: BLE001 - a bug one file reveals must not stop the memory of everyone else
-            if exhausted(error):
-                job.error = Exhausted(f"reading failed: {error}")
-                return job
-            logger.opt(exception=error).error("parser_bug path={}", claim.md_path)
-            job.error = BadFile(
-                f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again"
-            )
+            job.error = _bug(claim.md_path, error)
         return job
+
+    def _parse(self, job: Job) -> None:
+        """Parse what was read."""
+        if job.place is None:
+            return
+        try:
+            job.document = kinds.parse(job.place, job.sources)
+            job.problems = list(job.document.problems)
+        except BadFile as error:
+            job.error = error
+        except Exception as error:  # noqa: BLE001 - a bug one file reveals must not stop the memory of everyone else
+            job.error = _bug(job.claim.md_path, error)
+        finally:
+            job.sources = {}
 
     def _deletable(self) -> Transient | None:
         """Why the rows of a file that is not there may not be deleted now; None where they may."""
@@ -551,6 +608,26 @@ def _decides(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return error.subgroup((Damaged, Fatal, SettingsError)) is not None
     return isinstance(error, (Damaged, Fatal, SettingsError))
+
+
+def _path_of(root: Path, job: Job) -> str:
+    return files.path_of(root, job.claim.md_path)
+
+
+def _read_of(call: Call[Job, Job]) -> Job:
+    """The job of a call that is over, with the reason if it was not begun."""
+    try:
+        return call.get()
+    except Transient as error:
+        return Job(call.item.claim, error=error)
+
+
+def _bug(md_path: str, error: Exception) -> EngineError:
+    """What an error that no parser should raise means for its file."""
+    if exhausted(error):
+        return Exhausted(f"reading failed: {error}")
+    logger.opt(exception=error).error("parser_bug path={}", md_path)
+    return BadFile(f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again")
 
 
 def _has_ready(tx: Transaction) -> bool:

@@ -100,6 +100,17 @@ def failed(tx: Transaction, *, retryable: bool | None = None) -> list[Outcome]:
     return [_outcome(row) for row in tx.execute(sql, (None if retryable is None else int(retryable),))]
 
 
+def unanswered(tx: Transaction) -> list[Outcome]:
+    """Every change that waits for its file to answer, in order of path."""
+    sql = f"{OUTCOME} WHERE status = 'pending' AND not_before > 0 AND waits_for = 'file' ORDER BY md_path"
+    return [_outcome(row) for row in tx.execute(sql)]
+
+
+def troubled(tx: Transaction) -> list[Outcome]:
+    """Every change that did not come through: the dead-lettered, and those whose file does not answer."""
+    return failed(tx) + unanswered(tx)
+
+
 def _outcome(row: tuple[Value, ...]) -> Outcome:
     path, status, retryable, retry_count, error, lsn, updated, kind = row
     return Outcome(

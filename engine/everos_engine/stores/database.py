@@ -71,6 +71,7 @@ class Database:
         self.path = path
         self.replaced: str | None = None
         self._limiter: trio.CapacityLimiter | None = None
+        self._sweeping: trio.Lock | None = None
         try:
             if readonly and _is_still(path):
                 where = f"file:{quote(os.fsencode(path))}?immutable=1"
@@ -158,6 +159,15 @@ class Database:
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(1)
         return self._limiter
+
+    @property
+    def sweeping(self) -> trio.Lock:
+        """Held by a sweep from its first transaction to its last: the temporary table of this connection is its own."""
+        import trio  # noqa: PLC0415 - as above
+
+        if self._sweeping is None:
+            self._sweeping = trio.Lock()
+        return self._sweeping
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         import trio

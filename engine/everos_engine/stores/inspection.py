@@ -104,7 +104,7 @@ class Delayed:
 
 DELAYED = """
 SELECT count(*), min(not_before), max(retry_count), max(error) FROM md_change_state
-WHERE status = 'pending' AND not_before > 0 AND error IS NOT NULL AND {waits_for} IS NOT 'settle'
+WHERE status = 'pending' AND not_before > 0 AND error IS NOT NULL AND coalesce({waits_for}, '') NOT IN ('settle', 'file')
 """
 
 
@@ -112,6 +112,17 @@ def delayed(tx: Transaction) -> Delayed | None:
     """What waits because an attempt failed; None where nothing does. A file that only settles is not among it."""
     ((count, due, retries, error),) = tx.execute(_waiting(tx, DELAYED))
     return Delayed(cast("int", count), cast("int", due), cast("int", retries), cast("str", error)) if count else None
+
+
+UNANSWERED = """
+SELECT md_path, error FROM md_change_state
+WHERE status = 'pending' AND not_before > 0 AND {waits_for} IS 'file' ORDER BY md_path
+"""
+
+
+def unanswered(tx: Transaction) -> list[tuple[str, str]]:
+    """The changes that wait because their file does not answer, with the message."""
+    return [(str(path), str(error)) for path, error in tx.execute(_waiting(tx, UNANSWERED))]
 
 
 def files_per_kind(tx: Transaction) -> dict[str, dict[str, int]]:

@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS md_change_state (
     source      TEXT NOT NULL,
     first_seen  INTEGER NOT NULL,
     updated     INTEGER NOT NULL,
-    waits_for   TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk'))
+    waits_for   TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk', 'file'))
                      CHECK ((waits_for IS NOT NULL) = (status = 'pending' AND not_before > 0)),
     failed_for  TEXT CHECK (failed_for IS NULL OR status = 'failed'),
     known_since INTEGER NOT NULL DEFAULT 0,
@@ -55,7 +55,7 @@ INSERT INTO counter VALUES ('lsn', 0), ('claim', 0), ('found_by_scan', 0), ('fou
 """
 UPGRADE_TO_3 = """
 UPDATE md_change_state SET not_before = 0 WHERE not_before > 0;
-ALTER TABLE md_change_state ADD COLUMN waits_for TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk'))
+ALTER TABLE md_change_state ADD COLUMN waits_for TEXT CHECK (waits_for IN ('retry', 'settle', 'embedder', 'root', 'descriptors', 'disk', 'file'))
     CHECK ((waits_for IS NOT NULL) = (status = 'pending' AND not_before > 0));
 ALTER TABLE md_change_state ADD COLUMN failed_for TEXT CHECK (failed_for IS NULL OR status = 'failed');
 ALTER TABLE md_change_state ADD COLUMN known_since INTEGER NOT NULL DEFAULT 0;
@@ -63,7 +63,7 @@ ALTER TABLE md_change_state ADD COLUMN known_since INTEGER NOT NULL DEFAULT 0;
 """What version 3 changes in the tables of version 2: a change that waited without a typed reason is ready now."""
 
 Status = Literal["pending", "processing", "done", "failed"]
-WaitsFor = Literal["retry", "settle", "embedder", "root", "descriptors", "disk"]
+WaitsFor = Literal["retry", "settle", "embedder", "root", "descriptors", "disk", "file"]
 """Why a pending change may not be claimed before a set time."""
 Fingerprint4 = tuple[int, int, int, int]
 Source = Literal["watch", "start", "scan", "sync", "rebuild", "audit", "release"]
@@ -384,6 +384,17 @@ def watermark(tx: Transaction) -> int:
     """The highest lsn with every change at or below it applied or dead-lettered."""
     ((oldest,),) = tx.execute(WATERMARK)
     return newest(tx) if oldest is None else cast("int", oldest) - 1
+
+
+UNREACHED = """
+SELECT 1 FROM md_change_state
+WHERE status IN ('pending', 'processing') AND pos <= ? AND NOT (not_before > 0 AND waits_for IS 'file') LIMIT 1
+"""
+
+
+def reached(tx: Transaction, lsn: int) -> bool:
+    """Tell whether every change up to ``lsn`` is applied, dead-lettered, or waits for a file that does not answer."""
+    return watermark(tx) >= lsn or not list(tx.execute(UNREACHED, (lsn,)))
 
 
 def rebuilding(tx: Transaction) -> int | None:

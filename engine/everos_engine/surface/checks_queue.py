@@ -175,6 +175,24 @@ def check_backlog(case: Case) -> Check | None:
     return Check("backlog", "ok", cause)
 
 
+def check_files(case: Case) -> Check:
+    """Every file and directory answers within the deadline."""
+    waiting = [] if case.books is None else list(case.books.unanswered)
+    paths = [str(case.settings.root / path) if "\\x" not in path else path for path, _ in waiting]
+    named = list(dict.fromkeys([*case.tree.hung, *case.engine.hung, *paths]))
+    if not named:
+        return Check("files", "ok", "every file and directory answers")
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    cause = (
+        f"{case.show(named[0])}{more} does not answer: a network or cloud file system may hang; its last good rows stay"
+    )
+    remedy = (
+        "see whether its server or its cloud service answers, or download the file; it is tried again "
+        f"{'by itself' if case.engine.running else f'by {case.again()}'}, and {case.command('explain', named[0])} tells more"
+    )
+    return Check("files", "warn", cause, remedy)
+
+
 def check_failed(case: Case) -> Check | None:
     """Nothing was given up on."""
     if case.books is None or case.books.counts is None:

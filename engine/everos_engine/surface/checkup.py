@@ -17,6 +17,7 @@ from everos_engine.surface import permission
 from everos_engine.surface.paint import commands_in, quoted, shown
 from everos_engine.surface.vitals import Vitals, vitals
 from everos_engine.system import files
+from everos_engine.system.file_threads import visit_within
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """One walk over the root. ``closed`` is (directory, why it cannot be read); ``future`` (path, seconds ahead) of files that claim to be saved later than now."""
+    """One walk over the root. ``closed`` is (directory, why it cannot be read); ``hung`` are directories that do not answer; ``future`` (path, seconds ahead) of files that claim to be saved later than now."""
 
     directories: int = 0
     files: int = 0
     index_directories: int = 0
     linked: Sequence[str] = ()
     closed: Sequence[tuple[str, str]] = ()
+    hung: Sequence[str] = ()
     unreadable: Sequence[str] = ()
     future: Sequence[tuple[str, float]] = ()
 
@@ -70,6 +72,7 @@ class Books:
     held: Sequence[Held] = ()
     notes: Sequence[Note] = ()
     delayed: inspection.Delayed | None = None
+    unanswered: Sequence[tuple[str, str]] = ()
     owners: Sequence[str] = ()
     incarnations: Mapping[str, tuple[str, int, str]] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
@@ -154,9 +157,9 @@ def survey(settings: Settings, *, now_seconds: float) -> Tree:
     """Walk the whole tree; parts that cannot be read are named, never raised."""
     root = os.fspath(settings.root)
     found = _Survey()
-    stack = [root]
-    while stack:
-        directory = stack.pop()
+
+    def visit(directory: str) -> list[str]:
+        below: list[str] = []
         inside = directory.startswith(os.path.join(root, files.INDEX_DIRECTORY))
         found.index_directories += inside
         found.directories += not inside
@@ -164,19 +167,25 @@ def survey(settings: Settings, *, now_seconds: float) -> Tree:
             with os.scandir(directory) as items:
                 for item in items:
                     if item.is_dir(follow_symlinks=False):
-                        stack.append(item.path)
+                        below.append(item.path)
                     elif not inside:
                         _look(settings, found, item, now_seconds=now_seconds)
         except FileNotFoundError:
-            continue
+            pass
         except OSError as error:
             found.closed.append((directory, error.strerror or str(error)))
+        return below
+
+    seconds = settings.file_deadline_seconds
+    for directory in visit_within([root], visit, seconds=seconds):
+        found.hung.append(directory)
     return Tree(
         found.directories,
         found.files,
         found.index_directories,
         tuple(found.linked),
         tuple(found.closed),
+        tuple(found.hung),
         tuple(found.unreadable),
         tuple(found.future),
     )
@@ -189,6 +198,7 @@ class _Survey:
     index_directories: int = 0
     linked: list[str] = field(default_factory=list)
     closed: list[tuple[str, str]] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     future: list[tuple[str, float]] = field(default_factory=list)
 
@@ -235,6 +245,7 @@ def _books(tx: Transaction) -> Books:
         held=inspection.held_counts(tx),
         notes=notes.kept(tx),
         delayed=inspection.delayed(tx),
+        unanswered=inspection.unanswered(tx),
         owners=queue.owners(tx),
         incarnations=ledger.incarnations(tx),
         rows=ledger.rows_per_kind(tx),

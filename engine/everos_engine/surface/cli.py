@@ -181,7 +181,9 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
             print(f"{shown(outcome.md_path)}: no such file, and nothing was indexed of it: check the name")
         else:
             _show(outcome)
-    bad = [one for one in outcomes if one.status == "failed" or one.held is not None or one.md_path in unknown]
+    bad = [
+        one for one in outcomes if one.status in {"failed", "pending"} or one.held is not None or one.md_path in unknown
+    ]
     return TROUBLE if bad else OK
 
 
@@ -320,19 +322,20 @@ def _settings(flags: Mapping[str, object]) -> int:
     return USAGE if faults else OK
 
 
-def _report_all(failed: list[Outcome], settings: Settings, arguments: argparse.Namespace) -> int:
-    """Say how much is in step, and what is failed."""
+def _report_all(troubled: list[Outcome], settings: Settings, arguments: argparse.Namespace) -> int:
+    """Say how much is in step, what is failed, and which files do not answer."""
     from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
 
-    for outcome in failed:
+    for outcome in troubled:
         _show(outcome)
+    failed = sum(outcome.status == "failed" for outcome in troubled)
     found = status.snapshot(settings)
     held = sum(one.count for one in found.moment.held) if found.moment else 0
     waits = f", {plural(held, 'deletion')} held: `{program(settings, arguments)} status` says why" if held else ""
     print(
-        f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {len(failed)} failed{waits}"
+        f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {failed} failed{waits}"
     )
-    return TROUBLE if failed else OK
+    return TROUBLE if troubled else OK
 
 
 def _report_tried(tried: list[Outcome], failed: list[Outcome], listing: str) -> int:
@@ -356,7 +359,7 @@ def _show(outcome: Outcome) -> None:
 
         word = f"the file is gone, and its deletion is held because {WHY[outcome.held]}; {REMEDY[outcome.held]}"
     print(f"{shown(outcome.md_path)}: {word}")
-    for line in (outcome.error or "").split("\n") if outcome.error and outcome.status == "failed" else []:
+    for line in (outcome.error or "").split("\n") if outcome.error and outcome.status in {"failed", "pending"} else []:
         print(f"    {printable(line)}")
 
 

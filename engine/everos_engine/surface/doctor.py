@@ -36,6 +36,7 @@ CHECKS: Checks = (
     ("queue", checks_queue.check_queue),
     ("claims", checks_queue.check_claims),
     ("backlog", checks_queue.check_backlog),
+    ("files", checks_queue.check_files),
     ("failed", checks_queue.check_failed),
     ("held", checks_queue.check_held),
     ("index", checks_index.check_index),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ from everos_engine.surface.judge import Judgement, judge
 from everos_engine.surface.paint import commands_in
 from everos_engine.surface.vitals import Vitals, vitals
 from everos_engine.system import files, locks
+from everos_engine.system.file_threads import NoAnswer, call_within
 from everos_engine.text import diff, kinds
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from everos_engine.text.entries import Document, Place
 
 MOST_NAMED = 20
-DiskState = Literal["there", "gone", "unreadable", "too_large", "damaged", "unsteady"]
+BRIEF_SECONDS = 2.0
+DiskState = Literal["there", "gone", "unreadable", "too_large", "damaged", "unsteady", "hung"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +118,9 @@ def _index_rows(evidence: Evidence) -> int | None:
 
 def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
     """Read the disk and the database once."""
-    path = files.locate(settings.root, asked)
-    key = files.key_of(settings.root, path)
-    place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
-    excluded = rules.exclusion(settings, path, program=program)
-    disk = Disk("gone") if place is None or excluded is not None else _look(settings, place)
+    path, key, place, excluded, hung = _find(settings, asked, program=program)
     known = _remember(settings, place.md_path if place is not None else key)
+    disk = hung or (Disk("gone") if place is None or excluded is not None else _look_within(settings, place, known))
     kind = place.kind if place is not None else known.change.kind if known.change is not None else ""
     return Evidence(
         settings=settings,
@@ -135,6 +135,37 @@ def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
         table_there=bool(kind) and (settings.lancedb_directory / f"{kind}.lance").is_dir(),
         now_milliseconds=time.time_ns() // 1_000_000,
     )
+
+
+def _find(
+    settings: Settings, asked: str, *, program: str
+) -> tuple[str, str | None, Place | None, rules.Exclusion | None, Disk | None]:
+    """The path, its key, what it is, the rule that excludes it, and what is known of a path that does not answer."""
+
+    def find() -> tuple[str, str | None, Place | None, rules.Exclusion | None]:
+        path = files.locate(settings.root, asked)
+        key = files.key_of(settings.root, path)
+        place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
+        return path, key, place, rules.exclusion(settings, path, program=program)
+
+    try:
+        return *call_within(find, name=asked, seconds=settings.file_deadline_seconds), None
+    except NoAnswer as error:
+        path = os.path.normpath(os.path.join(settings.root, asked))
+        inside = path.startswith(os.path.join(settings.root, ""))
+        key = files.key_of(settings.root, path) if inside else None
+        place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
+        return path, key, place, None, Disk("hung", error=error)
+
+
+def _look_within(settings: Settings, place: Place, known: Remembered) -> Disk:
+    """Look at the file, but wait only briefly for one that the engine waits for already."""
+    waits = known.change is not None and known.change.waits_for == "file"
+    seconds = min(BRIEF_SECONDS, settings.file_deadline_seconds) if waits else settings.file_deadline_seconds
+    try:
+        return call_within(lambda: _look(settings, place), name=place.md_path, seconds=seconds)
+    except NoAnswer as error:
+        return Disk("hung", error=error)
 
 
 def as_json(found: Explanation) -> dict[str, object]:

@@ -60,7 +60,7 @@ def _disk(seen: Evidence) -> str:
         return ""
     print_ = seen.disk.fingerprint
     if print_ is None:
-        return "no such file" if seen.disk.state == "gone" else "cannot be read"
+        return {"gone": "no such file", "hung": "does not answer"}.get(seen.disk.state, "cannot be read")
     told = f"{size(print_.size)}, saved {_since(seen, print_.mtime_ns // 1_000_000)}"
     change = seen.known.change
     if change is None:

@@ -111,6 +111,13 @@ def _file(seen: Evidence) -> Judgement | None:
         barrier, need = blocked(os.fspath(seen.settings.root), seen.path)
         cause = f"{shown(barrier)} may not be read by uid {os.geteuid()}{last}"
         return Judgement("failed", "unreadable", cause, permit(barrier, need), f"once it can be read: {_scan(seen)}")
+    if seen.disk.state == "hung":
+        cause = f"{seen.disk.error}{last}"
+        remedy = (
+            "see whether its server or its cloud service answers, or download the file; "
+            "file_deadline_seconds is how long a look may take"
+        )
+        return _waiting(seen, "no_answer", cause, "it is tried again, and no attempt is used up", remedy)
     if seen.disk.state == "unsteady":
         cause = f"the file cannot be looked at now: {seen.disk.error}"
         return Judgement(

@@ -26,6 +26,7 @@ from everos_engine.surface.logs import set_up
 from everos_engine.surface.vitals import vitals
 from everos_engine.system import files, wake
 from everos_engine.system.control import ask
+from everos_engine.system.file_threads import call_within, open_threads
 from everos_engine.system.locks import running_pid
 
 if TYPE_CHECKING:
@@ -53,14 +54,14 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
 
     A path is meant from the root, or from the working directory where only that has such a file.
     """
-    paths = [files.locate(settings.root, path) for path in paths]
+    paths = [_locate(settings, path) for path in paths]
 
     async def own(engine: Engine) -> list[Outcome]:
         return await engine.sync(paths)
 
     async def hand_over(database: Database) -> list[Outcome]:
         if paths:
-            keys, lsn = enqueue(settings, database, paths)
+            keys, lsn = await enqueue(settings, database, paths)
             await _reach(settings, database, lsn)
             return database.read(lambda tx: census.standing(tx, keys))
         brake = Brake(settings)
@@ -68,9 +69,15 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
         found = await sweep(settings, database, source="sync", brake=brake)
         newest = await _begun_anew(settings, database)
         await _reach(settings, database, max(found.lsn, newest))
-        return database.read(census.failed)
+        return database.read(census.troubled)
 
     return _do(settings, own, hand_over)
+
+
+def _locate(settings: Settings, path: str) -> str:
+    """The path that is meant. Raises NoAnswer if its directory hangs."""
+    deadline = settings.file_deadline_seconds
+    return call_within(lambda: files.locate(settings.root, path), name=path, seconds=deadline)
 
 
 def audit(settings: Settings) -> list[str]:
@@ -84,8 +91,9 @@ def audit(settings: Settings) -> list[str]:
 
     async def hand_over(database: Database) -> list[Outcome]:
         end: str | None = ""
+        threads = open_threads(deadline_seconds=settings.file_deadline_seconds)
         while end is not None:
-            _, queued, end = audit_next(settings, database, after=end, limit=AUDIT_FILES)
+            _, queued, end = await audit_next(settings, database, threads, after=end, limit=AUDIT_FILES)
             found.extend(queued)
         await _reach(settings, database, database.read(queue.newest))
         return []
@@ -222,7 +230,7 @@ async def _reach(settings: Settings, database: Database, lsn: int) -> None:
     patience_milliseconds = settings.embedder.outage_patience_seconds * 1000
     wake.send(settings.engine_directory / "wake.sock")
     asked = answered = time.monotonic()
-    while database.read(queue.watermark) < lsn:
+    while not database.read(lambda tx: queue.reached(tx, lsn)):
         await trio.sleep(LOOK_SECONDS)
         if time.monotonic() - answered > SILENCE_SECONDS:
             await trio.to_thread.run_sync(_expect_answer, settings)

@@ -77,6 +77,12 @@ class Vitals:
         return _mapping(self.pulse.get("watch"))
 
     @property
+    def hung(self) -> list[str]:
+        """Files and directories that do not answer the engine."""
+        listed = self.pulse.get("hung")
+        return [str(one[0]) for one in listed if isinstance(one, list) and one] if isinstance(listed, list) else []
+
+    @property
     def descriptors(self) -> Mapping[str, object]:
         """The pulse's part about file descriptors."""
         return _mapping(self.pulse.get("fds"))

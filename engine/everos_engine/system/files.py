@@ -9,6 +9,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -276,6 +277,18 @@ class Walker(Generic[P]):
 def directories_below(directory: str) -> int:
     """How many directories there are at and below one; those that cannot be read count without what they hold."""
     return sum(1 for _ in os.walk(directory))
+
+
+def directories_in(directory: str) -> list[tuple[str, tuple[int, int]]]:
+    """Return the directories in one, also behind links, with (device, inode); none of one that cannot be read."""
+    found = []
+    with suppress(OSError), os.scandir(directory) as items:
+        for item in items:
+            with suppress(OSError):
+                if item.is_dir():
+                    seen = item.stat()
+                    found.append((item.path, (seen.st_dev, seen.st_ino)))
+    return found
 
 
 def fingerprint(root: Path, place: PlaceLike) -> Fingerprint | None:

@@ -1,0 +1,367 @@
+"""Calls of the file system that may never return, each with a deadline: a hung server, a file that is only in the cloud.
+
+Many calls share a thread. One that is slow keeps the thread it is on, and the others go on in a new one. A thread that
+hangs cannot be ended: it is left behind, their number is bounded, and nobody waits for it, not even the end of the process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar, cast
+
+import trio
+from trio_util import AsyncValue
+
+from everos_engine.errors import Transient
+from everos_engine.system import fds
+
+T = TypeVar("T")
+R = TypeVar("R")
+SLOW_SECONDS = 0.5
+"""From then on the calls after a slow one no longer wait for it."""
+LATE_MOST = 64
+"""Threads that may be left behind; with so many, no other call is begun until one returns."""
+LATE_LEAST, LATE_SHARE = 4, 16
+"""Each may hold a descriptor: they are no more than a sixteenth of those that may be open, and no fewer than four."""
+
+
+class NoAnswer(Transient):
+    """A file or directory did not answer within the deadline. It is asked again later, and no attempt is counted."""
+
+    waits_for = "file"
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds, counts_as_retry=False)
+
+
+@dataclass(eq=False, slots=True)
+class Call(Generic[T, R]):
+    """One call for an item, under way or over."""
+
+    item: T
+    name: str
+    deadline_seconds: float
+    began_seconds: float = field(default_factory=time.monotonic)
+    over: trio.Event = field(default_factory=trio.Event)
+    is_over: bool = False
+    result: R | None = None
+    error: BaseException | None = None
+
+    def get(self) -> R:
+        """Return the result of a call that is over, or raise what it raised."""
+        if self.error is not None:
+            raise self.error
+        return cast("R", self.result)
+
+    async def wait(self) -> R:
+        """Return the result once it is there. Raises NoAnswer at the deadline, and what the call raised."""
+        with trio.move_on_after(max(0.0, self.began_seconds + self.deadline_seconds - time.monotonic())):
+            if not self.is_over:
+                await self.over.wait()
+        if not self.is_over:
+            raise no_answer(self.name, self.deadline_seconds)
+        return self.get()
+
+
+@dataclass(frozen=True, slots=True)
+class Calls(Generic[T, R]):
+    """What came of a row of calls: those that are over, those still under way, and items that were not begun."""
+
+    over: Sequence[Call[T, R]]
+    late: Sequence[Call[T, R]]
+    rest: Sequence[T]
+
+
+class FileThreads:
+    """Makes calls of the file system in threads, and remembers the ones that did not return."""
+
+    slow_seconds: ClassVar[float] = SLOW_SECONDS
+
+    def __init__(self, *, deadline_seconds: float, late_most: int = LATE_MOST) -> None:
+        self.deadline_seconds = deadline_seconds
+        self.late_most = late_most
+        self.returned = AsyncValue(0)
+        """Moves when a call that was late has returned after all."""
+        self._late: dict[tuple[str, str], Call[object, object]] = {}
+
+    def hung(self) -> list[tuple[str, float]]:
+        """Return what did not answer within its deadline, and for how many seconds, the longest first."""
+        now = time.monotonic()
+        ages: dict[str, float] = {}
+        for call in self._late.values():
+            age = now - call.began_seconds
+            if age > call.deadline_seconds:
+                ages[call.name] = max(age, ages.get(call.name, 0.0))
+        return sorted(ages.items(), key=lambda found: -found[1])
+
+    async def call(self, work: Callable[[], R], *, what: str, name: str) -> R:
+        """Make one call, and wait for it up to the deadline. Raises NoAnswer, and what the call raises."""
+        ((_, found),) = await self.all([name], lambda _: work(), what=what, name=str)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    async def all(
+        self, items: Sequence[T], work: Callable[[T], R], *, what: str, name: Callable[[T], str]
+    ) -> list[tuple[T, R | NoAnswer]]:
+        """Make one call for each item, and wait for all of them up to the deadline. Raises what a call raises."""
+        calls = await self.each(items, work, what=what, name=name)
+        found: list[tuple[T, R | NoAnswer]] = []
+        for call in calls.over:
+            try:
+                found.append((call.item, call.get()))
+            except NoAnswer as error:
+                found.append((call.item, error))
+        for call in calls.late:
+            try:
+                found.append((call.item, await call.wait()))
+            except NoAnswer as error:
+                found.append((call.item, error))
+        return found
+
+    async def each(
+        self,
+        items: Sequence[T],
+        work: Callable[[T], R],
+        *,
+        what: str,
+        name: Callable[[T], str],
+        enough: Callable[[R], bool] = lambda _: False,
+    ) -> Calls[T, R]:
+        """Make one call for each item, until all are over or late, or one gives ``enough``.
+
+        ``what`` and the name say what is called: a call that an earlier one of the same has not returned from is not
+        begun, and ends with NoAnswer. ``work`` may go on in its thread after this returns, so it must change nothing.
+        """
+        refused: list[Call[T, R]] = []
+        todo = deque[Call[T, R]]()
+        for item in items:
+            call: Call[T, R] = Call(item, name(item), self.deadline_seconds)
+            if (what, call.name) in self._late:
+                self._refuse(call, no_answer(call.name, self.deadline_seconds))
+                refused.append(call)
+            else:
+                todo.append(call)
+        row = _Row(todo, work, enough, lambda call: self._came_back(what, cast("Call[object, object]", call)))
+        late: list[Call[T, R]] = []
+        try:
+            while row.todo and not row.ended.is_set():
+                if not await self._room():
+                    refused += self._refuse_all(row.todo)
+                    break
+                row.start()
+                while not row.ended.is_set():
+                    with trio.move_on_after(self.slow_seconds):
+                        await row.ended.wait()
+                        break
+                    slow = row.leave_behind(after_seconds=self.slow_seconds)
+                    if slow is not None:
+                        self._late[what, slow.name] = cast("Call[object, object]", slow)
+                        late.append(slow)
+                        break
+        finally:
+            left = row.leave_behind(after_seconds=0)
+            if left is not None:  # the caller was cancelled
+                self._late[what, left.name] = cast("Call[object, object]", left)
+        return Calls([*refused, *row.over], late, [call.item for call in row.todo])
+
+    def _refuse_all(self, todo: deque[Call[T, R]]) -> list[Call[T, R]]:
+        refused = list(todo)
+        todo.clear()
+        names = ", ".join(repr(name) for name, _ in self.hung()[:3])
+        for call in refused:
+            message = (
+                f"{call.name!r} was not read: {len(self._late)} files and directories do not answer, among them {names}"
+            )
+            self._refuse(call, NoAnswer(message, retry_after_seconds=self.deadline_seconds))
+        return refused
+
+    def _refuse(self, call: Call[T, R], error: NoAnswer) -> None:
+        call.error = error
+        call.is_over = True
+
+    async def _room(self) -> bool:
+        """Wait until another thread may be begun; False if the deadline comes first."""
+        with trio.move_on_after(self.deadline_seconds):
+            while len(self._late) >= self.late_most:
+                await self.returned.wait_transition()
+        return len(self._late) < self.late_most
+
+    def _came_back(self, what: str, call: Call[object, object]) -> None:
+        if self._late.get((what, call.name)) is call:
+            del self._late[what, call.name]
+        self.returned.value += 1
+
+
+class _Row(Generic[T, R]):
+    """Calls that follow each other on one thread, and go on in another one if that is late."""
+
+    def __init__(
+        self,
+        todo: deque[Call[T, R]],
+        work: Callable[[T], R],
+        enough: Callable[[R], bool],
+        came_back: Callable[[Call[T, R]], None],
+    ) -> None:
+        self.todo = todo
+        self.over: list[Call[T, R]] = []
+        self.ended = trio.Event()
+        self._work, self._enough, self._came_back = work, enough, came_back
+        self._lock = threading.Lock()
+        self._now: Call[T, R] | None = None
+        self._turn = 0
+        self._token = trio.lowlevel.current_trio_token()
+
+    def start(self) -> None:
+        """Go on in a new thread. Raises Transient if the system gives none."""
+        turn = self._turn
+        try:
+            trio.lowlevel.start_thread_soon(lambda: self._run(turn), lambda _: None, name="files")
+        except (RuntimeError, OSError) as error:
+            message = f"no thread could be started to look at files: {error}"
+            raise Transient(message, counts_as_retry=False) from error
+
+    def leave_behind(self, *, after_seconds: float) -> Call[T, R] | None:
+        """Take the call under way from its row if it has taken so long; the thread is then its alone."""
+        with self._lock:
+            call = self._now
+            if call is None or time.monotonic() - call.began_seconds < after_seconds:
+                if after_seconds == 0:
+                    self._turn += 1
+                return None
+            self._turn += 1
+            self._now = None
+            return call
+
+    def _run(self, turn: int) -> None:
+        while True:
+            with self._lock:
+                if self._turn != turn:
+                    return
+                if not self.todo:
+                    self._say(self.ended.set)
+                    return
+                call = self._now = self.todo.popleft()
+                call.began_seconds = time.monotonic()
+            try:
+                call.result = self._work(call.item)
+            except BaseException as error:  # noqa: BLE001 - handed to the one who waits
+                call.error = error
+            with self._lock:
+                call.is_over = True
+                if self._turn == turn:
+                    self.over.append(call)
+                    self._now = None
+                    if call.error is None and self._enough(cast("R", call.result)):
+                        self._say(self.ended.set)
+                        return
+                    continue
+            self._say(self._return, call)
+            return
+
+    def _return(self, call: Call[T, R]) -> None:
+        call.over.set()
+        self._came_back(call)
+
+    def _say(self, announce: Callable[..., object], *arguments: object) -> None:
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(announce, *arguments)
+
+
+def open_threads(*, deadline_seconds: float) -> FileThreads:
+    """Make threads for the calls of one process."""
+    most = max(LATE_LEAST, min(LATE_MOST, fds.limits()[0] // LATE_SHARE))
+    return FileThreads(deadline_seconds=deadline_seconds, late_most=most)
+
+
+def no_answer(name: str, seconds: float) -> NoAnswer:
+    """The error of a call that has not returned."""
+    message = f"{name!r} has not answered for {seconds:g} s: a network or cloud file system may hang"
+    return NoAnswer(message, retry_after_seconds=seconds)
+
+
+def call_within(work: Callable[[], R], *, name: str, seconds: float) -> R:
+    """Make one call outside an event loop. Raises NoAnswer at the deadline, and what the call raises."""
+    found: list[R] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="files", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not found:
+        raise no_answer(name, seconds)
+    return found[0]
+
+
+def visit_within(stack: list[str], visit: Callable[[str], Sequence[str]], *, seconds: float) -> list[str]:
+    """Visit what is on a stack and what the visits add to it, outside an event loop; return what did not answer.
+
+    A visit that takes longer than ``seconds`` is left behind, and the others go on.
+    """
+    lost: list[str] = []
+    while stack:
+        row = _Visits(stack, visit)
+        row.run_for(seconds)
+        if row.error is not None:
+            raise row.error
+        if row.now is None:
+            break
+        lost.append(row.now[0])
+    return lost
+
+
+class _Visits:
+    """Visits that follow each other on one thread, until one hangs."""
+
+    def __init__(self, stack: list[str], visit: Callable[[str], Sequence[str]]) -> None:
+        self.now: tuple[str, float] | None = None
+        self.error: BaseException | None = None
+        self._stack, self._visit = stack, visit
+        self._lock = threading.Lock()
+        self._is_left = False
+
+    def run_for(self, seconds: float) -> None:
+        """Return when the stack is empty, or one visit has taken ``seconds``."""
+        thread = threading.Thread(target=self._run, name="files", daemon=True)
+        thread.start()
+        while True:
+            thread.join(seconds)
+            with self._lock:
+                if not thread.is_alive():
+                    return
+                if self.now is not None and time.monotonic() - self.now[1] >= seconds:
+                    self._is_left = True
+                    return
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self.now = None
+                if not self._stack:
+                    return
+                item = self._stack.pop()
+                self.now = item, time.monotonic()
+            try:
+                more = self._visit(item)
+            except BaseException as error:  # noqa: BLE001 - raised again by who waits
+                self.error, more = error, []
+            with self._lock:
+                if self._is_left:
+                    return
+                self._stack.extend(more)
+                if self.error is not None:
+                    self.now = None
+                    return
