@@ -13,18 +13,24 @@ BASE = apsw.vfs_names()[0]
 class _File(apsw.VFSFile):
     def __init__(self, disk: TrappedDisk, name: apsw.URIFilename | str | None, flags: list[int]) -> None:
         super().__init__(BASE, name, flags)
-        self.disk = disk
+        file = name.filename() if isinstance(name, apsw.URIFilename) else str(name)
+        self.disk = disk if disk.only in file else None
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 - SQLite's name
-        self.disk.strike()
+        if self.disk is not None:
+            self.disk.strike()
         super().xWrite(data, offset)
 
 
 class TrappedDisk(apsw.VFS):
-    """SQLite's own file system; every write raises ``error`` while it is set. ``strikes`` counts those."""
+    """SQLite's own file system; every write raises ``error`` while it is set. ``strikes`` counts those.
 
-    def __init__(self) -> None:
+    ``only`` is a part of the names of the files that are concerned.
+    """
+
+    def __init__(self, only: str) -> None:
         super().__init__("test-trapped", BASE, makedefault=True)
+        self.only = only
         self.error: type[Exception] | None = None
         self.strikes = 0
 
@@ -38,9 +44,9 @@ class TrappedDisk(apsw.VFS):
 
 
 @contextmanager
-def trapped_disk() -> Iterator[TrappedDisk]:
+def trapped_disk(only: str = "") -> Iterator[TrappedDisk]:
     """Databases that are opened in the block are on the trapped disk."""
-    disk = TrappedDisk()
+    disk = TrappedDisk(only)
     try:
         yield disk
     finally:

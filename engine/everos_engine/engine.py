@@ -28,7 +28,7 @@ from everos_engine.loops.watch import watch
 from everos_engine.loops.work import work
 from everos_engine.search import Filter, Mode, Result, check_question
 from everos_engine.search import search as search_index
-from everos_engine.stores import census, embeddings, held, ledger, meta, queue
+from everos_engine.stores import census, embeddings, held, ledger, meta, models, queue
 from everos_engine.stores.database import Database, open_or_replace
 from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import WITHIN_SECONDS, Health, alone, keep, keep_open
@@ -59,7 +59,7 @@ REOPENED_REMEDY = (
 
 SCHEMA_VERSION = 3
 """Version 2 was written by everos-engine 0.1.0."""
-STORES = (queue, held, ledger)
+STORES = (queue, held, models, ledger)
 """The modules whose tables are in engine.db."""
 
 
@@ -489,8 +489,7 @@ async def _owned(settings: Settings) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncIterator[Vectors]:
     private.make(settings)
-    path = settings.engine_directory / "embeddings.db"
-    cache = Database(path, schema=embeddings.SCHEMA, cache_kibibytes=embeddings.PAGES_KIBIBYTES)
+    cache = embeddings.Cache(settings.engine_directory / "embeddings.db")
     try:
         async with (
             open_embedder(settings.embedder) as configured,

@@ -149,6 +149,7 @@ class Desk:
         self.brake = Brake(self.settings)
         self.notes = Notes(self.database)
         self.threads = open_threads(deadline_seconds=self.settings.file_deadline_seconds)
+        self.vectors.registry = self.database
 
     async def report_replaced(self) -> None:
         """Report a database that was damaged and is made again from markdown."""

@@ -9,7 +9,7 @@ from loguru import logger
 
 from everos_engine.errors import Transient
 from everos_engine.loops.agree import expect_root
-from everos_engine.loops.desk import wait_moved
+from everos_engine.loops.desk import now_milliseconds, wait_moved
 from everos_engine.stores import embeddings, ledger
 from everos_engine.system.unit import unit
 
@@ -77,7 +77,9 @@ async def _optimize(desk: Desk, kind: str, *, alone: bool) -> bool:
 
 async def _prune(desk: Desk) -> None:
     most = desk.settings.embedder.cache_max_bytes
-    dropped = await desk.vectors.cache.awrite(lambda tx: embeddings.prune(tx, max_bytes=most))
+    dropped = await desk.vectors.cache.use(
+        lambda tx: embeddings.prune(tx, max_bytes=most, now_milliseconds=now_milliseconds()), otherwise=0
+    )
     if dropped:
         logger.info("embedding_cache_pruned dropped={}", dropped)
     await trio.to_thread.run_sync(desk.database.checkpoint, limiter=desk.database.limiter)

@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 import math
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from collections import deque
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import trio
 from loguru import logger
 
 from everos_engine.embed.batch import open_batcher
 from everos_engine.embed.gate import Gate
 from everos_engine.embed.protocol import check_embedder, similar
-from everos_engine.errors import BadText, EngineError, Transient, Unavailable
+from everos_engine.errors import BadText, EngineError, Fatal, Transient, Unavailable
 from everos_engine.loops.desk import now_milliseconds
-from everos_engine.stores import embeddings
+from everos_engine.stores import embeddings, models
 from everos_engine.stores.lance import Model
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from everos_engine.embed.batch import Batcher
     from everos_engine.embed.protocol import Embedder
     from everos_engine.settings import EmbedderSettings
     from everos_engine.stores.database import Database, Transaction
+    from everos_engine.stores.embeddings import Cache
 
+T = TypeVar("T")
+MOST_DAYS = 1000
+_NOTHING: dict[str, NDArray[np.float32]] = {}
 NO_MODEL = Model("none", 0)
 MODEL_CHANGED = "the embedding service changed its model meanwhile: embedded again with the new one"
 
 
 class Vectors:
-    """Vectors by text; without an embedder there are none. Get one from ``open_vectors``."""
+    """Vectors by text; without an embedder there are none. Get one from ``open_vectors``.
 
-    def __init__(self, cache: Database, gate: Gate | None, *, deadline_seconds: float = math.inf) -> None:
+    ``registry`` is engine.db, which keeps the models that the tables' vectors are of: the cache may be lost at any time.
+    """
+
+    def __init__(self, cache: Cache, gate: Gate | None, *, deadline_seconds: float = math.inf) -> None:
         self.cache = cache
+        self.registry: Database | None = None
         self.gate = gate
         self.deadline_seconds = deadline_seconds
         self.life = 0
         self._batcher: Batcher | None = None
         self._model = NO_MODEL
         self._number = 0
+        self._name = ""
+        self._probe: NDArray[np.float32] = np.empty(0, dtype=np.float32)
         self._lock = trio.Lock()
+        self._days: deque[tuple[float, int]] = deque(maxlen=MOST_DAYS)
 
     async def model(self) -> Model:
         """Which model answers: told apart from every earlier one by the vector of a fixed sentence.
@@ -64,9 +76,9 @@ class Vectors:
         if self.gate is None or not texts:
             return {}
         await self.model()
-        number = self._number
-        return await self.cache.awrite(
-            lambda tx: embeddings.get(tx, number, texts, now_milliseconds=now_milliseconds())
+        now = self._today()
+        return await self._use(
+            lambda tx, number: embeddings.get(tx, number, texts, now_milliseconds=now), otherwise=_NOTHING
         )
 
     async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | Transient | BadText]:
@@ -98,34 +110,76 @@ class Vectors:
         await self.model()
         if life != self.life:
             raise Unavailable(MODEL_CHANGED)
-        number = self._number
-        await self.cache.awrite(lambda tx: embeddings.put(tx, number, vectors, now_milliseconds=now_milliseconds()))
+        now = self._today()
+        await self._use(lambda tx, number: embeddings.put(tx, number, vectors, now_milliseconds=now), otherwise=None)
+
+    async def _use(self, work: Callable[[Transaction, int], T], *, otherwise: T) -> T:
+        """Use the cache for the model that answers now."""
+        number, name, probe = self._number, self._name, self._probe
+
+        def known(tx: Transaction) -> T:
+            embeddings.know_model(tx, number, name, probe, same=similar)
+            return work(tx, number)
+
+        return await self.cache.use(known, otherwise=otherwise)
+
+    def _today(self) -> int:
+        """The wall clock in milliseconds. Days that it showed are remembered, because it may be set in either direction."""
+        now = now_milliseconds()
+        day = now - now % embeddings.USED_GRAIN_MILLISECONDS
+        if not self._days or self._days[-1][1] != day:
+            self._days.append((trio.current_time(), day))
+        return now
+
+    def _first_day(self, seconds: float) -> int:
+        """The earliest day that the wall clock showed to the cache within the last ``seconds``."""
+        since, days = trio.current_time() - seconds, list(self._days)
+        ends = [began for began, _ in days[1:]] + [trio.current_time()]
+        shown = [day for (_, day), end in zip(days, ends, strict=True) if end >= since]
+        return min([*shown, now_milliseconds() - int(seconds * 1000)])
 
     async def _recognise(self, probe: NDArray[np.float32], life: int) -> None:
         if self.gate is None:
             raise AssertionError
         name, last = self.gate.embedder.model, self._number
-        since = now_milliseconds() - int(self.gate.unsure_seconds * 1000)
+        if last:
+            since = self._first_day(self.gate.unsure_seconds)
 
-        def number_of(tx: Transaction) -> int:
-            if last:
+            def distrust(tx: Transaction) -> bool:
                 embeddings.distrust(tx, last, since_milliseconds=since)
-            for number, known_name, known_probe in embeddings.models(tx):
-                if known_name == name and similar(known_probe, probe):
-                    return number
-            return embeddings.add_model(tx, name, probe)
+                return True
 
-        self._number = await self.cache.awrite(number_of)
+            if not await self.cache.use(distrust, otherwise=False):
+                await self.cache.drop()  # another model's vectors in it would be taken for this one's
+        self._number = await self._number_of(name, probe)
+        self._name, self._probe = name, probe
         self._model = Model(f"{name}#{self._number}", int(probe.shape[0]))
         self.life = life
         if last:
             logger.warning("embedder_model_changed model={} dimension={}", self._model.name, self._model.dimension)
 
+    async def _number_of(self, name: str, probe: NDArray[np.float32]) -> int:
+        """The number of a model: what the registry says, else the cache, else a new one. The registry is written first."""
+        registry = self.registry
+        known = {} if registry is None else await registry.aread(models.known)
+        nothing: dict[int, tuple[str, NDArray[np.float32]]] = {}
+        cached = await self.cache.use(embeddings.models, otherwise=nothing)
+
+        def find(among: Mapping[int, tuple[str, NDArray[np.float32]]]) -> int | None:
+            same = (at for at, (its_name, seen) in among.items() if its_name == name and similar(seen, probe))
+            return next(same, None)
+
+        number = find(known) or find({at: model for at, model in cached.items() if at not in known})
+        if number is None:
+            number = max([0, *known, *cached]) + 1
+        if registry is not None and number not in known:
+            with suppress(Fatal):  # a search on a read-only file system
+                await registry.awrite(lambda tx: models.add(tx, number, name, probe))
+        return number
+
 
 @asynccontextmanager
-async def open_vectors(
-    cache: Database, embedder: Embedder | None, settings: EmbedderSettings
-) -> AsyncIterator[Vectors]:
+async def open_vectors(cache: Cache, embedder: Embedder | None, settings: EmbedderSettings) -> AsyncIterator[Vectors]:
     """Vectors for the length of the block, through a gate and a batcher; without an embedder none."""
     if embedder is None:
         yield Vectors(cache, None)

@@ -293,14 +293,14 @@ def suspect(path: Path) -> None:
         _sign(path).touch()
 
 
-def open_or_replace(path: Path, opened: Callable[[], Database]) -> Database:
+def open_or_replace(path: Path, opened: Callable[[], Database], *, suspected: bool = False) -> Database:
     """Open a database that can be made again; a damaged one is set aside first, as ``<name>.damaged``.
 
-    The file is checked as a whole if an earlier statement found damage, or if that takes no time.
+    The file is checked as a whole if a statement found damage before, or if that takes no time.
     """
     try:
         database = opened()
-        suspected = _sign(path).exists()
+        suspected = suspected or _sign(path).exists()
         if not suspected and path.stat().st_size > MOST_CHECKED_BYTES:
             return database
         wrong = database.problems(thorough=suspected)

@@ -1,17 +1,29 @@
-"""The embedding cache: vectors by model and text, so that no text is embedded twice."""
+"""The embedding cache: vectors by model and text, so that no text is embedded twice.
+
+The cache is a help and never a need: a damaged file is set aside, and one that cannot be used now is left out.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
+from loguru import logger
 
-from everos_engine.stores.database import Transaction
+from everos_engine.errors import Damaged, EngineError, Transient
+from everos_engine.stores.database import Database, Transaction, open_or_replace, set_aside
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import trio
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS model (
@@ -29,26 +41,109 @@ USED_GRAIN_MILLISECONDS = 86_400_000
 ROW_OVERHEAD_BYTES = 64
 
 
+REST_SECONDS = 30.0
+"""A cache that could not be used is left out for so long: each try may wait for a lock."""
+
+
+class Cache:
+    """The cache's file. Each call is one transaction, off the event loop, one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database: Database | None = None
+        self._limiter: trio.CapacityLimiter | None = None
+        self._rests_until = float("-inf")
+
+    async def use(self, work: Callable[[Transaction], T], *, otherwise: T) -> T:
+        """Run ``work`` in one transaction. Returns ``otherwise`` if the cache cannot be used now, or was damaged."""
+        return await self._in_thread(lambda: self._use(work, otherwise))
+
+    async def drop(self) -> None:
+        """Set the cache aside, because what is in it cannot be trusted any more. Raises Transient if that fails."""
+        await self._in_thread(self._drop)
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        import trio  # noqa: PLC0415 - `doctor` reads the cache without an event loop
+
+        if self._limiter is None:
+            self._limiter = trio.CapacityLimiter(1)
+        return await trio.to_thread.run_sync(work, limiter=self._limiter)
+
+    def _use(self, work: Callable[[Transaction], T], otherwise: T) -> T:
+        if time.monotonic() < self._rests_until:
+            return otherwise
+        try:
+            try:
+                found = self._opened().write(work)
+            except Damaged:
+                self.close()
+                found = self._opened(suspected=True).write(work)
+        except (EngineError, OSError) as error:
+            if isinstance(error, Damaged):
+                self.close()
+            if self._rests_until < 0:
+                logger.warning("embedding_cache_left_out error={!r}", str(error))
+            self._rests_until = time.monotonic() + REST_SECONDS
+            return otherwise
+        if self._rests_until > 0:
+            logger.info("embedding_cache_back")
+        self._rests_until = float("-inf")
+        return found
+
+    def _opened(self, *, suspected: bool = False) -> Database:
+        """The open file. A damaged one is set aside before, but never one that another process made in its place."""
+        if self._database is None:
+            opened = partial(Database, self.path, schema=SCHEMA, cache_kibibytes=PAGES_KIBIBYTES)
+            self._database = open_or_replace(self.path, opened, suspected=suspected)
+        return self._database
+
+    def _drop(self) -> None:
+        self.close()
+        try:
+            set_aside(self.path)
+        except OSError as error:
+            message = f"{self.path} cannot be set aside: {error}"
+            raise Transient(message, counts_as_retry=False) from error
+
+
 def text_hash(text: str) -> bytes:
     """16 bytes that stand for a text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def models(tx: Transaction) -> list[tuple[int, str, NDArray[np.float32]]]:
-    """(id, name, probe vector) of each model ever used here."""
-    return [
-        (cast("int", number), cast("str", name), np.frombuffer(cast("bytes", probe), dtype="<f4"))
+def models(tx: Transaction) -> dict[int, tuple[str, NDArray[np.float32]]]:
+    """Number -> (name, probe vector) of each model ever used here."""
+    return {
+        cast("int", number): (cast("str", name), np.frombuffer(cast("bytes", probe), dtype="<f4"))
         for number, name, probe in tx.execute("SELECT id, name, probe FROM model")
-    ]
+    }
 
 
-def add_model(tx: Transaction, name: str, probe: NDArray[np.float32]) -> int:
-    """Remember a model by the vector it gives the probe sentence; its new id."""
+def know_model(
+    tx: Transaction,
+    number: int,
+    name: str,
+    probe: NDArray[np.float32],
+    *,
+    same: Callable[[NDArray[np.float32], NDArray[np.float32]], bool],
+) -> None:
+    """Remember a model by the vector it gives the probe sentence. What another model of this number left is forgotten.
+
+    Call it in each transaction that uses the model's vectors: the file may be another than a moment ago. ``same`` says whether
+    two probe vectors are of one model.
+    """
     blob = np.asarray(probe, dtype="<f4").tobytes()
-    ((number,),) = tx.execute(
-        "INSERT INTO model (name, dimension, probe) VALUES (?, ?, ?) RETURNING id", (name, probe.shape[0], blob)
-    )
-    return cast("int", number)
+    for its_name, seen in tx.execute("SELECT name, probe FROM model WHERE id = ?", (number,)):
+        if its_name == name and (seen == blob or same(np.frombuffer(cast("bytes", seen), dtype="<f4"), probe)):
+            return
+    _all(tx.execute("DELETE FROM embedding WHERE model = ?", (number,)))
+    _all(tx.execute("INSERT OR REPLACE INTO model VALUES (?, ?, ?, ?)", (number, name, probe.shape[0], blob)))
 
 
 def get(tx: Transaction, model: int, texts: Sequence[str], *, now_milliseconds: int) -> dict[str, NDArray[np.float32]]:
@@ -88,8 +183,13 @@ def distrust(tx: Transaction, model: int, *, since_milliseconds: int) -> None:
     _all(tx.execute("DELETE FROM embedding WHERE model = ? AND used >= ?", (model, day)))
 
 
-def prune(tx: Transaction, *, max_bytes: int) -> int:
-    """Drop the least recently used until the vectors fit into ``max_bytes``; how many went."""
+def prune(tx: Transaction, *, max_bytes: int, now_milliseconds: int) -> int:
+    """Drop the least recently used until the vectors fit into ``max_bytes``; how many went.
+
+    A use in the future comes of a clock that was set back since: it counts as one of today.
+    """
+    today = now_milliseconds - now_milliseconds % USED_GRAIN_MILLISECONDS
+    _all(tx.execute("UPDATE embedding SET used = ?1 WHERE used > ?1", (today,)))
     ((count, size),) = tx.execute("SELECT count(*), coalesce(sum(length(vector)), 0) FROM embedding")
     total = cast("int", size) + ROW_OVERHEAD_BYTES * cast("int", count)
     if total <= max_bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -18,6 +19,9 @@ from everos_engine.text import kinds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from everos_engine.stores.examination import Examination
     from everos_engine.surface.checkup import Case
@@ -148,21 +152,36 @@ def _of_another_model(case: Case, model: str, probe: Sequence[float]) -> list[st
     import numpy as np  # noqa: PLC0415 - only where vectors are compared
 
     from everos_engine.embed.protocol import similar
-    from everos_engine.stores import embeddings
 
-    cache = case.settings.engine_directory / "embeddings.db"
-    if case.books is None or not case.books.incarnations or not cache.exists():
+    if case.books is None or not case.books.incarnations:
         return []
-    database = Database(cache, readonly=True)
-    try:
-        known = database.read(embeddings.models)
-    finally:
-        database.close()
+    known = _models(case)
     now = np.asarray(probe, dtype=np.float32)
     same = {
-        f"{name}#{at}" for at, name, seen in known if name == model and seen.shape == now.shape and similar(seen, now)
+        f"{name}#{at}"
+        for at, (name, seen) in known.items()
+        if name == model and seen.shape == now.shape and similar(seen, now)
     }
     return [kind for kind, (_, _, made_by) in case.books.incarnations.items() if made_by not in same]
+
+
+def _models(case: Case) -> dict[int, tuple[str, NDArray[np.float32]]]:
+    """The models that the tables' vectors may be of. An index of an older version has them in its cache alone."""
+    from everos_engine.stores import embeddings, models  # noqa: PLC0415 - only where vectors are compared
+
+    found: dict[int, tuple[str, NDArray[np.float32]]] = {}
+    for path, read in [
+        (case.settings.engine_directory / "embeddings.db", embeddings.models),
+        (case.engine_db, models.known),
+    ]:
+        if path.exists():
+            with suppress(EngineError):  # the queue's check names it
+                database = Database(path, readonly=True)
+                try:
+                    found |= database.read(read)
+                finally:
+                    database.close()
+    return found
 
 
 async def _ask(case: Case) -> tuple[str, list[float]]:
