@@ -14,11 +14,11 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import EngineError, Fatal, SettingsError, Transient, split_end
-from everos_engine.loops.agree import agree
+from everos_engine.errors import EngineError, Fatal, SettingsError, Transient, Unexpected, split_end
+from everos_engine.loops.agree import agree, heal_reads, inspect
 from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import lay_marker
-from everos_engine.loops.desk import Base, Desk, base_now, now_milliseconds, wait_moved
+from everos_engine.loops.desk import READER, Base, Desk, base_now, now_milliseconds, wait_moved
 from everos_engine.loops.guard import guard
 from everos_engine.loops.maintain import compact, maintain
 from everos_engine.loops.observe import audit, sweep
@@ -159,7 +159,7 @@ class Engine:
     async def settle(self) -> Status:
         """Return when every change on disk at the time of the call is searchable or failed.
 
-        Raises Transient if the tree cannot be swept.
+        Raises Transient if the tree cannot be swept, or a table cannot be looked at, and TableDamaged if one may not be made again yet.
         """
         return await self._call(_settle)
 
@@ -173,6 +173,8 @@ class Engine:
             if not paths:
                 await _settle(desk)
                 return await desk.database.aread(census.troubled)
+            if (not_in_step := await inspect(desk)) is not None:
+                raise not_in_step
             keys, lsn = await enqueue(desk.settings, desk.database, paths, threads=desk.threads)
             await _reach(desk, lsn)
             return await desk.database.aread(lambda tx: census.standing(tx, keys))
@@ -201,6 +203,12 @@ class Engine:
         async def work(desk: Desk) -> list[Result]:
             chosen = mode or default_mode(desk.settings)
             parts = (desk.index, desk.database, desk.vectors, query)
+            try:
+                return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
+            except Unexpected:
+                with trio.CancelScope(shield=True):
+                    if desk.owner == READER or not await heal_reads(desk, query):
+                        raise
             return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
 
         return await self._call(work, needs_loops=False)
@@ -260,6 +268,8 @@ class Engine:
 async def _settle(desk: Desk) -> Status:
     found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake, threads=desk.threads)
     desk.progress.last_scan_milliseconds = now_milliseconds()
+    if (not_in_step := await inspect(desk)) is not None:
+        raise not_in_step
     await _reach(desk, found.lsn)
     while (again := await desk.database.aread(queue.rebuilding)) is not None:
         await _reach(desk, again)  # a table was begun anew meanwhile: what it held is not searchable before that
@@ -417,7 +427,7 @@ async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
         with _databases(settings) as database:
             index = _index(settings, bridge)
             try:
-                async with engine.using(Desk(settings, database, index, vectors, "reader", base=engine.base)):
+                async with engine.using(Desk(settings, database, index, vectors, READER, base=engine.base)):
                     yield engine
             finally:
                 index.close()

@@ -11,7 +11,7 @@ from loguru import logger
 
 from everos_engine.errors import BadQuestion, BadText, Transient
 from everos_engine.stores import ledger
-from everos_engine.stores.lance import Hit, text_literal
+from everos_engine.stores.lance import Hit, TableDamaged, text_literal
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ async def search(  # noqa: PLR0913 - the stores, and the question
 ) -> list[Result]:
     """The best ``limit`` entries for ``query``, best first; words only: quotes and operators mean nothing."""
     query = encodable(query)
-    chosen = [kind for kind in index.kinds if only.kind in {None, kind}]
+    chosen = [only.kind] if only.kind else [kind for kind in index.kinds if kind not in index.shunned]
+    if only.kind in index.shunned:
+        message = f"the table {only.kind!r} is damaged: {index.shunned[only.kind]}"
+        raise TableDamaged(message)
     where, depth = only.where(), limit * OVERSAMPLE
     rankings: dict[str, list[Hit]] = {}
     if mode != "vector":

@@ -30,6 +30,8 @@ STARVED_SECONDS = 5.0
 """Errors that do not name their cause (a name server, a TLS file) are put down to a lack of descriptors for so long."""
 
 HUNG_NAMED = 20
+READER = "reader"
+"""The owner's name of stores that are open for reading only."""
 HISTORY = 3600
 POINT_CODES = "qqqdq"
 """The types of a point's columns, as `array` knows them."""
@@ -119,7 +121,8 @@ class Desk:
     """The parts every loop may use. ``wake`` moves when there may be work, ``applied`` when changes were marked.
 
     ``exhaustion`` moves when somebody found no descriptor. ``pressure`` is the share of their usual breadth that the worker and
-    searches may use: 1 all; at 0 new claims wait, and searches go one at a time.
+    searches may use: 1 all; at 0 new claims wait, and searches go one at a time. ``unchecked`` are the kinds whose tables nobody
+    could look at since the start, and ``probed`` says when (monotonic seconds) a search had a sound table read whole.
     """
 
     settings: Settings
@@ -141,6 +144,9 @@ class Desk:
     base: Base = field(default_factory=base_now)
     fds: dict[str, object] = field(default_factory=dict)
     fds_history: History = field(default_factory=History)
+    unchecked: set[str] = field(default_factory=set)
+    probed: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, trio.Lock] = field(default_factory=dict)
     brake: Brake = field(init=False)
     notes: Notes = field(init=False)
     threads: FileThreads = field(init=False)
@@ -160,6 +166,10 @@ class Desk:
                 f"check the disk; the damaged file is kept as {path}.damaged, remove it if nobody wants to look into it"
             )
             await self.notes.say("database_recreated", message, remedy)
+
+    def table(self, kind: str) -> trio.Lock:
+        """Return the lock of who writes to a kind's table, or compares it with the ledger, from the first look to the last note."""
+        return self.tables.setdefault(kind, trio.Lock())
 
     def wake_up(self) -> None:
         """There may be work in the queue."""

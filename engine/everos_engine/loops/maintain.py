@@ -15,6 +15,7 @@ from everos_engine.system.unit import unit
 
 if TYPE_CHECKING:
     from everos_engine.loops.desk import Desk
+    from everos_engine.stores.versions import Version
 
 LONG_SECONDS = 3600.0
 ALLOWANCE_SECONDS = 60.0
@@ -62,17 +63,30 @@ async def _optimize(desk: Desk, kind: str, *, alone: bool) -> bool:
     """Whether the table is compact now."""
     try:
         await expect_root(desk)
-        incarnation = desk.index.incarnation_of(kind)
-        version = await desk.index.optimize(kind, alone=alone)
+        known = (await desk.database.aread(ledger.incarnations)).get(kind)
+        before = None if known is None else await desk.index.recognise(kind, known.version)
+        await desk.index.optimize(kind, alone=alone)
+        if before is not None:
+            await _move_on(desk, kind, before)
     except Transient as error:
         desk.starved(error)
         level = "WARNING" if alone else "INFO"
         logger.log(level, "cascade_lancedb_optimize_failed kind={} error={!r}", kind, str(error))
         return False
-    logger.debug("optimized kind={} version={}", kind, version)
-
-    await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, incarnation, version=version))
+    logger.debug("optimized kind={}", kind)
     return True
+
+
+async def _move_on(desk: Desk, kind: str, before: Version) -> None:
+    """Note the version that an optimize left, if nothing but it came after what is noted. Else the next commit's look finds it."""
+    async with desk.table(kind):
+        known = (await desk.database.aread(ledger.incarnations)).get(kind)
+        if known is None or known.incarnation != desk.index.incarnation_of(kind):
+            return
+        start = before if before.number > known.number else known.version
+        reached = await desk.index.advance(kind, start)
+        if reached is not None:
+            await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, known.incarnation, version=reached))
 
 
 async def _prune(desk: Desk) -> None:

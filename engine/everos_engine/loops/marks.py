@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from everos_engine.loops.desk import Desk
     from everos_engine.loops.job import Job
     from everos_engine.stores.database import Transaction
+    from everos_engine.stores.versions import Version
 
 
 class Written(NamedTuple):
     """A commit: to which life of the table, and its version then."""
 
     incarnation: str
-    version: int
+    version: Version
 
 
 def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Written | None) -> None:
@@ -30,7 +31,7 @@ def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Wr
     now = now_milliseconds()
     if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
         for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
-            job.error = job.error or Transient(f"the table {kind!r} began anew", counts_as_retry=False)
+            job.error = job.error or Transient(f"the table {kind!r} was made again meanwhile", counts_as_retry=False)
         written = None
     for job in jobs:
         if isinstance(job.error, Transient):

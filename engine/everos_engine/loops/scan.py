@@ -7,14 +7,13 @@ import os
 import shlex
 import time
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
 
 from everos_engine.errors import Transient
-from everos_engine.loops.agree import begin_anew
+from everos_engine.loops.agree import inspect
 from everos_engine.loops.brake import BLIND_REMEDY, REMEDY, WHY
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.observe import AUDIT_POSITION, Sweep, audit, sweep
@@ -99,7 +98,7 @@ async def _sweep_once(desk: Desk, *, first: bool) -> None:
     if found.queued:
         logger.info("sweep files={} queued={}", found.files, len(found.queued))
         desk.wake_up()
-    await _heal_lost_tables(desk)
+    await inspect(desk)
     await _say_blind(desk, found)
     if listening:
         now = time.monotonic()
@@ -184,17 +183,6 @@ async def _say_held(desk: Desk) -> None:
     total = sum(one.count for one in kept)
     message = f"{total} deletions are held: " + "; ".join(f"{one.count} because {WHY[one.reason]}" for one in kept)
     await desk.notes.say("deletions_held", message, "; ".join(dict.fromkeys(REMEDY[one.reason] for one in kept)))
-
-
-async def _heal_lost_tables(desk: Desk) -> None:
-    """A table's folder that was removed under us: forget the table, and its files come again with cached vectors."""
-    lost = await trio.to_thread.run_sync(lambda: [] if desk.brake.is_lost() else desk.index.lost_kinds())
-    for kind in lost:
-        desk.index.forget(kind)
-        count = await desk.database.awrite(partial(begin_anew, kind=kind))
-        logger.warning("index_removed kind={} requeued={}", kind, count)
-    if lost:
-        desk.wake_up()
 
 
 async def _notice_stalls(desk: Desk) -> None:

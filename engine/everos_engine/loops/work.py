@@ -28,16 +28,17 @@ from everos_engine.errors import (
     SettingsError,
     Transient,
     Unavailable,
+    Unexpected,
     exhausted,
 )
-from everos_engine.loops.agree import expect_root, heal
+from everos_engine.loops.agree import agree_on, begin_life, expect_root, heal
 from everos_engine.loops.brake import REMEDY, WHY, to_hold
 from everos_engine.loops.desk import Desk, now_milliseconds, wait_moved
 from everos_engine.loops.job import Job, keep, looks_torn, put_off, refuse, unsettled
 from everos_engine.loops.marks import Written, mark
 from everos_engine.loops.vectors import MODEL_CHANGED
 from everos_engine.stores import held, ledger, meta, queue
-from everos_engine.stores.lance import Model, Row
+from everos_engine.stores.lance import Model, Row, TableDamaged, Unrecognised
 from everos_engine.system import files, locks
 from everos_engine.system.unit import Unit, unit
 from everos_engine.text import diff, kinds
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COMMIT_ENTRIES = 8192
+REWRITES = frozenset({"sync", "rebuild"})
+"""Sources of changes whose rows are all written again, also those that the ledger takes for written."""
 REAP_SECONDS = 30.0
 HELD_FACTOR = 4
 HELD_BYTES = 32 << 20
@@ -361,6 +364,8 @@ class _Worker:
                 job.plan = diff.plan(job.document, before)
             if looks_torn(job, before):
                 job.error = unsettled(job, self.desk.settings.settle_milliseconds) or job.error
+            if job.error is None and job.claim.source in REWRITES:
+                job.plan = diff.plan(job.document, dict.fromkeys(before, ledger.UNKNOWN))
 
     def _read(self, job: Job) -> Job:
         """Read the file of a change, or see that it is gone; changes nothing but the job."""
@@ -481,7 +486,8 @@ class _Worker:
         model = await vectors.model()
         for kind in self.desk.index.open_kinds():
             if self.desk.index.model_of(kind) != model.name:
-                await self._new_life(kind, model)
+                async with self.desk.table(kind):
+                    await self._new_life(kind, model)
         self.life = vectors.life
 
     async def commit_loop(self) -> None:
@@ -535,30 +541,85 @@ class _Worker:
         for job in jobs:
             by_kind[job.claim.kind].append(job)
         for kind, of_kind in by_kind.items():
-            writing = [job for job in of_kind if job.error is None and (job.plan.upserts or job.plan.deletes)]
-            written = None
-            if writing:
-                try:
-                    await expect_root(self.desk)
-                    written = await self._write(kind, writing)
-                except Transient as failure:
-                    error = failure
-                    try:
-                        await heal(self.desk, kind)
-                    except Transient as lost:
-                        error = lost
-                    for job in writing:
-                        job.error = error
-            for job in of_kind:
-                if isinstance(job.error, Transient) and self.desk.starved(job.error):
-                    job.error = Exhausted(str(job.error))
-                if job.put_off is not None and self.desk.starved(job.put_off):
-                    job.put_off = Exhausted(str(job.put_off))
-            await self.desk.database.awrite(partial(mark, desk=self.desk, kind=kind, jobs=of_kind, written=written))
+            async with self.desk.table(kind):
+                written = await self._commit_kind(kind, of_kind)
             self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
             self.desk.progress.applied += len(of_kind)
             if written is not None:
                 self.desk.progress.commits[kind] = self.desk.progress.commits.get(kind, 0) + 1
+
+    async def _commit_kind(self, kind: str, jobs: list[Job]) -> Written | None:
+        """Commit one kind's jobs, and mark them. Nobody else may look at the table between the two."""
+        writing = [job for job in jobs if job.error is None and (job.plan.upserts or job.plan.deletes)]
+        written = await self._try_to_write(kind, writing) if writing else None
+        for job in jobs:
+            if isinstance(job.error, Transient) and self.desk.starved(job.error):
+                job.error = Exhausted(str(job.error))
+            if job.put_off is not None and self.desk.starved(job.put_off):
+                job.put_off = Exhausted(str(job.put_off))
+        await self.desk.database.awrite(partial(mark, desk=self.desk, kind=kind, jobs=jobs, written=written))
+        return written
+
+    async def _try_to_write(self, kind: str, jobs: list[Job]) -> Written | None:
+        """Commit to a kind's table. If that fails, heal the table if it calls for it, and give each job the reason."""
+        try:
+            await expect_root(self.desk)
+            if kind in self.desk.unchecked:
+                await agree_on(self.desk, kind)
+            if kind in self.desk.index.shunned:
+                message = f"the table {kind!r} is damaged: {self.desk.index.shunned[kind]}"
+                raise TableDamaged(message)
+            return await self._write(kind, jobs)
+        except Damaged:
+            raise
+        except Transient as failure:
+            error = failure
+            try:
+                if not await heal(self.desk, kind, failure) and isinstance(failure, Unexpected):
+                    return await self._write_one_by_one(kind, jobs)
+            except Damaged:
+                raise
+            except Transient as lost:
+                error = lost
+            for job in jobs:
+                job.error = error
+            return None
+
+    async def _write_one_by_one(self, kind: str, jobs: list[Job]) -> Written | None:
+        """Commit each job by itself to a table that is sound: one whose rows LanceDB cannot take must not hold up the others.
+
+        A job is to blame, and loses an attempt, only if the table takes a commit that changes nothing.
+        """
+        written = None
+        for job in jobs:
+            try:
+                written = await self._write(kind, [job]) or written
+                if written is not None:
+                    await self._move_on(kind, written)
+            except Damaged:
+                raise
+            except Unexpected as error:
+                job.error = Transient(str(error)) if await self._takes_commits(kind) else error
+            except Transient as error:
+                job.error = error
+        return written
+
+    async def _takes_commits(self, kind: str) -> bool:
+        known = (await self.desk.database.aread(ledger.incarnations)).get(kind)
+        if known is None:
+            return False
+        try:
+            version = await self.desk.index.commit(kind, [], [("", "")], left=known.version)
+        except Transient:
+            return False
+        await self._move_on(kind, Written(known.incarnation, version))
+        return True
+
+    async def _move_on(self, kind: str, written: Written) -> None:
+        """Note a version before the batch is marked: the next commit compares the table with what is noted."""
+        await self.desk.database.awrite(
+            lambda tx: ledger.moved_on(tx, kind, written.incarnation, version=written.version)
+        )
 
     async def _write(self, kind: str, jobs: list[Job]) -> Written | None:
         """One commit to the kind's table, or None where only unknown keys of no table were deleted."""
@@ -578,29 +639,22 @@ class _Worker:
             if index.model_of(kind) != model.name:
                 await self._new_life(kind, model)
 
-        def intend(tx: Transaction) -> None:
+        def intend(tx: Transaction) -> ledger.Remembered | None:
             for job in jobs:
                 touched = [entry.entry_id for entry in job.plan.upserts] + list(job.plan.deletes)
                 ledger.intend(tx, job.claim.md_path, kind, touched)
+            return ledger.incarnations(tx).get(kind)
 
-        await database.awrite(intend)
-        incarnation = index.incarnation_of(kind)
-        return Written(incarnation, await index.commit(kind, rows, deletes))
+        known, incarnation = await database.awrite(intend), index.incarnation_of(kind)
+        if known is None or known.incarnation != incarnation:
+            message = f"the table {kind!r} is not the one that the ledger speaks of"
+            raise Unrecognised(message)
+        return Written(incarnation, await index.commit(kind, rows, deletes, left=known.version))
 
     async def _new_life(self, kind: str, model: Model) -> None:
         """A table for ``model``; whatever the kind had goes, and its files come again with their cached vectors."""
-        had = self.desk.index.model_of(kind)
-        incarnation = await self.desk.index.create(kind, model)
-
-        def note(tx: Transaction) -> int:
-            filled = had is not None or kind in ledger.incarnations(tx)  # an earlier try may have dropped it already
-            ledger.void(tx, kind)
-            ledger.remember(tx, kind, incarnation, version=0, model=model.name)
-            return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds()) if filled else 0
-
-        count = await self.desk.database.awrite(note)
+        count = await begin_life(self.desk, kind, model)
         logger.info("table_created kind={} model={} requeued={}", kind, model.name, count)
-        self.desk.wake_up()
 
 
 def _decides(error: BaseException) -> bool:

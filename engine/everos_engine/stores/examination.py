@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from everos_engine.errors import Transient
 from everos_engine.stores import lance
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """One table as it is on disk; ``error`` where it does not open, ``drift`` where its columns are not ours."""
+    """One table as it is on disk; ``error`` if it cannot be opened, read and searched, ``drift`` if its columns are not ours."""
 
     kind: str
     error: str = ""
@@ -35,7 +36,7 @@ async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Exami
     if not present:
         return []
     async with lance.looking(directory) as connection:
-        return [await _examined(connection, kinds[kind]) for kind in present]
+        return [await _examined(connection, directory, kinds[kind]) for kind in present]
 
 
 async def count_of(directory: Path, kind: str, md_path: str) -> int:
@@ -50,15 +51,19 @@ async def count_of(directory: Path, kind: str, md_path: str) -> int:
             table.close()
 
 
-async def _examined(connection: AsyncConnection, kind: TableKind) -> Examination:
+async def _examined(connection: AsyncConnection, directory: Path, kind: TableKind) -> Examination:
+    """Look at one table; one that is ours is read whole, and searched once for each of its indexes."""
     try:
-        table = await connection.open_table(kind.name)
-        try:
-            schema, version, rows = await table.schema(), await table.version(), await table.count_rows()
-        finally:
-            table.close()
-    except (RuntimeError, OSError, ValueError) as error:
-        return Examination(kind.name, error=str(error).strip().split("\n", 1)[0][:400] or type(error).__name__)
+        with lance.sorted_troubles():
+            table = await connection.open_table(kind.name)
+            try:
+                schema, version, rows = await table.schema(), await table.version(), await table.count_rows()
+            finally:
+                table.close()
+            if lance.identity_of(schema).incarnation:
+                await lance.probe(directory, kind, lance.PROBE_WORD)
+    except Transient as error:
+        return Examination(kind.name, error=str(error))
     identity = lance.identity_of(schema)
     wanted = lance.schema_of(kind, lance.Model("", 0), "")
     missing = [name for name in wanted.names if name not in schema.names]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
 
-from everos_engine.errors import Exhausted, Transient, Unexpected, UnknownOutcome
-from everos_engine.stores import lance
+from everos_engine.errors import Exhausted, Unexpected, UnknownOutcome
+from everos_engine.stores import lance, versions
 from everos_engine.stores.generation import Generation, Generations
+from everos_engine.stores.lance import Unrecognised
+from everos_engine.stores.versions import Version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +32,8 @@ OPTIMIZE_LEAST_ROWS = 64
 """Fewer rows are as soon read one by one as looked up."""
 DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
+SET_ASIDE = "set-aside"
+"""The folder beside the tables' that keeps the newest damaged copy of each."""
 
 
 class Bridge(Protocol):
@@ -47,6 +51,7 @@ class _Life:
     """What is known of a table, whichever generation has it open; ``current`` is False for one of an older schema.
 
     ``commits`` and ``rows`` were made since the last optimize; ``indexed`` are the rows that its full-text indexes cover.
+    ``files`` are the stamps of its files at the last look, and ``pruned`` says that an optimize may have removed some since.
     """
 
     incarnation: str
@@ -56,6 +61,16 @@ class _Life:
     rows: int = 0
     indexed: int = 0
     current: bool = True
+    files: dict[str, int] = field(default_factory=dict)
+    pruned: bool = False
+
+
+class Found(NamedTuple):
+    """A table on disk: its identity, the model of its vectors, and its newest version."""
+
+    incarnation: str
+    model: str
+    version: Version
 
 
 @dataclass(slots=True)
@@ -76,6 +91,11 @@ class Index:
     _moved: dict[str, int] = field(default_factory=dict)
     _unmade: set[str] = field(default_factory=set)
     _turns: dict[str, trio.Lock] = field(default_factory=dict)
+    _compactions: dict[str, trio.Lock] = field(default_factory=dict)
+    doubted: set[str] = field(default_factory=set)
+    """Kinds of which a read failed for a reason that is on no list: their tables may be damaged."""
+    shunned: dict[str, str] = field(default_factory=dict)
+    """Kinds whose tables are damaged and may not be made again yet, and why: nobody reads them."""
     _adrift: set[str] = field(default_factory=set)
     """Kinds of which a write was cut off: it may go on, with files that no version names yet."""
     _reads: trio.CapacityLimiter = field(init=False)
@@ -93,23 +113,55 @@ class Index:
         with lance.sorted_troubles():
             return await self.bridge.write(function, *args, deadline_seconds=self.settings.write_deadline_seconds)
 
-    async def lives(self) -> dict[str, tuple[str, int, str]]:
-        """Kind -> (incarnation, version, model) of each table on disk that is ours and of today's schema.
+    def place_of(self, kind: str) -> Path:
+        """Where the kind's table is."""
+        return self.directory / f"{kind}.lance"
 
-        One of ours of an older schema is dropped: it is made again from markdown. Raises Fatal for a table of
-        somebody else's under one of our names.
+    async def found(self, kind: str) -> Found | None:
+        """Look at a kind's table on disk, None if there is none that can be read, or only one of an older schema of ours.
+
+        One of an older schema is dropped: it is made again from markdown. Raises Stranger for a table of somebody else's.
         """
-        found: dict[str, tuple[str, int, str]] = {}
-        for kind in self.kinds:
-            with self._generations.using() as generation:
-                table = await self._table(generation, kind)
-                life = self._lives.get(kind)
-                if table is not None and life is not None:
-                    found[kind] = (life.incarnation, await self.read(table.version), life.model)
-                elif life is not None:
-                    await self.write(lance.drop, await self.read(self._connect, generation), kind)
-                    del self._lives[kind]
-        return found
+        with self._generations.using() as generation:
+            newest = await self.newest(kind)
+            if newest is None:
+                return None
+            table = await self._table(generation, kind)
+            life = self._lives.get(kind)
+            if table is not None and life is not None:
+                return Found(life.incarnation, life.model, newest)
+            if life is not None:
+                await self.write(lance.drop, await self.read(self._connect, generation), kind)
+                del self._lives[kind]
+        return None
+
+    async def newest(self, kind: str) -> Version | None:
+        """Return the newest version of a kind's table on disk, None if it has none."""
+        with lance.sorted_troubles():
+            return await trio.to_thread.run_sync(versions.newest, self.place_of(kind))
+
+    async def advance(self, kind: str, left: Version) -> Version | None:
+        """Return the newest version that holds the rows of ``left``, which was recognised before; None if there is not one."""
+        with lance.sorted_troubles():
+            return await trio.to_thread.run_sync(versions.advance, self.place_of(kind), left)
+
+    async def recognise(self, kind: str, left: Version) -> Version | None:
+        """Return the newest version if it holds the rows of ``left``, else None."""
+        with lance.sorted_troubles():
+            newest, reached = await trio.to_thread.run_sync(_look, self.place_of(kind), left)
+        return reached if newest == reached else None
+
+    async def tampered(self, kind: str) -> bool:
+        """Whether a file of the table changed, or went without an optimize, since the last call. Lance never changes a file."""
+        life = self._lives.get(kind)
+        if life is None:
+            return False
+        pruned, life.pruned = life.pruned, False
+        with lance.sorted_troubles():
+            files = await trio.to_thread.run_sync(versions.stamps, self.place_of(kind))
+        before, life.files = life.files, files
+        gone = any(name not in files for name in before if not name.isdecimal()) and not pruned and not life.pruned
+        return gone or any(before.get(name, stamp) != stamp for name, stamp in files.items())
 
     def model_of(self, kind: str) -> str | None:
         """The model whose vectors the kind's table holds; None where there is no table yet."""
@@ -125,20 +177,22 @@ class Index:
         """Width of the vectors in the kind's table; 0 where it has none."""
         return self._lives[kind].dimension
 
-    async def create(self, kind: str, model: Model) -> str:
-        """Begin a new life of a kind's table, dropping what was there; its incarnation.
+    async def create(self, kind: str, model: Model, incarnation: str = "") -> Version:
+        """Begin a new life of a kind's table, dropping what was there. Returns its version.
 
-        In its turn: an optimize that is alone removes files that no version names, as those of a table in the making.
+        It waits for an optimize, which removes files that no version names, as those of a table in the making, and which could
+        leave files of the old table in the new one's folder.
         """
+        incarnation = incarnation or lance.new_incarnation()
         with self._generations.using() as generation:
-            async with self._turn(kind), generation.opening:
+            async with self._turn(kind), self._compaction(kind), generation.opening:
                 old = generation.tables.pop(kind, None)
                 if old is not None:
                     old.close()
                 self._lives.pop(kind, None)
                 self._unmade.add(kind)  # until it has its indexes nobody may take it for a table
                 try:
-                    table, incarnation = await self.write(self._create, generation, kind, model)
+                    table = await self.write(self._create, generation, kind, model, incarnation)
                 except UnknownOutcome:
                     self._adrift.add(kind)
                     raise
@@ -147,23 +201,42 @@ class Index:
                 self._unmade.discard(kind)
                 generation.tables[kind] = table
                 self._lives[kind] = _Life(incarnation, model.name, dimension=model.dimension)
-        return incarnation
+                self.shunned.pop(kind, None)
+                return await self.newest(kind) or Version(0, b"")
 
-    async def commit(self, kind: str, rows: Sequence[Row], deletes: Sequence[tuple[str, str]]) -> int:
+    async def commit(
+        self, kind: str, rows: Sequence[Row], deletes: Sequence[tuple[str, str]], *, left: Version | None = None
+    ) -> Version:
         """Upsert ``rows`` and delete (md_path, entry_id) keys; idempotent; the table's new version.
 
-        Raises Transient when the outcome is unknown or the world is in the way: do the same commit again.
+        ``left`` is the version after our last commit: Unrecognised is raised if the table does not hold its rows, or if somebody
+        else's commit came between ours. Raises Transient when the outcome is unknown or the world is in the way: do the same
+        commit again.
         """
-        life, version = self._lives[kind], 0
+        life = self._lives.get(kind)
+        if life is None:
+            raise Unrecognised(self._gone(kind))
+        batches = [
+            lance.batch_of(self.kinds[kind], life.dimension, rows[start : start + MERGE_ROWS])
+            for start in range(0, len(rows), MERGE_ROWS)
+        ]
+        keys = [deletes[start : start + DELETE_KEYS] for start in range(0, len(deletes), DELETE_KEYS)]
         async with self._turn(kind), self._writing(kind) as table:
-            for start in range(0, len(rows), MERGE_ROWS):
-                batch = lance.batch_of(self.kinds[kind], life.dimension, rows[start : start + MERGE_ROWS])
-                version = await self.write(lance.merge, table, batch)
-            for start in range(0, len(deletes), DELETE_KEYS):
-                version = await self.write(lance.delete, table, deletes[start : start + DELETE_KEYS])
+            version = await self._commit(table, kind, left, batches, keys)
         life.commits += 1
         life.rows += len(rows) + len(deletes)
         return version
+
+    async def _commit(
+        self, table: AsyncTable, kind: str, left: Version | None, batches: list[Any], keys: list[Any]
+    ) -> Version:
+        """Each merge and each delete is a call of its own, and has a whole deadline."""
+        version = left
+        for batch in batches:
+            version = await self.write(lance.commit, table, self.place_of(kind), version, [batch], [])
+        for some in keys:
+            version = await self.write(lance.commit, table, self.place_of(kind), version, [], [some])
+        return version or Version(0, b"")
 
     def wants_optimize(self, kind: str) -> bool:
         """Whether enough was written since the last optimize, whoever wrote it.
@@ -178,28 +251,40 @@ class Index:
         share = max(OPTIMIZE_LEAST_ROWS, due.optimize_after_share * life.indexed)
         return life.commits >= due.optimize_after_commits or life.rows >= min(due.optimize_after_rows, share)
 
-    def lost_kinds(self) -> list[str]:
-        """Kinds whose open table has no folder on disk any more."""
-        return [kind for kind in self._lives if not (self.directory / f"{kind}.lance").is_dir()]
+    def reopen(self, kind: str) -> None:
+        """Have the table opened again by its next user: a handle does not see what somebody else commits."""
+        self._written(kind, None)
 
     def forget(self, kind: str) -> None:
         """Let go of a table that is gone; the next commit makes another."""
         self._lives.pop(kind, None)
         self.rotate()  # the Session's caches speak of files that are gone, and of versions that the next table has too
 
-    async def check(self, kind: str) -> None:
-        """Open a kind's table and read its keys and one search of it, where there is one. Raises Transient where that fails."""
-        place = self.directory / f"{kind}.lance"
-        if place.exists() and not place.is_dir():
+    async def probe(self, kind: str, words: str = lance.PROBE_WORD) -> None:
+        """Read the whole of a kind's table, and search each of its indexes, on a new connection. Nothing is done if there is none.
+
+        Raises Unexpected if that fails for a reason that is on no list, and Transient if the world is in the way.
+        """
+        place = self.place_of(kind)
+        if not os.path.lexists(place):
+            return
+        if not place.is_dir():
             message = f"{place} is not a directory"
             raise Unexpected(message)
-        await self.keys(kind)
-        await self.search_text(kind, "check", where="", limit=1)
+        async with self._reads:
+            deadline_seconds = max(self.settings.read_deadline_seconds, self.settings.write_deadline_seconds)
+            with lance.sorted_troubles():
+                await self.bridge.read(
+                    lance.probe, self.directory, self.kinds[kind], words, deadline_seconds=deadline_seconds
+                )
 
-    async def discard(self, kind: str) -> None:
-        """Remove a kind's table, whatever is left of it."""
-        self.forget(kind)
-        await trio.to_thread.run_sync(_remove, self.directory / f"{kind}.lance")
+    async def set_aside(self, kind: str) -> Path:
+        """Move a kind's table out of the way, whatever is left of it. Returns where it is kept, in place of an earlier copy."""
+        async with self._turn(kind), self._compaction(kind):
+            self.forget(kind)
+            self.shunned.pop(kind, None)
+            with lance.sorted_troubles():
+                return await trio.to_thread.run_sync(_set_aside, self.place_of(kind))
 
     def open_kinds(self) -> list[str]:
         """Kinds that have a table."""
@@ -209,24 +294,25 @@ class Index:
         """Commits since the last optimize."""
         return self._lives[kind].commits
 
-    async def optimize(self, kind: str, *, alone: bool = True) -> int:
-        """Compact, fold new rows into the indexes, prune old versions; the table's new version.
+    async def optimize(self, kind: str, *, alone: bool = True) -> None:
+        """Compact, fold new rows into the indexes, prune old versions.
 
         ``alone`` has commits wait meanwhile; else one that comes in between voids the work, and Transient is raised. What
         voided work and killed engines left in the table's folder is removed by the next that is alone.
         """
         life, keep_seconds = self._lives[kind], self.settings.keep_versions_seconds
         commits, rows = life.commits, life.rows
-        async with self._turn(kind) if alone else nullcontext(), self._writing(kind) as table:
+        async with self._turn(kind) if alone else nullcontext(), self._compaction(kind), self._writing(kind) as table:
             optimize = partial(lance.optimize, nobody_else=alone and kind not in self._adrift)
-            version, life.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
+            life.pruned = True
+            life.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
+            life.pruned = True
         life.commits -= commits
         life.rows -= rows
-        return version
 
-    async def keys(self, kind: str) -> dict[tuple[str, str], bytes]:
-        """(md_path, entry_id) -> content hash of every row."""
-        return await self._ask(kind, lance.keys) or {}
+    async def keys(self, kind: str) -> tuple[dict[tuple[str, str], bytes], set[tuple[str, str]]]:
+        """(md_path, entry_id) -> content hash of every row, and the keys that more than one row has."""
+        return await self._ask(kind, lance.keys) or ({}, set())
 
     async def rows(self, kind: str, *, where: str = "") -> list[dict[str, object]]:
         """Every row of a kind, vectors as lists; for checks and small tables."""
@@ -302,10 +388,20 @@ class Index:
                     if trio.current_time() + EXHAUSTED_PAUSE_SECONDS > end:
                         raise
                     await trio.sleep(EXHAUSTED_PAUSE_SECONDS)
+                except Unexpected:
+                    self.doubted.add(kind)
+                    raise
 
     def _turn(self, kind: str) -> trio.Lock:
         """Held by the one who writes to a table."""
         return self._turns.setdefault(kind, trio.Lock())
+
+    def _compaction(self, kind: str) -> trio.Lock:
+        """Held by the one who optimizes a table, or puts another in its place."""
+        return self._compactions.setdefault(kind, trio.Lock())
+
+    def _gone(self, kind: str) -> str:
+        return f"the table {kind!r} is not there any more: it is made again from markdown"
 
     @asynccontextmanager
     async def _writing(self, kind: str) -> AsyncIterator[AsyncTable]:
@@ -313,8 +409,7 @@ class Index:
         with self._generations.using() as generation:
             table = await self._table(generation, kind)
             if table is None:
-                message = f"the table {kind!r} is not there (any more): restart the engine to build it again"
-                raise Transient(message)
+                raise Unrecognised(self._gone(kind))
             try:
                 yield table
             except UnknownOutcome:
@@ -365,9 +460,9 @@ class Index:
             life.indexed, life.rows = await lance.covered(opened.table, self.kinds[kind])
         return opened.table, life
 
-    async def _create(self, generation: Generation, kind: str, model: Model) -> tuple[AsyncTable, str]:
+    async def _create(self, generation: Generation, kind: str, model: Model, incarnation: str) -> AsyncTable:
         connection = await self._connect(generation)
-        return await lance.create_table(connection, self.directory, self.kinds[kind], model)
+        return await lance.create_table(connection, self.directory, self.kinds[kind], model, incarnation)
 
     async def _connect(self, generation: Generation) -> AsyncConnection:
         if generation.connection is None:
@@ -384,6 +479,14 @@ def open_index(
     return Index(bridge, settings, kinds, directory, cap_bytes)
 
 
-def _remove(place: Path) -> None:
-    shutil.rmtree(place, ignore_errors=True)
-    place.unlink(missing_ok=True)
+def _look(place: Path, left: Version) -> tuple[Version | None, Version | None]:
+    return versions.newest(place), versions.follow(place, left)
+
+
+def _set_aside(place: Path) -> Path:
+    kept = place.parent.parent / SET_ASIDE / place.name
+    kept.parent.mkdir(exist_ok=True)
+    lance.remove(kept)
+    if os.path.lexists(place):
+        place.rename(kept)
+    return kept

@@ -11,7 +11,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +32,8 @@ from lancedb.index import FTS  # noqa: E402 - after its environment is set
 from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after its environment is set
 
 from everos_engine.errors import EngineError, Exhausted, Fatal, Transient, Unexpected, exhausted  # noqa: E402 - after its environment is set
+from everos_engine.stores import versions  # noqa: E402 - after its environment is set
+from everos_engine.stores.versions import Version  # noqa: E402 - after its environment is set
 
 if TYPE_CHECKING:
     from lancedb import AsyncConnection, AsyncTable
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 LIBRARY = f"lancedb {lancedb.__version__}"
 FORMAT = "2"
 KEY_COLUMNS = ("md_path", "entry_id", "content_hash")
+PROBE_WORD = "probe"
+_HASH = re.compile(r"(?:[0-9a-f]{2})*")
 _PLACE = re.compile(r",? /\S+\.rs:\d+(:\d+)?")
 """Where in the library's source an error was made."""
 _ARROW = {
@@ -142,8 +146,12 @@ async def looking(directory: Path) -> AsyncIterator[AsyncConnection]:
         connection.close()
 
 
+class Stranger(Fatal):
+    """A table under one of our names was not made by this engine."""
+
+
 async def open_table(connection: AsyncConnection, kind: TableKind) -> Opened | None:
-    """The kind's table, None where it has no version yet. Raises Fatal for a table of somebody else's."""
+    """The kind's table, None where it has no version yet. Raises Stranger for a table of somebody else's."""
     try:
         table = await connection.open_table(kind.name)
     except ValueError as error:
@@ -154,25 +162,36 @@ async def open_table(connection: AsyncConnection, kind: TableKind) -> Opened | N
     identity = identity_of(schema)
     expected = schema_of(kind, identity.model, identity.incarnation)
     if not identity.incarnation:
-        raise Fatal(_drift(kind.name, schema, expected))
+        raise Stranger(_drift(kind.name, schema, expected))
     return Opened(table, identity, schema.equals(expected) and identity.format == FORMAT)
 
 
+def new_incarnation() -> str:
+    """Return the identity of a table's life that is to begin."""
+    return uuid.uuid4().hex
+
+
 async def create_table(
-    connection: AsyncConnection, directory: Path, kind: TableKind, model: Model
-) -> tuple[AsyncTable, str]:
-    """A new table with its full-text indexes, in place of what was there; and its incarnation."""
+    connection: AsyncConnection, directory: Path, kind: TableKind, model: Model, incarnation: str
+) -> AsyncTable:
+    """Create a table with its full-text indexes, in place of what was there."""
     place = directory / f"{kind.name}.lance"
-    if place.exists():
-        try:
+    if os.path.lexists(place):
+        with suppress(Exception):  # whatever is wrong with it, it goes
             await connection.drop_table(kind.name)
-        except (RuntimeError, ValueError, OSError):
-            shutil.rmtree(place)
-    incarnation = uuid.uuid4().hex
+        remove(place)
     table = await connection.create_table(kind.name, schema=schema_of(kind, model, incarnation))
     for column in kind.fts_columns:
         await table.create_index(column, config=FTS(base_tokenizer="icu", with_position=False, remove_stop_words=False))
-    return table, incarnation
+    return table
+
+
+def remove(place: Path) -> None:
+    """Remove a table's folder, or what stands in its place. Nothing happens if there is nothing."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def schema_of(kind: TableKind, model: Model, incarnation: str) -> pa.Schema:
@@ -228,7 +247,47 @@ async def drop(connection: AsyncConnection, kind: str) -> None:
     await connection.drop_table(kind)
 
 
-async def merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
+async def commit(
+    table: AsyncTable,
+    place: Path,
+    left: Version | None,
+    batches: Sequence[pa.RecordBatch],
+    deletes: Sequence[Sequence[tuple[str, str]]],
+) -> Version:
+    """Upsert batches, then delete keys, each a commit of the table at ``place``. Returns its version then.
+
+    Raises Unrecognised before the first commit if the table does not hold the rows of the version ``left``, and after one if somebody
+    else's came between. None as ``left`` asks for no such look. It reads one small file before and one after each commit.
+    """
+    at = left
+    if left is not None and (at := versions.follow(place, left)) is None:
+        raise Unrecognised(_UNRECOGNISED)
+    number = 0
+    for write, chunk in (*((_merge, batch) for batch in batches), *((_delete, keys) for keys in deletes)):
+        number = await write(table, chunk)
+        if at is not None and (at := versions.advance(place, at, own=number)) is None:
+            raise Unrecognised(_UNRECOGNISED)
+    return at or versions.read(place, number) or Version(number, b"")
+
+
+_UNRECOGNISED = "the table has a version that is not the engine's own: its rows are compared with the ledger first"
+
+
+class Unrecognised(Transient):
+    """A table is not as we left it: it is gone, it is another one, or somebody else committed to it. No change is to blame."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, counts_as_retry=False)
+
+
+class TableDamaged(Transient):
+    """A table is proven damaged, and may not be made again yet. The other tables are sound, and no change is to blame."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, counts_as_retry=False)
+
+
+async def _merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
     """Upsert rows by their key; the table's new version.
 
     LanceDB refuses a null vector unless it may replace bad ones by null. None is bad: `batch_of` looked at each.
@@ -238,7 +297,7 @@ async def merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
     return int(result.version)
 
 
-async def delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
+async def _delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
     """Delete rows by their (md_path, entry_id); the table's new version."""
     paths = ", ".join(text_literal(path) for path in dict.fromkeys(path for path, _ in keys))
     wanted = ", ".join(text_literal(f"{path}\n{entry_id}") for path, entry_id in keys)
@@ -246,13 +305,33 @@ async def delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
     return int(result.version)
 
 
-async def optimize(table: AsyncTable, kind: TableKind, keep_seconds: float, *, nobody_else: bool) -> tuple[int, int]:
-    """The version then, and the rows that the full-text indexes cover.
+async def probe(directory: Path, kind: TableKind, words: str) -> None:
+    """Read every column of a kind's table, and search each of its indexes for ``words``, on a connection of its own.
+
+    Raises whatever the library raises; Unexpected if the table has no version.
+    """
+    async with looking(directory) as connection:
+        opened = await open_table(connection, kind)
+        if opened is None:
+            message = "the table has no version"
+            raise Unexpected(message)
+        try:
+            async for _ in await opened.table.query().to_batches():
+                pass
+            for column in kind.fts_columns:
+                for text in dict.fromkeys((PROBE_WORD, words)):
+                    await opened.table.query().nearest_to_text(MatchQuery(text, column)).limit(1).to_arrow()
+        finally:
+            opened.table.close()
+
+
+async def optimize(table: AsyncTable, kind: TableKind, keep_seconds: float, *, nobody_else: bool) -> int:
+    """Compact and index a table, and remove its old versions. Returns how many rows its full-text indexes cover then.
 
     Lance keeps files of no version for a week, since a writer may be about to commit them; with ``nobody_else`` writing they go.
     """
     await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds), delete_unverified=nobody_else)
-    return int(await table.version()), (await covered(table, kind))[0]
+    return (await covered(table, kind))[0]
 
 
 async def covered(table: AsyncTable, kind: TableKind) -> tuple[int, int]:
@@ -261,13 +340,17 @@ async def covered(table: AsyncTable, kind: TableKind) -> tuple[int, int]:
     return (0, 0) if found is None else (int(found.num_indexed_rows), int(found.num_unindexed_rows))
 
 
-async def keys(table: AsyncTable) -> dict[tuple[str, str], bytes]:
-    """(md_path, entry_id) -> content hash of every row."""
+async def keys(table: AsyncTable) -> tuple[dict[tuple[str, str], bytes], set[tuple[str, str]]]:
+    """(md_path, entry_id) -> content hash of every row, empty if it is not one of ours; and the keys found more than once."""
     found: dict[tuple[str, str], bytes] = {}
+    twice: set[tuple[str, str]] = set()
     async for batch in await table.query().select(list(KEY_COLUMNS)).to_batches():
-        paths, entries, hashes = (batch.column(name).to_pylist() for name in KEY_COLUMNS)
-        found.update(zip(zip(paths, entries, strict=True), map(bytes.fromhex, hashes), strict=True))
-    return found
+        for path, entry, text in zip(*(batch.column(name).to_pylist() for name in KEY_COLUMNS), strict=True):
+            key = (path, entry)
+            if key in found:
+                twice.add(key)
+            found[key] = bytes.fromhex(text) if _HASH.fullmatch(text) else b""
+    return found, twice
 
 
 async def rows(table: AsyncTable, where: str) -> list[dict[str, object]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from everos_engine.stores.database import Transaction, Value
+from everos_engine.stores.versions import Version
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS ledger (
@@ -19,10 +20,11 @@ CREATE TABLE IF NOT EXISTS ledger (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS ledger_kind ON ledger (kind);
 CREATE TABLE IF NOT EXISTS incarnation (
-    kind TEXT PRIMARY KEY, incarnation TEXT NOT NULL, version INTEGER NOT NULL, model TEXT NOT NULL
+    kind TEXT PRIMARY KEY, incarnation TEXT NOT NULL, version INTEGER NOT NULL, model TEXT NOT NULL,
+    digest BLOB NOT NULL DEFAULT x''
 ) STRICT, WITHOUT ROWID;
 """
-UPGRADE_TO_3 = ""
+UPGRADE_TO_3 = "ALTER TABLE incarnation ADD COLUMN digest BLOB NOT NULL DEFAULT x'';"
 """What version 3 changes in the tables of version 2. New tables and indexes come with SCHEMA."""
 UNKNOWN = b""
 
@@ -105,24 +107,55 @@ def rows_per_kind(tx: Transaction) -> dict[str, int]:
     }
 
 
-def incarnations(tx: Transaction) -> Mapping[str, tuple[str, int, str]]:
-    """Kind -> (incarnation, table version after our last commit, model) as last written by us."""
+def unknown_per_kind(tx: Transaction) -> dict[str, int]:
+    """How many keys of each kind the index may hold or not: a commit of them was begun, or they are to be written again."""
     return {
-        cast("str", kind): (cast("str", incarnation), cast("int", version), cast("str", model))
-        for kind, incarnation, version, model in tx.execute("SELECT * FROM incarnation")
+        cast("str", kind): cast("int", count)
+        for kind, count in tx.execute("SELECT kind, count(*) FROM ledger WHERE content_hash = x'' GROUP BY kind")
     }
 
 
-def remember(tx: Transaction, kind: str, incarnation: str, *, version: int, model: str) -> None:
+class Remembered(NamedTuple):
+    """What we know of a kind's table: its identity, the number of its version after our last commit, its model, that version's digest."""
+
+    incarnation: str
+    number: int
+    model: str
+    digest: bytes
+
+    @property
+    def version(self) -> Version:
+        """The version that we left."""
+        return Version(self.number, self.digest)
+
+
+def incarnations(tx: Transaction) -> Mapping[str, Remembered]:
+    """Kind -> its table as last written by us."""
+    return {
+        cast("str", kind): Remembered(
+            cast("str", incarnation), cast("int", version), cast("str", model), cast("bytes", digest)
+        )
+        for kind, incarnation, version, model, digest in tx.execute(
+            "SELECT kind, incarnation, version, model, digest FROM incarnation"
+        )
+    }
+
+
+def has_rows(tx: Transaction, kind: str) -> bool:
+    """Whether the ledger speaks of any row of a kind."""
+    return any(True for _ in tx.execute("SELECT 1 FROM ledger WHERE kind = ? LIMIT 1", (kind,)))
+
+
+def remember(tx: Transaction, kind: str, incarnation: str, *, version: Version, model: str) -> None:
     """Note a table's identity and newest version."""
-    sql = "INSERT OR REPLACE INTO incarnation VALUES (?, ?, ?, ?)"
-    _many(tx, sql, [(kind, incarnation, version, model)])
+    sql = "INSERT OR REPLACE INTO incarnation (kind, incarnation, version, model, digest) VALUES (?, ?, ?, ?, ?)"
+    _many(tx, sql, [(kind, incarnation, version.number, model, version.digest)])
 
 
-def moved_on(tx: Transaction, kind: str, incarnation: str, *, version: int) -> None:
-    """Note the newest version of a table, if it is still in the same life."""
-    sql = "UPDATE incarnation SET version = ? WHERE kind = ? AND incarnation = ?"
-    _many(tx, sql, [(version, kind, incarnation)])
+def moved_on(tx: Transaction, kind: str, incarnation: str, *, version: Version) -> None:
+    """Note a newer version of a table, if it is still in the same life."""
+    sql = "UPDATE incarnation SET version = ?, digest = ? WHERE kind = ? AND incarnation = ? AND version <= ?"
+    _many(tx, sql, [(version.number, version.digest, kind, incarnation, version.number)])
 
 
 def forget(tx: Transaction, kind: str) -> None:

@@ -124,7 +124,11 @@ ON CONFLICT (md_path) DO UPDATE SET
     retry_count = 0, retryable = NULL, error = NULL, failed_for = NULL, racy = 0,
     known_since = CASE WHEN mtime_ns IS NULL THEN excluded.known_since ELSE known_since END,
     mtime_ns = excluded.mtime_ns, size = excluded.size, ino = excluded.ino, ctime_ns = excluded.ctime_ns,
-    source = excluded.source, updated = excluded.updated
+    source = CASE
+        WHEN status IN ('pending', 'processing') AND source IN ('sync', 'rebuild')
+            AND excluded.source NOT IN ('rebuild', 'release') THEN source
+        ELSE excluded.source END,
+    updated = excluded.updated
 """
 
 
@@ -140,7 +144,8 @@ def record(
     """Queue what differs from what is known; returns the paths queued, in order.
 
     A repeated fingerprint writes nothing, unless it is racy (a later write of the same size could have left it) and
-    the change is at rest. ``force`` queues whatever its fingerprint. A pending change keeps its place in the line; one
+    the change is at rest. ``force`` queues whatever its fingerprint. A change that a person named, or whose table was made again,
+    stays of that source until it is applied: all of its rows are to be written. A pending change keeps its place in the line; one
     marked within the last ``settle_milliseconds`` becomes claimable when they are over, so that a file written without
     pause is not indexed without pause.
     """

@@ -32,7 +32,7 @@ SLOW_SECONDS = 5.0
 
 
 def check_index(case: Case) -> Check:
-    """Every table opens, is ours, and is the one the ledger speaks of, with as many rows."""
+    """Every table opens, can be read and searched, is ours, and is the one the ledger speaks of, with as many rows."""
     directory = case.settings.lancedb_directory
     known = {} if case.books is None else dict(case.books.incarnations)
     gone = [kind for kind in known if not (directory / f"{kind}.lance").is_dir()]
@@ -44,7 +44,11 @@ def check_index(case: Case) -> Check:
         return Check("index", "ok", "there is none yet")
     from everos_engine.stores.examination import examine  # noqa: PLC0415 - imports LanceDB
 
-    tables = asyncio.run(asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
+    try:
+        tables = asyncio.run(asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
+    except TimeoutError:
+        cause = f"the tables could not be read within {EXAMINE_SECONDS:g} s: that proves nothing about them"
+        return Check("index", "warn", cause, "look at the disk; a busy one is slow")
     if case.engine.running:  # it may have made a table since the books were read
         case = dataclasses.replace(case, books=read_books(case.engine_db))
     for judge in (_unopened, _foreign, _another, _miscounted):
@@ -59,8 +63,8 @@ def _unopened(case: Case, tables: list[Examination]) -> Check | None:
     broken = [table for table in tables if table.error]
     if not broken:
         return None
-    cause = f"table {broken[0].kind!r} does not open: {case.tell(shown(broken[0].error))}"
-    return Check("index", "fail", cause, f"have it begun anew from markdown, with cached vectors: {case.again()}")
+    cause = f"table {broken[0].kind!r} cannot be read: {case.tell(shown(broken[0].error))}"
+    return Check("index", "fail", cause, f"have it made again from markdown, with cached vectors: {case.again()}")
 
 
 def _foreign(case: Case, tables: list[Examination]) -> Check | None:
@@ -94,8 +98,8 @@ def _miscounted(case: Case, tables: list[Examination]) -> Check | None:
     if case.books is None or counts is None or counts.pending or counts.processing or case.engine.running:
         return None  # rows come and go under our eyes
     for table in tables:
-        rows, version = case.books.rows.get(table.kind, 0), case.books.incarnations[table.kind][1]
-        if rows == table.rows:
+        rows, version = case.books.rows.get(table.kind, 0), case.books.incarnations[table.kind].number
+        if rows <= table.rows <= rows + case.books.unknown.get(table.kind, 0):
             continue
         cause = f"table {table.kind!r} has {plural(table.rows, 'row')}, the ledger counts {rows:,}"
         if version != table.version:
@@ -162,7 +166,7 @@ def _of_another_model(case: Case, model: str, probe: Sequence[float]) -> list[st
         for at, (name, seen) in known.items()
         if name == model and seen.shape == now.shape and similar(seen, now)
     }
-    return [kind for kind, (_, _, made_by) in case.books.incarnations.items() if made_by not in same]
+    return [kind for kind, known in case.books.incarnations.items() if known.model not in same]
 
 
 def _models(case: Case) -> dict[int, tuple[str, NDArray[np.float32]]]:

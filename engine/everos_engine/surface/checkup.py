@@ -74,8 +74,9 @@ class Books:
     delayed: inspection.Delayed | None = None
     unanswered: Sequence[tuple[str, str]] = ()
     owners: Sequence[str] = ()
-    incarnations: Mapping[str, tuple[str, int, str]] = field(default_factory=dict)
+    incarnations: Mapping[str, ledger.Remembered] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
+    unknown: Mapping[str, int] = field(default_factory=dict)
     failed: Sequence[census.Outcome] = ()
     last_scan_milliseconds: int | None = None
 
@@ -249,6 +250,7 @@ def _books(tx: Transaction) -> Books:
         owners=queue.owners(tx),
         incarnations=ledger.incarnations(tx),
         rows=ledger.rows_per_kind(tx),
+        unknown=ledger.unknown_per_kind(tx),
         failed=census.failed(tx),
         last_scan_milliseconds=None if scan is None else int(scan),
     )
