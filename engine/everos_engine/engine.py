@@ -14,7 +14,7 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import EngineError, Fatal, SettingsError, Transient, Unexpected, split_end
+from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected, split_end
 from everos_engine.loops.agree import agree, heal_reads, inspect
 from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import lay_marker
@@ -142,14 +142,22 @@ class Engine:
             if self.health.state.value == "ended":
                 message = "this engine has ended: open another with open_engine"
                 raise EngineError(message)
+            desk = self.desk
             with trio.CancelScope() as scope:
                 self._calls.add(scope)
                 try:
-                    return await work(self.desk)
+                    return await work(desk)
+                except Damaged:
+                    if desk.database.on_damage is None or desk.database.damage is None:
+                        raise
                 finally:
                     self._calls.discard(scope)
                     if not self._calls:
                         self._calls_gone.set()
+            with trio.move_on_after(CALL_PATIENCE_SECONDS):  # the supervisor closes these stores now
+                await self.health.state.wait_value(
+                    lambda state, desk=desk: state not in fitting or self.last_desk is not desk
+                )
         raise Transient(self._closed_because())
 
     def _closed_because(self) -> str:
@@ -350,6 +358,7 @@ async def _serve(
             engine.using(desk),
             trio.open_nursery() as nursery,
         ):
+            nursery.start_soon(_end_if_damaged, desk.database)
             await _begin_notes(desk, health)
             await trio.sleep(wait_seconds)
             desk.brake.arm()
@@ -370,6 +379,21 @@ async def _serve(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(keep, "control", partial(_control, engine)), name="control")
             await keep_open(health, life, forever=watching)
+
+
+async def _end_if_damaged(database: Database) -> None:
+    """Raise Damaged as soon as any statement finds the database damaged, whoever asked and whatever became of the error."""
+    found, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+    def report() -> None:
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(found.set)
+
+    database.on_damage = report
+    if database.damage is None:
+        await found.wait()
+    if database.damage is not None:
+        raise database.damage
 
 
 async def _begin_notes(desk: Desk, health: Health) -> None:

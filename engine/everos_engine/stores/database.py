@@ -48,7 +48,8 @@ class Transaction(Protocol):
 class Database:
     """One SQLite file in WAL mode; every call is one whole transaction.
 
-    ``replaced`` is what was wrong with the file that was set aside when this one was made, or None.
+    ``replaced`` is what was wrong with the file that was set aside when this one was made, or None. ``damage`` is set by the
+    first statement that finds damage, and ``on_damage`` is called then, in that statement's thread.
 
     ``BEGIN IMMEDIATE`` and ``COMMIT`` are executed as statements: entered as a context manager, an apsw connection
     holds the GIL through both, and a lock of another process would freeze the event loop.
@@ -70,6 +71,8 @@ class Database:
         flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         self.path = path
         self.replaced: str | None = None
+        self.damage: Damaged | None = None
+        self.on_damage: Callable[[], None] | None = None
         self._limiter: trio.CapacityLimiter | None = None
         self._sweeping: trio.Lock | None = None
         try:
@@ -236,7 +239,10 @@ class Database:
         if _is_damage(error, code):
             suspect(path)
             remedy = "`everos-engine run` or `everos-engine sync` sets it aside and makes it again from markdown"
-            return Damaged(f"{path} is damaged ({error}): {remedy}")
+            self.damage = Damaged(f"{path} is damaged ({error}): {remedy}")
+            if self.on_damage is not None:
+                self.on_damage()
+            return self.damage
         connection = getattr(self, "_connection", None)
         number = 0 if connection is None else connection.system_errno
         if number in FULL or _none_left():
