@@ -427,7 +427,8 @@ async def _stores(
     settings: Settings, embedder: Embedder | None, owner: str, blocks: LoopBlocks, *, base: Base, before: Desk | None
 ) -> AsyncIterator[Desk]:
     """The stores of one root, open for the length of the block; the shared values are those of the desk ``before``."""
-    async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder) as vectors:
+    is_first = before is None
+    async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder, connecting=is_first) as vectors:
         with _databases(settings, may_replace=True) as database:
             ceiling.check_limit(fds.limits()[1])
             index = _index(settings, bridge)
@@ -521,12 +522,14 @@ async def _owned(settings: Settings) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _open_vectors(settings: Settings, embedder: Embedder | None) -> AsyncIterator[Vectors]:
+async def _open_vectors(
+    settings: Settings, embedder: Embedder | None, *, connecting: bool = False
+) -> AsyncIterator[Vectors]:
     private.make(settings)
     cache = embeddings.Cache(settings.engine_directory / "embeddings.db")
     try:
         async with (
-            open_embedder(settings.embedder) as configured,
+            open_embedder(settings.embedder, connecting=connecting and embedder is None) as configured,
             open_vectors(cache, embedder or configured, settings.embedder) as vectors,
         ):
             yield vectors

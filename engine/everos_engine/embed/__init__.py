@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def open_embedder(settings: EmbedderSettings) -> AsyncIterator[Embedder | None]:
-    """The embedder that the settings name; None for text search only. Each room's imports wait until it is used."""
+async def open_embedder(settings: EmbedderSettings, *, connecting: bool = False) -> AsyncIterator[Embedder | None]:
+    """The embedder that the settings name; None for text search only. Each room's imports wait until it is used.
+
+    With ``connecting`` the environment's proxy and certificates are checked before the first call. Raises SettingsError.
+    """
     if settings.kind == "none":
         yield None
     elif settings.kind == "local":
@@ -24,4 +27,6 @@ async def open_embedder(settings: EmbedderSettings) -> AsyncIterator[Embedder | 
         from everos_engine.embed.http import open_http_embedder
 
         async with open_http_embedder(settings) as embedder:
+            if connecting:
+                embedder.connect()
             yield embedder

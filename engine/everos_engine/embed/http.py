@@ -7,9 +7,10 @@ import binascii
 import email.utils
 import ipaddress
 import json
+import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
@@ -19,6 +20,7 @@ import numpy as np
 import trio
 
 from everos_engine.embed.protocol import check, quoted
+from everos_engine.embed.proxies import EXAMPLE, Proxy, certificates, proxy_for
 from everos_engine.errors import (
     BadText,
     EngineError,
@@ -33,6 +35,8 @@ from everos_engine.errors import (
 from everos_engine.settings import MASK, secrets_of
 
 if TYPE_CHECKING:
+    import ssl
+
     from numpy.typing import NDArray
 
     from everos_engine.settings import EmbedderSettings
@@ -61,13 +65,14 @@ class HttpEmbedder:
 
     hedged = True
 
-    def __init__(self, settings: EmbedderSettings, client: httpx.AsyncClient) -> None:
+    def __init__(self, settings: EmbedderSettings, environment: Mapping[str, str]) -> None:
         self.model = f"http:{settings.model}"
         self.dimension = settings.dimension
         self.concurrency = settings.concurrency
         self.batch_size = settings.batch_size
         self._settings = settings
-        self._client = client
+        self._environment = environment
+        self._client: httpx.AsyncClient | None = None
         self._url = endpoint(settings.url)
         self._headers = _headers(settings.api_key)
         self._secrets = secrets_of(settings)
@@ -89,6 +94,34 @@ class HttpEmbedder:
             raise self._refusal(status, headers, content)
         return check(_vectors(content, len(texts)), count=len(texts), dimension=self.dimension)
 
+    def connect(self) -> httpx.AsyncClient:
+        """Return the client, which keeps its connections between calls; it is made when first asked for.
+
+        Raises SettingsError if a variable of the environment names a proxy or certificates that cannot be used.
+        """
+        if self._client is None:
+            url = httpx.URL(self._url)
+            encrypted, proxy = url.scheme == "https", None
+            if not is_loopback(self._url):
+                proxy = proxy_for(url.scheme, url.host, url.port, self._environment)
+            to_proxy = proxy is not None and proxy.url.startswith("https:")
+            trusted = certificates(self._environment, needed=encrypted or to_proxy)
+            many = self.concurrency
+            # no time-outs of the client's own: a deadline of ours encloses each call
+            self._client = httpx.AsyncClient(
+                timeout=None,  # noqa: S113 - each call has a deadline of its own
+                trust_env=False,
+                verify=True if trusted is None else trusted,
+                proxy=None if proxy is None else _proxy(proxy, trusted if to_proxy else None),
+                limits=httpx.Limits(max_connections=2 * many + 2, max_keepalive_connections=many),
+            )
+        return self._client
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+
     async def _post(self, texts: Sequence[str], *, base64: bool) -> tuple[int, httpx.Headers, bytes]:
         body: dict[str, object] = {
             "model": self._settings.model,
@@ -98,7 +131,7 @@ class HttpEmbedder:
             body["encoding_format"] = "base64"
         try:
             with trio.fail_after(self._settings.deadline_seconds):
-                request = self._client.stream("POST", self._url, json=body, headers=self._headers)
+                request = self.connect().stream("POST", self._url, json=body, headers=self._headers)
                 async with request as answer:
                     content = await _bounded(answer, LEAST_ANSWER_BYTES + len(texts) * MOST_BYTES_PER_VECTOR)
                     return answer.status_code, answer.headers, content
@@ -118,6 +151,8 @@ class HttpEmbedder:
         except (httpx.HTTPError, httpx.StreamError) as error:
             message = f"the call to the embedding service broke off: {type(error).__name__}: {self._safe(str(error))}"
             raise Transient(message) from None
+        except SettingsError as error:  # the engine asks at its start: a search does not end for it
+            raise Unavailable(str(error)) from error
         except EngineError:
             raise
         except BaseException as error:  # noqa: BLE001 - this is the door to httpx, and what is below it raises what it likes
@@ -186,13 +221,23 @@ def is_loopback(url: str) -> bool:
 
 
 @asynccontextmanager
-async def open_http_embedder(settings: EmbedderSettings) -> AsyncIterator[HttpEmbedder]:
-    """The embedder with a client of its own, which keeps its connections between calls. Raises SettingsError."""
-    direct = is_loopback(endpoint(settings.url))
-    limits = httpx.Limits(max_connections=2 * settings.concurrency + 2, max_keepalive_connections=settings.concurrency)
-    # no time-outs of the client's own: a deadline of ours encloses each call
-    async with httpx.AsyncClient(timeout=None, trust_env=not direct, limits=limits) as client:  # noqa: S113 - each call has a deadline of its own
-        yield HttpEmbedder(settings, client)
+async def open_http_embedder(
+    settings: EmbedderSettings, *, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[HttpEmbedder]:
+    """The embedder for the length of the block; it connects when first used. Raises SettingsError."""
+    embedder = HttpEmbedder(settings, os.environ if environment is None else environment)
+    try:
+        yield embedder
+    finally:
+        await embedder.aclose()
+
+
+def _proxy(proxy: Proxy, trusted: ssl.SSLContext | None) -> httpx.Proxy:
+    try:
+        return httpx.Proxy(proxy.url, ssl_context=trusted)
+    except (httpx.InvalidURL, ValueError) as error:
+        message = f"{proxy.variable} is not a proxy that can be used ({type(error).__name__}): {EXAMPLE}"
+        raise SettingsError(message) from None
 
 
 def retry_after(header: str | None) -> float | None:
