@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected
+from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected, exhausted
 from everos_engine.supervise import (
     FIRST_DELAY_SECONDS,
     FIRST_REST_SECONDS,
@@ -206,3 +206,14 @@ async def test_a_one_shot_command_ends_with_its_error_but_opens_damaged_stores_a
     with pytest.raises(type(error), match=str(error)):
         await keep_open(life.health, life, forever=False)
     assert len(life.began) == lives <= 1 + ONE_SHOT_REOPENINGS
+
+
+def test_an_error_that_left_its_group_is_asked_once_whether_it_is_exhaustion() -> None:
+    """Raised again out of the group that it came in, it has that group as its context."""
+    error = OSError(errno.EROFS, "Read-only file system")
+    group = ExceptionGroup("nursery", [error])
+    error.__context__ = group
+    assert not exhausted(error)
+    assert not exhausted(group)
+    error.errno = errno.EMFILE
+    assert exhausted(group)

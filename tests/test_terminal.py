@@ -18,6 +18,7 @@ ENGINE = [sys.executable, "-m", "everos_engine"]
 
 def environment(root: Path, **more: str) -> dict[str, str]:
     own = {"EVEROS_ROOT": str(root), "EVEROS_EMBEDDER__KIND": "none", "EVEROS_NOTE__GLOBS": "**/*.md"}
+    own["EVEROS_SHUTDOWN_GRACE_SECONDS"] = str(HANG_SECONDS)  # a busy machine is no reason to stop ungracefully
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return {**kept, **own, "XDG_CONFIG_HOME": str(root), **more}
 

@@ -32,7 +32,7 @@ from everos_engine.stores import census, embeddings, held, ledger, meta, models,
 from everos_engine.stores.database import Database, open_or_replace
 from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import WITHIN_SECONDS, Health, alone, keep, keep_open
-from everos_engine.system import ceiling, fds, locks, private, wake
+from everos_engine.system import ceiling, fds, files, locks, private, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
@@ -305,7 +305,8 @@ async def open_engine(
 
     ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync, and only
     where there is a root. A watching engine waits for stores that cannot be opened now, and opens them again if a loop keeps
-    failing. Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come, and an error of the block
+    failing. A command that works on the root now is waited for, ``lock_wait_seconds`` at most.
+    Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come, and an error of the block
     as it is.
     """
     check_root(settings, may_make=watching)
@@ -313,7 +314,7 @@ async def open_engine(
         logger.warning("root_made root={}", settings.root)
     engine, of_block = Engine(settings), None
     try:
-        async with _owned(settings) as owner, trio.open_nursery() as nursery:
+        async with _owned(settings, watching=watching) as owner, trio.open_nursery() as nursery:
             await nursery.start(_serve, engine, embedder, owner, watching)
             try:
                 yield engine
@@ -445,11 +446,17 @@ async def _stores(
 
 @asynccontextmanager
 async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
-    """The stores without the loops, for searching beside a running engine. Raises SettingsError where there is no root."""
+    """The stores without the loops, for searching beside a running engine. Raises SettingsError where there is no root.
+
+    An index that may not be written, as on a read-only mount, is read as it is.
+    """
     check_root(settings)
+    readonly = not files.may_write(settings.engine_directory)
+    if readonly:
+        settings = replace(settings, lancedb=replace(settings.lancedb, descriptor_mode="reopen"))
     engine = Engine(settings)
-    async with open_asyncio_thread() as bridge, _open_vectors(settings, None) as vectors:
-        with _databases(settings) as database:
+    async with open_asyncio_thread() as bridge, _open_vectors(settings, None, readonly=readonly) as vectors:
+        with _databases(settings, readonly=readonly) as database:
             index = _index(settings, bridge)
             try:
                 async with engine.using(Desk(settings, database, index, vectors, READER, base=engine.base)):
@@ -504,6 +511,20 @@ def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
     return open_or_replace(path, opened) if may_replace else opened()
 
 
+def _read_queue(settings: Settings) -> Database:
+    """Open the queue of an index that may not be written. Raises SettingsError and Fatal if there is nothing to read."""
+    path = settings.engine_directory / "engine.db"
+    if not (path.exists() and settings.lancedb_directory.is_dir()):
+        message = f"{settings.root} was never indexed, and it may not be written here: index it where it may be, or run the command as its owner"
+        raise SettingsError(message)
+    database = Database(path, readonly=True)
+    if (found := database.version()) != SCHEMA_VERSION:
+        database.close()
+        message = f"{path} has version {found}, this engine reads version {SCHEMA_VERSION}, and it may not be written here: run this version where it may be"
+        raise Fatal(message)
+    return database
+
+
 def status_of(tx: Transaction) -> Status:
     """The status, from the queue's database alone."""
     last_scan = meta.get(tx, "last_scan")
@@ -512,20 +533,26 @@ def status_of(tx: Transaction) -> Status:
 
 
 @asynccontextmanager
-async def _owned(settings: Settings) -> AsyncIterator[str]:
+async def _owned(settings: Settings, *, watching: bool) -> AsyncIterator[str]:
     directory = settings.engine_directory
     settings.root.mkdir(parents=True, exist_ok=True)
     private.make(settings, whole=True)
     owner = f"{os.getpid()}-{secrets.token_hex(4)}"
-    with locks.EngineLock(directory / "engine.lock"), locks.OwnerLock(directory / "owners", owner):
-        yield owner
+    lock = locks.EngineLock(directory / "engine.lock", ends_by_itself=not watching)
+    await lock.take(wait_seconds=settings.lock_wait_seconds)
+    try:
+        with locks.OwnerLock(directory / "owners", owner):
+            yield owner
+    finally:
+        lock.__exit__()
 
 
 @asynccontextmanager
 async def _open_vectors(
-    settings: Settings, embedder: Embedder | None, *, connecting: bool = False
+    settings: Settings, embedder: Embedder | None, *, connecting: bool = False, readonly: bool = False
 ) -> AsyncIterator[Vectors]:
-    private.make(settings)
+    if not readonly:
+        private.make(settings)
     cache = embeddings.Cache(settings.engine_directory / "embeddings.db")
     try:
         async with (
@@ -538,8 +565,8 @@ async def _open_vectors(
 
 
 @contextmanager
-def _databases(settings: Settings, *, may_replace: bool = False) -> Iterator[Database]:
-    database = open_queue(settings, may_replace=may_replace)
+def _databases(settings: Settings, *, may_replace: bool = False, readonly: bool = False) -> Iterator[Database]:
+    database = _read_queue(settings) if readonly else open_queue(settings, may_replace=may_replace)
     try:
         yield database
     finally:

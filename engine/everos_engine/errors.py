@@ -23,14 +23,16 @@ class Fatal(EngineError):
 
 
 class AlreadyRunning(EngineError):
-    """Another engine owns this memory root.
+    """Another process owns this memory root.
 
-    ``pid`` is that process, or None where its lock file could not be read.
+    ``pid`` is that process, or None where its lock file could not be read. ``ends_by_itself``: it is a command such as
+    `sync`, not an engine that serves until it is stopped.
     """
 
-    def __init__(self, message: str, *, pid: int | None) -> None:
+    def __init__(self, message: str, *, pid: int | None, ends_by_itself: bool = False) -> None:
         super().__init__(message)
         self.pid = pid
+        self.ends_by_itself = ends_by_itself
 
 
 class OutsideRoot(EngineError):
@@ -169,11 +171,15 @@ def exhausted(error: BaseException | None) -> bool:
 
     LanceDB tells it in the words of a RuntimeError only.
     """
-    seen: set[int] = set()
+    return _exhausted(error, set())
+
+
+def _exhausted(error: BaseException | None, seen: set[int]) -> bool:
+    """``seen`` are the errors looked at: one that left its group has the group as its context, which holds it again."""
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, BaseExceptionGroup):
-            return any(exhausted(member) for member in error.exceptions)
+            return any(_exhausted(member, seen) for member in error.exceptions)
         if isinstance(error, Exhausted) or (isinstance(error, OSError) and error.errno in FULL):
             return True
         if isinstance(error, (RuntimeError, OSError, ImportError)) and any(

@@ -311,6 +311,12 @@ class Settings:
     shutdown_grace_seconds: float = knob(
         10.0, "Time a graceful stop may take to finish what is held.", least=0, scope="root"
     )
+    lock_wait_seconds: float = knob(
+        600.0,
+        "Longest time a command or a starting engine waits for another command that works on the same root.",
+        least=0,
+        scope="root",
+    )
     log_format: Literal["auto", "text", "json"] = knob(
         "auto", "`auto` shows a status line on a terminal, else text lines.", scope="root"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -75,8 +77,12 @@ class Database:
         self.on_damage: Callable[[], None] | None = None
         self._limiter: trio.CapacityLimiter | None = None
         self._sweeping: trio.Lock | None = None
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
         try:
-            if readonly and _is_still(path):
+            if readonly and _needs_copy(path):
+                self._copy = _copied(path)
+                self._connection = apsw.Connection(os.path.join(self._copy.name, path.name))
+            elif readonly and _is_still(path):
                 where = f"file:{quote(os.fsencode(path))}?immutable=1"
                 self._connection = apsw.Connection(where, flags=flags | apsw.SQLITE_OPEN_URI)
             else:
@@ -215,6 +221,12 @@ class Database:
         """Close the connection; safe to call twice."""
         with suppress(apsw.Error):  # what was committed is in the file, and the rest is not wanted any more
             self._connection.close()
+        if self._copy is not None:
+            self._copy.cleanup()
+
+    def version(self) -> int:
+        """Return the version of the schema, 0 if there is none."""
+        return self.read(lambda tx: int(cast("int", next(iter(tx.execute("PRAGMA user_version")))[0])))
 
     def _run(self, sql: str) -> None:
         _drain(self._connection.execute(sql))
@@ -353,9 +365,31 @@ def _none_left() -> bool:
     return False
 
 
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+
+
+def _needs_copy(path: Path) -> bool:
+    """Whether a process that died left commits beside a database, and SQLite may not make what it needs to read them."""
+    return not _may_write(path) and not Path(f"{path}-shm").exists() and not _is_still(path)
+
+
+def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """A copy of a database with those commits. Raises Transient if it cannot be made."""
+    copy = tempfile.TemporaryDirectory(prefix="everos-engine-")
+    try:
+        for end in ("", "-wal"):
+            shutil.copyfile(f"{path}{end}", os.path.join(copy.name, f"{path.name}{end}"))
+    except OSError as error:
+        copy.cleanup()
+        message = f"{path} may not be written, and no copy to read can be made in {tempfile.gettempdir()}: {error.strerror}: set TMPDIR to a directory with room"
+        raise Transient(message) from error
+    return copy
+
+
 def _is_still(path: Path) -> bool:
     """Whether nobody can be writing a database of which we may not make the shared memory that a reader needs."""
-    if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+    if _may_write(path):
         return False
     try:
         return os.stat(f"{path}-wal").st_size == 0
@@ -364,4 +398,7 @@ def _is_still(path: Path) -> bool:
 
 
 def _forbidden(path: Path) -> str:
-    return f"{path} may not be read and written by this user, or lies on a read-only file system: run the command as the user the engine runs as"
+    with suppress(OSError):
+        if os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+            return f"{path} lies on a read-only file system: mount that for writing (`mount -o remount,rw`). Meanwhile `everos-engine search`, `status` and `explain` work"
+    return f"{path} may not be read and written by this user: run the command as the user the engine runs as"

@@ -17,7 +17,7 @@ from everos_engine.surface.checkup import Check, Verdict, notes_of
 from everos_engine.surface.paint import ago, plural, quoted, size
 from everos_engine.surface.permission import blocked, may, permit
 from everos_engine.surface.vitals import number
-from everos_engine.system import ceiling, limits, private
+from everos_engine.system import ceiling, files, limits, private
 
 if TYPE_CHECKING:
     from everos_engine.surface.checkup import Case
@@ -85,6 +85,8 @@ def check_index_writable(case: Case) -> Check:
         at = at.parent
     for path in (at, settings.engine_directory, case.engine_db):
         if path.exists() and not may(os.fspath(path), os.W_OK | (os.X_OK if path.is_dir() else 0)):
+            if files.is_readonly(path):
+                break  # no permission helps
             cause = f"{case.show(os.fspath(path))} may not be written by uid {os.geteuid()}"
             index = settings.root / ".index"
             if path.stat().st_uid == os.geteuid():
@@ -92,7 +94,15 @@ def check_index_writable(case: Case) -> Check:
             owner = f"{os.geteuid()}:{os.getegid()}"
             remedy = f"run doctor as the engine's user; if that was it, `{sudo()}{quoted('chown', '-R', owner, index)}`"
             return Check("permissions", "fail", cause, remedy)
+    if files.is_readonly(at):
+        point = limits.mount_of(at).point
+        cause = f"the index lies on {case.show(point)}, which is mounted read-only: searches work, and nothing is brought in step"
+        return Check("permissions", "fail", cause, f"mount it for writing: {_remount(point)}")
     return Check("permissions", "ok", f"the index may be written by uid {os.geteuid()}")
+
+
+def _remount(point: str) -> str:
+    return f"`{sudo()}{quoted('mount', '-o', 'remount,rw', point)}`"
 
 
 def check_private(case: Case) -> Check | None:
@@ -130,9 +140,7 @@ def check_mounts(case: Case) -> Check:
         return Check("mount", "warn", f"{case.show(mount.point)} is {reason}", remedy)
     if "ro" in own.options:
         cause = f"{where} is mounted read-only, so no index can be written"
-        return Check(
-            "mount", "fail", cause, f"mount it for writing: `{sudo()}{quoted('mount', '-o', 'remount,rw', own.point)}`"
-        )
+        return Check("mount", "fail", cause, f"mount it for writing: {_remount(own.point)}")
     layers = f", {limits.silence(own)}" if limits.silence(own) else ""
     return Check("mount", "ok", where + layers + (f", and {plural(len(inside), 'mount')} inside" if inside else ""))
 

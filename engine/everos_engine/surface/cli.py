@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from everos_engine.errors import BadQuestion, EngineError, exhausted
 from everos_engine.settings import Settings, describe, load
 from everos_engine.surface import arguments as grammar
 from everos_engine.surface import terminal
-from everos_engine.surface.paint import ago, plural, printable, shown
+from everos_engine.surface.paint import ago, plural, printable, quoted, shown
 from everos_engine.system import private
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ NO_ROOM = "free disk space, then run the command again; `everos-engine doctor di
 REMEDIES = {
     errno.EACCES: AS_THE_ENGINE,
     errno.EPERM: AS_THE_ENGINE,
-    errno.EROFS: "it lies on a read-only file system: mount that for writing (`mount -o remount,rw`)",
     errno.ENOSPC: NO_ROOM,
     errno.EDQUOT: NO_ROOM,
     errno.EMFILE: "raise the limit (`ulimit -n 1024`), then run the command again",
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = OK
     except BaseException as ended:  # noqa: BLE001 - a user gets one line whatever went wrong; Rust's panics are no Exceptions
         status = _failed(ended)
+    if is_program:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: an interrupt now would only spoil its end
     if is_program and (error := terminal.finish()) is not None and status in {OK, TROUBLE}:
         status = _failed(error)
     return status
@@ -96,7 +98,7 @@ def _failed(error: BaseException) -> int:
 
         error = alone(error)
     if isinstance(error, KeyboardInterrupt):
-        terminal.say("interrupted")
+        terminal.say(str(error) or "interrupted")
         return INTERRUPTED
     if isinstance(error, EngineError):
         terminal.say(str(error))
@@ -124,6 +126,11 @@ def _failed(error: BaseException) -> int:
 def _remedy(error: OSError) -> str:
     if error.errno == errno.ENOENT and error.filename is None:
         return "the current directory was removed: change to one that exists"
+    if error.errno == errno.EROFS and error.filename is not None:
+        from everos_engine.system import limits  # noqa: PLC0415 - needed here only
+
+        remount = quoted("mount", "-o", "remount,rw", limits.mount_of(error.filename).point)
+        return f"mount it for writing, `{remount}`. Meanwhile `search`, `status` and `explain` work"
     return REMEDIES.get(error.errno or 0, ELSE)
 
 

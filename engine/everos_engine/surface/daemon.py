@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
-from collections.abc import AsyncIterator
 
 import trio
 from loguru import logger
@@ -16,8 +14,7 @@ from everos_engine.settings import Settings
 from everos_engine.supervise import alone
 from everos_engine.surface.live import Screen, show_status
 from everos_engine.surface.logs import set_up
-
-STOPPED_AT_ONCE = 130
+from everos_engine.surface.stopping import SIGNALS, in_grace_no_more, stop_on_signal
 
 
 def run(settings: Settings) -> int:
@@ -30,15 +27,23 @@ def run(settings: Settings) -> int:
     except BaseExceptionGroup as group:
         raise alone(group) from None
     finally:
+        in_grace_no_more()
         if screen is not None:
             screen.clear()
     return 0
 
 
 async def _serve(settings: Settings, screen: Screen | None) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, settings.shutdown_grace_seconds)
+            grace_seconds = settings.shutdown_grace_seconds
+            nursery.start_soon(
+                stop_on_signal,
+                signals,
+                nursery.cancel_scope,
+                grace_seconds,
+                lambda: logger.info("engine_stopping grace_seconds={}", grace_seconds),
+            )
             async with open_engine(settings) as engine:
                 gc.freeze()  # what lives by now lives for good: a sweep's garbage is collected without looking through it
                 logger.info("engine_started root={} pid={}", settings.root, os.getpid())
@@ -46,13 +51,3 @@ async def _serve(settings: Settings, screen: Screen | None) -> None:
                     await show_status(engine, screen)
                 await trio.sleep_forever()
     logger.info("engine_stopped root={}", settings.root)
-
-
-async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope, grace_seconds: float) -> None:
-    async for _ in signals:
-        logger.info("engine_stopping grace_seconds={}", grace_seconds)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, lambda *_: os._exit(STOPPED_AT_ONCE))
-        signal.setitimer(signal.ITIMER_REAL, max(grace_seconds, 0.1))
-        scope.cancel()
-        return

@@ -14,7 +14,7 @@ from everos_engine.surface import rules
 from everos_engine.surface.judge import Judgement, judge
 from everos_engine.surface.paint import commands_in
 from everos_engine.surface.vitals import Vitals, vitals
-from everos_engine.system import files, locks
+from everos_engine.system import files, limits, locks
 from everos_engine.system.file_threads import NoAnswer, call_within
 from everos_engine.text import diff, kinds
 
@@ -62,7 +62,10 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that a judgement rests on, of one moment (milliseconds since the epoch)."""
+    """All that a judgement rests on, of one moment (milliseconds since the epoch).
+
+    ``readonly_mount`` is where the file system of an index is mounted that nobody can write.
+    """
 
     settings: Settings
     program: str
@@ -75,6 +78,7 @@ class Evidence:
     engine: Vitals
     table_there: bool
     now_milliseconds: int
+    readonly_mount: str | None = None
 
     @property
     def plan(self) -> diff.Plan | None:
@@ -134,6 +138,7 @@ def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
         engine=vitals(settings),
         table_there=bool(kind) and (settings.lancedb_directory / f"{kind}.lance").is_dir(),
         now_milliseconds=time.time_ns() // 1_000_000,
+        readonly_mount=limits.mount_of(settings.root).point if files.is_readonly(settings.root) else None,
     )
 
 

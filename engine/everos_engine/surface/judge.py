@@ -239,6 +239,9 @@ def _waiting(seen: Evidence, code: str, cause: str, following: str, remedy: str 
     pid = seen.engine.pid
     if seen.engine.state == "absent":
         help_ = f"start it, `{seen.program} run`; or index once, `{_sync(seen)}`"
+        if seen.readonly_mount is not None:
+            remount = quoted("mount", "-o", "remount,rw", seen.readonly_mount)
+            help_ = f"its file system is mounted read-only: mount it for writing, `{remount}`, then {help_}"
         return Judgement("waiting", code, f"{cause}; no engine is running", help_, "nothing until an engine runs")
     if seen.engine.state == "stopped":
         help_ = f"let it go on: `{quoted('kill', '-CONT', str(pid))}`"

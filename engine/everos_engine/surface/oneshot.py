@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
 from everos_engine.embed.gate import WAITING
 from everos_engine.engine import Engine, check_root, open_engine, open_queue, open_reader
-from everos_engine.errors import AlreadyRunning, Transient, Unavailable
+from everos_engine.errors import AlreadyRunning, EngineError, Transient, Unavailable
 from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import Brake, lay_marker
 from everos_engine.loops.desk import now_milliseconds
@@ -23,8 +23,12 @@ from everos_engine.stores.database import Locked
 from everos_engine.supervise import alone
 from everos_engine.surface.live import show_status
 from everos_engine.surface.logs import set_up
+from everos_engine.surface.paint import plural
+from everos_engine.surface.status import snapshot
+from everos_engine.surface.stopping import SIGNALS, Interrupted, in_grace_no_more, stop_on_signal
+from everos_engine.surface.terminal import say
 from everos_engine.surface.vitals import vitals
-from everos_engine.system import files, wake
+from everos_engine.system import files, locks, wake
 from everos_engine.system.control import ask
 from everos_engine.system.file_threads import call_within, open_threads
 from everos_engine.system.locks import running_pid
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.census import Outcome
     from everos_engine.stores.database import Database
 
+T = TypeVar("T")
 LOOK_SECONDS = 0.05
 SILENCE_SECONDS = 5.0
 LOOK_MOST_SECONDS = 60.0
@@ -152,7 +157,8 @@ def _do(
     hand_over: Callable[[Database], Awaitable[list[Outcome]]],
 ) -> list[Outcome]:
     async def work() -> list[Outcome]:
-        if running_pid(settings.engine_directory / "engine.lock") is None:
+        holder = locks.holder(settings.engine_directory / "engine.lock")
+        if holder is None or holder.ends_by_itself:
             try:
                 async with open_engine(settings, watching=False) as engine, trio.open_nursery() as nursery:
                     if screen is not None:
@@ -160,8 +166,10 @@ def _do(
                     outcomes = await own(engine)
                     await engine.compact()
                     nursery.cancel_scope.cancel()
-            except AlreadyRunning:
-                pass  # one started in between: it serves us
+            except AlreadyRunning as error:
+                if error.ends_by_itself:
+                    raise
+                # an engine started in between: it serves us
             else:
                 return outcomes
         try:
@@ -175,16 +183,47 @@ def _do(
                 raise Transient(SILENT_IN_WRITE) from error
             raise
 
+    def said() -> None:
+        say(f"stopping within {settings.shutdown_grace_seconds:g} s; a second signal stops immediately")
+
+    async def until_signal() -> list[Outcome] | None:
+        outcomes = None
+        with trio.open_signal_receiver(*SIGNALS) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stop_on_signal, signals, nursery.cancel_scope, settings.shutdown_grace_seconds, said)
+                outcomes = await work()
+                nursery.cancel_scope.cancel()
+        return outcomes
+
     check_root(settings)
     screen = set_up(settings, reporting=True)
     try:
-        return _alone(work)
+        outcomes = _alone(until_signal)
+    except KeyboardInterrupt:
+        outcomes = None
     finally:
         if screen is not None:
             screen.clear()
+    if outcomes is None:
+        in_grace_no_more()
+        raise Interrupted(_left(settings))
+    return outcomes
 
 
-def _alone(work: Callable[[], Awaitable[list[Outcome]]] | Callable[[], Awaitable[list[dict[str, object]]]]) -> list:  # type: ignore[type-arg]  # of what the work's list is of
+def _left(settings: Settings) -> str:
+    """What an interrupted command did, and what is left."""
+    goes_on = "what is left is done by the next `everos-engine sync`, or by `everos-engine run`"
+    try:
+        counts = snapshot(settings).counts
+    except EngineError:
+        counts = None
+    if counts is None:
+        return f"interrupted; {goes_on}"
+    waiting = counts.pending + counts.processing
+    return f"interrupted: {plural(counts.done, 'file')} in step, {plural(waiting, 'change')} queued; {goes_on}"
+
+
+def _alone(work: Callable[[], Awaitable[T]]) -> T:
     try:
         return trio.run(work)
     except BaseExceptionGroup as group:

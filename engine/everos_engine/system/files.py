@@ -274,6 +274,21 @@ class Walker(Generic[P]):
         )
 
 
+def may_write(directory: Path) -> bool:
+    """Return whether this process may make files in a directory, or make the directory if it is not there yet."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    return os.access(directory, os.W_OK | os.X_OK)
+
+
+def is_readonly(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path lies on a file system that is mounted read-only."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
 def directories_below(directory: str) -> int:
     """How many directories there are at and below one; those that cannot be read count without what they hold."""
     return sum(1 for _ in os.walk(directory))

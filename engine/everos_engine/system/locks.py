@@ -9,7 +9,10 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+from loguru import logger
 
 from everos_engine.errors import AlreadyRunning
 from everos_engine.system.private import directory_mode, file_mode
@@ -18,30 +21,78 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class EngineLock:
-    """Held by the one engine of a root; the kernel lets go of it when the process dies."""
+LOOK_SECONDS = 0.05
+NAMELESS_SECONDS = 2.0
+"""How long a lock is waited for whose holder has not said who it is: it took it a moment ago, or only asks."""
 
-    def __init__(self, path: Path) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds an engine's lock: its pid, 0 if that cannot be read, and whether it is a command that ends by itself."""
+
+    pid: int
+    ends_by_itself: bool = False
+
+
+class EngineLock:
+    """Held by the one engine of a root; the kernel lets go of it when the process dies.
+
+    ``ends_by_itself`` says to others that its holder is a command, and that waiting for it is worth while.
+    """
+
+    def __init__(self, path: Path, *, ends_by_itself: bool = False) -> None:
         self._path = path
+        self._ends_by_itself = ends_by_itself
         self._handle = -1
 
     def __enter__(self) -> Self:
         """Take it. Raises AlreadyRunning, naming the holder's pid."""
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, file_mode(self._path.parent))
         if not _try(self._handle):
-            pid = _pid_in(self._handle)
+            holder = _holder_in(self._handle)
             os.close(self._handle)
-            root = self._path.parent.parent.parent
-            message = f"another engine (pid {pid or 'unknown'}) already serves {root}: stop it first, or use `everos-engine sync`"
-            raise AlreadyRunning(message, pid=pid)
-        os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "started": time.time()}).encode(), 0)
+            raise self._refusal(holder)
+        facts = {"pid": os.getpid(), "started": time.time(), "ends_by_itself": self._ends_by_itself}
+        with suppress(OSError):  # on a full disk it is held all the same, and others cannot name its holder
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, json.dumps(facts).encode(), 0)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Let go."""
-        os.ftruncate(self._handle, 0)
+        with suppress(OSError):
+            os.ftruncate(self._handle, 0)
         os.close(self._handle)
+
+    async def take(self, *, wait_seconds: float) -> None:
+        """Take it; wait at most so long for a command that holds it, which is logged. Raises AlreadyRunning.
+
+        Whoever only asks who holds it does so for a moment, and without a pid: that is waited for too.
+        """
+        import trio  # noqa: PLC0415 - `status` needs no event loop, and answers in half the time without
+
+        began, logged = trio.current_time(), False
+        while True:
+            try:
+                self.__enter__()
+            except AlreadyRunning as error:
+                waited = trio.current_time() - began
+                if waited >= (wait_seconds if error.ends_by_itself else 0 if error.pid else NAMELESS_SECONDS):
+                    raise
+                if error.ends_by_itself and not logged:
+                    logged = True
+                    logger.warning("lock_waiting pid={} at_most_seconds={:g}", error.pid, wait_seconds)
+            else:
+                return
+            await trio.sleep(LOOK_SECONDS)
+
+    def _refusal(self, holder: Holder) -> AlreadyRunning:
+        root = self._path.parent.parent.parent
+        if holder.ends_by_itself:
+            message = f"another command (pid {holder.pid}) still works on {root}: run this one again when it is done, or stop that one with `kill {holder.pid}`"
+        else:
+            message = f"another engine (pid {holder.pid or 'unknown'}) already serves {root}: stop it first, or use `everos-engine sync`"
+        return AlreadyRunning(message, pid=holder.pid or None, ends_by_itself=holder.ends_by_itself)
 
 
 class OwnerLock:
@@ -67,14 +118,18 @@ class OwnerLock:
 
 def running_pid(path: Path) -> int | None:
     """The pid of the engine that holds the lock file, 0 if it cannot be read; None where nobody holds it."""
+    found = holder(path)
+    return None if found is None else found.pid
+
+
+def holder(path: Path) -> Holder | None:
+    """Return who holds the lock file, or None."""
     try:
         handle = _opened(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        if _try(handle):
-            return None
-        return _pid_in(handle) or 0
+        return None if _try(handle, fcntl.LOCK_SH) else _holder_in(handle)  # shared: two who ask do not see each other
     finally:
         os.close(handle)
 
@@ -123,15 +178,16 @@ def is_dead(directory: Path, owner: str) -> bool:
         os.close(handle)
 
 
-def _try(handle: int) -> bool:
+def _try(handle: int, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
-def _pid_in(handle: int) -> int | None:
+def _holder_in(handle: int) -> Holder:
     with suppress(ValueError, KeyError, TypeError):
-        return int(json.loads(os.pread(handle, 4096, 0))["pid"])
-    return None
+        facts = json.loads(os.pread(handle, 4096, 0))
+        return Holder(int(facts["pid"]), bool(facts.get("ends_by_itself")))
+    return Holder(0)
