@@ -141,7 +141,11 @@ class LanceDBSettings:
         5.0, "Quiet time after the last commit before a pending optimize runs.", least=0, scope="root"
     )
     keep_versions_seconds: float = knob(
-        600.0, "Age before an old table version is pruned; a reader may hold one this long.", least=60, scope="root"
+        600.0,
+        "Age before an old table version is pruned; a reader may hold one this long. A table at rest has no old version twice "
+        "this time after the last write to it.",
+        least=60,
+        scope="root",
     )
 
 

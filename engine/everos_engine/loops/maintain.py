@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import trio
@@ -14,26 +17,37 @@ from everos_engine.stores import embeddings, ledger
 from everos_engine.system.unit import unit
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from everos_engine.loops.desk import Desk
     from everos_engine.stores.versions import Version
 
 LONG_SECONDS = 3600.0
 ALLOWANCE_SECONDS = 60.0
+LEAST_VERSIONS = 2
+"""The version in force, and the one before it: no pass of an optimize leaves fewer."""
+LEAST_REST_SECONDS = 0.05
 MANY = 4
 """A table that is written without pause is optimized all the same once it is this many times over its threshold."""
 
 
 async def maintain(desk: Desk) -> None:
-    """After commits, once they pause, optimize each table that is due; then prune caches.
+    """After commits, once they pause, optimize each table that is due; then prune caches. Compact what has come to rest.
 
     In a pause a table is optimized beside whatever comes, for an edit must not wait; where commits came in between and
     voided that, or do not pause at all, they wait for it.
     """
     voided: set[str] = set()
+    rest = Rest(desk)
     while True:
         seen = desk.applied.value
-        desk.beat("maintain", within_seconds=_patience(desk) + ALLOWANCE_SECONDS)
-        quiet = not await wait_moved(desk.applied, seen, at_most_seconds=_patience(desk))
+        patience = _patience(desk)
+        wait = min(patience, rest.seconds())
+        desk.beat("maintain", within_seconds=wait + ALLOWANCE_SECONDS)
+        moved = await wait_moved(desk.applied, seen, at_most_seconds=wait)
+        if moved:
+            rest.wake()
+        quiet = not moved and wait >= patience
         due = [kind for kind in desk.index.open_kinds() if desk.index.wants_optimize(kind)]
         for kind in due:
             if quiet or desk.index.unoptimized(kind) >= MANY * desk.settings.lancedb.optimize_after_commits:
@@ -42,9 +56,79 @@ async def maintain(desk: Desk) -> None:
                 with unit("maintain", f"optimize {kind}"):
                     is_compact = await _optimize(desk, kind, alone=kind in voided or not quiet)
                 (voided.discard if is_compact else voided.add)(kind)
+                rest.wake()
         if quiet:
             with unit("maintain", "prune caches"):
                 await _prune(desk)
+        if rest.seconds() <= 0:
+            await rest.compact()
+
+
+@dataclass(slots=True)
+class Rest:
+    """Compacts a table that nobody has written to for as long as old versions are kept, until nothing is left to prune.
+
+    An optimize leaves the versions before it for ``keep_versions_seconds``, so the last one before a pause leaves many files.
+    The folder of versions says when it was last written to, and how many there are, after a restart too. At most two passes
+    are needed: one to compact what was written last, and one to prune what that replaced.
+    """
+
+    desk: Desk
+    _look_at: float | None = field(init=False)
+    _in_vain: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._look_at = time.monotonic() + self._keep_seconds
+
+    @property
+    def _keep_seconds(self) -> float:
+        return self.desk.settings.lancedb.keep_versions_seconds
+
+    def seconds(self) -> float:
+        """Return how long until the tables should be looked at; for ever where nothing is left to prune."""
+        return float("inf") if self._look_at is None else self._look_at - time.monotonic()
+
+    def wake(self) -> None:
+        """Something was written: look when it may be pruned, unless a look is planned."""
+        if self._look_at is None:
+            self._look_at = time.monotonic() + self._keep_seconds
+
+    async def compact(self) -> None:
+        """Compact the tables whose old versions may go now, and plan the next look."""
+        waits = []
+        for kind in self.desk.index.open_kinds():
+            wait: float | None = self._keep_seconds
+            with unit("maintain", f"compact {kind} at rest"):
+                wait = await self._compact(kind)
+            if wait is not None:
+                waits.append(wait)
+        self._look_at = time.monotonic() + max(LEAST_REST_SECONDS, min(waits)) if waits else None
+
+    async def _compact(self, kind: str) -> float | None:
+        """Seconds until this table should be looked at again; None where nothing is left to prune."""
+        desk, folder = self.desk, self.desk.index.directory / f"{kind}.lance" / "_versions"
+        written, count = await trio.to_thread.run_sync(_versions, folder)
+        if count <= LEAST_VERSIONS or self._in_vain.get(kind) == written:
+            return None
+        age = max(0.0, time.time() - written)  # a clock that was ahead makes it new
+        if age < self._keep_seconds:
+            return self._keep_seconds - age
+        desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+        if not await _optimize(desk, kind, alone=True):
+            return self._keep_seconds
+        written, after = await trio.to_thread.run_sync(_versions, folder)
+        if after >= count:
+            self._in_vain[kind] = written  # until the next write: an idle engine is not woken for ever
+            return None
+        return self._keep_seconds if after > LEAST_VERSIONS else None
+
+
+def _versions(folder: Path) -> tuple[float, int]:
+    """When a table's folder of versions last changed (seconds since the epoch), and how many there are."""
+    try:
+        return folder.stat().st_mtime, len(os.listdir(folder))
+    except OSError:
+        return 0.0, 0
 
 
 async def compact(desk: Desk) -> None:
