@@ -267,7 +267,9 @@ def test_budgets_lie_above_what_is_always_open_as_far_as_the_limit_has_room(
     lancedb = LanceDBSettings(soft_budget_share=soft_share, hard_budget_share=0.95, concurrent_reads=reads)
     settings = Settings(lancedb=lancedb, embedder=EmbedderSettings(kind="http" if http else "local"))
     soft, hard = ceiling.budgets_of(settings, limit=limit, others=others)
-    held = ceiling.ceiling_of(settings, cap_bytes=0, pinned=False, limit=limit) + max(0, others - 3)
+    held = ceiling.ceiling_of(settings, cap_bytes=0, pinned=False, limit=limit) + max(
+        0, others - ceiling.OTHERS_DESCRIPTORS
+    )
     assert 0 < soft < hard < limit
     assert soft >= min(held, limit - 8)
     assert soft >= min(int(limit * soft_share), limit - 8)

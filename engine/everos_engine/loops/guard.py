@@ -63,6 +63,7 @@ async def guard(desk: Desk, *, proving: bool = True) -> None:
         if proving:
             nursery.start_soon(watcher.learn_law, PROVE_AFTER_SECONDS)
         nursery.start_soon(watcher.measure_disk)
+        nursery.start_soon(watcher.resident.keep_counting)
         with watcher.opened():
             while True:
                 desk.beat("guard", within_seconds=ALLOWANCE_SECONDS)
@@ -213,7 +214,6 @@ class Guard:
             began = time.monotonic()
             found = await trio.to_thread.run_sync(fds.tree_size, self.desk.settings.lancedb_directory)
             self.disk = found or self.disk
-            await self.resident.count_rows()
             await trio.sleep(max(CLASSIFY_SECONDS, (time.monotonic() - began) / WALK_SHARE))
 
     def _bounds(self) -> tuple[int, int, int]:

@@ -27,6 +27,7 @@ ALLOWANCE_SECONDS = 60.0
 LEAST_VERSIONS = 2
 """The version in force, and the one before it: no pass of an optimize leaves fewer."""
 LEAST_REST_SECONDS = 0.05
+MOST_PASSES = 3
 MANY = 4
 """A table that is written without pause is optimized all the same once it is this many times over its threshold."""
 
@@ -69,13 +70,15 @@ class Rest:
     """Compacts a table that nobody has written to for as long as old versions are kept, until nothing is left to prune.
 
     An optimize leaves the versions before it for ``keep_versions_seconds``, so the last one before a pause leaves many files.
-    The folder of versions says when it was last written to, and how many there are, after a restart too. At most two passes
-    are needed: one to compact what was written last, and one to prune what that replaced.
+    The folder of versions says when it was last written to, and how many there are, after a restart too. Two passes are
+    needed: one to compact what was written last, and one to prune what that replaced. After ``MOST_PASSES`` it is left alone
+    until somebody writes to it, so an idle engine is not woken for ever.
     """
 
     desk: Desk
     _look_at: float | None = field(init=False)
-    _in_vain: dict[str, float] = field(default_factory=dict)
+    _passes: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Kind -> when its folder was last written to by us, and our passes since somebody else did."""
 
     def __post_init__(self) -> None:
         self._look_at = time.monotonic() + self._keep_seconds
@@ -108,19 +111,18 @@ class Rest:
         """Seconds until this table should be looked at again; None where nothing is left to prune."""
         desk, folder = self.desk, self.desk.index.directory / f"{kind}.lance" / "_versions"
         written, count = await trio.to_thread.run_sync(_versions, folder)
-        if count <= LEAST_VERSIONS or self._in_vain.get(kind) == written:
+        ours, passes = self._passes.get(kind, (written, 0))
+        passes = passes if ours == written else 0
+        if count <= LEAST_VERSIONS or passes >= MOST_PASSES:
             return None
         age = max(0.0, time.time() - written)  # a clock that was ahead makes it new
         if age < self._keep_seconds:
             return self._keep_seconds - age
         desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
-        if not await _optimize(desk, kind, alone=True):
-            return self._keep_seconds
-        written, after = await trio.to_thread.run_sync(_versions, folder)
-        if after >= count:
-            self._in_vain[kind] = written  # until the next write: an idle engine is not woken for ever
-            return None
-        return self._keep_seconds if after > LEAST_VERSIONS else None
+        await _optimize(desk, kind, alone=True)
+        written, count = await trio.to_thread.run_sync(_versions, folder)
+        self._passes[kind] = written, passes + 1
+        return self._keep_seconds if count > LEAST_VERSIONS else None
 
 
 def _versions(folder: Path) -> tuple[float, int]:

@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import trio
+
 from everos_engine.errors import Transient
 from everos_engine.stores import ledger
 from everos_engine.system import ceiling
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 LEAST_SHARE = 0.25
 """What the worker keeps of its breadth however much memory is resident: work that stops does not free any."""
+COUNT_SECONDS = 10.0
 OVER_SECONDS = 30.0
 """How long memory must be over its ceiling, after trims and a rotation, before that is reported."""
 FIRST_REST_SECONDS, MOST_REST_SECONDS = 10.0, 600.0
@@ -44,6 +47,14 @@ class Resident:
         return ceiling.memory_ceiling(
             desk.settings, base_bytes=desk.base.rss_bytes, rows=self.rows, dimension=self.dimension
         )
+
+    async def keep_counting(self) -> None:
+        """Count the rows after changes were applied, once in ``COUNT_SECONDS`` at most. Never returns."""
+        while True:
+            seen = self.desk.applied.value
+            await self.count_rows()
+            await trio.sleep(COUNT_SECONDS)
+            await self.desk.applied.wait_value(lambda now, seen=seen: now != seen)
 
     async def count_rows(self) -> None:
         """Count the rows, by the ledger; a database that is busy is asked again at the next time."""

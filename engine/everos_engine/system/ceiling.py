@@ -23,8 +23,9 @@ HEADROOM = 2
 MIB = 1 << 20
 MOST_AUTO_BYTES = 64 * MIB
 """Beyond this the measured latency no longer falls."""
-OTHERS_DESCRIPTORS = 3
-"""Standard input, output and errors: what a process of its own holds before the engine opens anything."""
+OTHERS_DESCRIPTORS = 12
+"""What a process of its own holds before the engine opens anything: input, output, errors and Trio's. They are in
+``BASE_DESCRIPTORS``."""
 ROOM_DESCRIPTORS = 4
 """Between the soft and the hard budget, and between the hard budget and the limit, at the least."""
 
