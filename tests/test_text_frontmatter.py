@@ -95,7 +95,7 @@ def test_a_bomb_of_aliases_is_refused_at_its_first_anchor() -> None:
         (["a: 1", "b: 2", "a: 3"], (4, 1), "the key 'a' is there twice"),
         (["a:", "  b: 1", "  b: 2"], (4, 3), "'b' is there twice"),
         (["a: !!python/object/apply:os.system [ls]"], (2, 4), "python/object"),
-        (["a: !x 1"], (2, 4), "tag !x"),
+        (["a: !x 1"], (2, 4), "tag '!x'"),
         (["a: [1, 2"], None, "malformed YAML"),
         (["a: b: c"], (2, 5), "malformed YAML"),
         (["a: [1", "b: 2", "c: 3"], (3, 2), "while parsing a flow sequence that begins in line 2"),

@@ -10,6 +10,27 @@ FULL = frozenset({errno.EMFILE, errno.ENFILE})
 _FULL_WORDS = (*(f"os error {number}" for number in sorted(FULL)), "Too many open files")
 
 
+MOST_QUOTED_CHARACTERS = 80
+MOST_ERROR_CHARACTERS = 4096
+"""What is kept of the error of one change, however much a file or a library says."""
+
+
+def quoted(value: object) -> str:
+    """Return a value as it is shown in an error: its ``repr``, of at most 80 characters and what marks the cut."""
+    if isinstance(value, (str, bytes)):
+        value = value[: MOST_QUOTED_CHARACTERS + 1]
+    text = repr(value)
+    return text if len(text) <= MOST_QUOTED_CHARACTERS else f"{text[:MOST_QUOTED_CHARACTERS]}…"
+
+
+def clipped(text: str) -> str:
+    """Return an error text of at most ``MOST_ERROR_CHARACTERS``: its beginning, and its end with the remedy."""
+    if len(text) <= MOST_ERROR_CHARACTERS:
+        return text
+    half = MOST_ERROR_CHARACTERS // 2
+    return f"{text[: half - 3]} … {text[-half:]}"
+
+
 class EngineError(Exception):
     """Base of every error this package raises on purpose; its text says what to do next."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Literal, get_args
 
 import trio
 from loguru import logger
 
-from everos_engine.errors import BadQuestion, BadText, Transient
+from everos_engine.errors import BadQuestion, BadText, Transient, quoted
 from everos_engine.stores import ledger
 from everos_engine.stores.lance import Hit, TableDamaged, text_literal
 from everos_engine.text import kinds
@@ -30,6 +31,12 @@ RRF_K = 60
 """The constant of reciprocal rank fusion: Cormack, Clarke and Buettcher, SIGIR 2009."""
 WEIGHTS: Mapping[str, float] = {"fts": 1.0, "vector": 1.0}
 SNIPPET_CHARACTERS = 200
+SNIPPET_WORDS = 32
+SNIPPET_LOOKS_AT = 1 << 20
+MOST_WORDS = 256
+"""Words of a query that are looked for: a whole document pasted as a query costs no more than a long paragraph."""
+MOST_QUERY_CHARACTERS = 1 << 14
+_WORD = re.compile(r"\w+")
 MOST_RESULTS = 1000
 OVERSAMPLE = 3
 
@@ -73,6 +80,7 @@ async def search(  # noqa: PLR0913 - the stores, and the question
 ) -> list[Result]:
     """The best ``limit`` entries for ``query``, best first; words only: quotes and operators mean nothing."""
     query = encodable(query)
+    wanted = bounded(query)
     chosen = [only.kind] if only.kind else [kind for kind in index.kinds if kind not in index.shunned]
     if only.kind in index.shunned:
         message = f"the table {only.kind!r} is damaged: {index.shunned[only.kind]}"
@@ -80,7 +88,7 @@ async def search(  # noqa: PLR0913 - the stores, and the question
     where, depth = only.where(), limit * OVERSAMPLE
     rankings: dict[str, list[Hit]] = {}
     if mode != "vector":
-        found = [await index.search_text(kind, query, where=where, limit=depth) for kind in chosen]
+        found = [await index.search_text(kind, wanted, where=where, limit=depth) for kind in chosen]
         rankings["fts"] = _ranked(found)
     embedded = None if mode == "fts" else await _embedded(vectors, query, alone=mode == "vector")
     if embedded is None:
@@ -91,18 +99,23 @@ async def search(  # noqa: PLR0913 - the stores, and the question
         rankings["vector"] = _ranked(found)
     best = fuse(rankings)[:limit] if mode == "hybrid" else rankings[mode][:limit]
     lines = await database.aread(lambda tx: ledger.lines(tx, [(hit.md_path, hit.entry_id) for hit in best]))
-    return [
-        Result(
-            hit.kind,
-            hit.md_path,
-            hit.entry_id,
-            lines.get((hit.md_path, hit.entry_id)),
-            hit.score,
-            snippet([str(hit.values.get(column) or "") for column in index.kinds[hit.kind].fts_columns], query),
-            hit.values,
-        )
-        for hit in best
-    ]
+    words = snippet_words(query)
+
+    def results() -> list[Result]:
+        return [
+            Result(
+                hit.kind,
+                hit.md_path,
+                hit.entry_id,
+                lines.get((hit.md_path, hit.entry_id)),
+                hit.score,
+                snippet([str(hit.values.get(column) or "") for column in index.kinds[hit.kind].fts_columns], words),
+                hit.values,
+            )
+            for hit in best
+        ]
+
+    return await trio.to_thread.run_sync(results)  # entries may be long, and a loop that reads them all would not move
 
 
 async def _embedded(vectors: Vectors, query: str, *, alone: bool) -> tuple[NDArray[np.float32], Model] | None:
@@ -132,10 +145,10 @@ def check_question(mode: str | None, kind: str | None, limit: int) -> None:
         )
         raise BadQuestion(message)
     if mode is not None and mode not in get_args(Mode):
-        message = f"there is no mode {mode!r}: choose one of {', '.join(get_args(Mode))}"
+        message = f"there is no mode {quoted(mode)}: choose one of {', '.join(get_args(Mode))}"
         raise BadQuestion(message)
     if kind is not None and kind not in kinds.KINDS:
-        message = f"there is no kind {kind!r}: choose one of {', '.join(kinds.KINDS)}"
+        message = f"there is no kind {quoted(kind)}: choose one of {', '.join(kinds.KINDS)}"
         raise BadQuestion(message)
 
 
@@ -157,19 +170,47 @@ def fuse(rankings: Mapping[str, Sequence[Hit]]) -> list[Hit]:
     return [Hit(hits[key].kind, *key, scores[key], hits[key].values) for key in order]
 
 
-def snippet(texts: Sequence[str], query: str) -> str:
-    """About 200 characters around the first word of ``query`` that occurs, on one line."""
-    words = [word for word in re.findall(r"\w+", query.casefold()) if len(word) > 1]
-    chosen, at = next((text for text in texts if text.strip()), ""), 0
+def bounded(query: str) -> str:
+    """Return the first ``MOST_WORDS`` different words of a query as it was written; a shorter query stays as it is."""
+    query = query[:MOST_QUERY_CHARACTERS]
+    seen: set[str] = set()
+    for match in _WORD.finditer(query):
+        if len(seen) == MOST_WORDS and match[0] not in seen:
+            return query[: match.start()]
+        seen.add(match[0])
+    return query
+
+
+def snippet_words(query: str) -> list[str]:
+    """Return the words that a snippet looks for: the first 32 different ones of two characters or more, folded."""
+    words = (match[0] for match in _WORD.finditer(query[:MOST_QUERY_CHARACTERS].casefold()))
+    return list(islice(dict.fromkeys(word for word in words if len(word) > 1), SNIPPET_WORDS))
+
+
+def snippet(texts: Sequence[str], words: Sequence[str]) -> str:
+    """Return about 200 characters around the first of ``words`` that occurs, on one line.
+
+    A text is looked through up to its first million characters.
+    """
+    chosen, at = next((text for text in texts if not text.isspace() and text), ""), 0
     for text in texts:
-        folded = text.casefold()
+        seen = text[:SNIPPET_LOOKS_AT]
+        folded = seen.casefold()
         places = [place for place in (folded.find(word) for word in words) if place >= 0]
         if places:
-            chosen, at = text, min(places)
+            chosen, at = text, _unfolded(seen, folded, min(places))
             break
     start = max(0, at - SNIPPET_CHARACTERS // 3)
     cut = " ".join(chosen[start : start + SNIPPET_CHARACTERS].split())
     return ("…" if start else "") + cut + ("…" if start + SNIPPET_CHARACTERS < len(chosen) else "")
+
+
+def _unfolded(text: str, folded: str, place: int) -> int:
+    """Return where in ``text`` the character is that stands at ``place`` in it once it is ``folded``."""
+    if len(text) == len(folded):
+        return place
+    ends = accumulate(len(character.casefold()) for character in text)
+    return next(at for at, end in enumerate(ends) if end > place)
 
 
 def _ranked(found: Iterable[Sequence[Hit]]) -> list[Hit]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote
 
 from everos_engine import trust
-from everos_engine.errors import SettingsError
+from everos_engine.errors import SettingsError, clipped, quoted
 from everos_engine.spelling import nearest
 
 N = TypeVar("N", int, float)
@@ -26,7 +26,7 @@ ROOT_SETTINGS_FILE = "everos-engine.toml"
 SHARED = {"MEMORY"}
 """Sections of which other programs have settings of their own."""
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "KIB": 1 << 10, "MB": 1 << 20, "MIB": 1 << 20, "GB": 1 << 30, "GIB": 1 << 30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)(?:\s*([A-Za-z]+))?\s*")
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -382,7 +382,7 @@ def load(
     unknown = dict(values)
     settings = _build(Settings, unknown, "", refuse)
     for name in sorted(unknown):
-        refuse(f"{values[name][1]}: there is no setting {name!r}: {_suggestion(name)}")
+        refuse(f"{values[name][1]}: there is no setting {quoted(name)}: {_suggestion(name)}")
     _check_together(settings, refuse)
     _check_credentials(settings, values, by_root, by_user, refuse)
     return typing.cast("Settings", settings)
@@ -495,9 +495,9 @@ def secrets_of(settings: Settings | EmbedderSettings) -> list[str]:
 def parse_size(text: str) -> int:
     """Bytes in ``"16777216"``, ``"16MB"`` or ``"1.5 GiB"`` (binary units throughout); ValueError otherwise."""
     match = _SIZE.fullmatch(text)
-    unit = None if match is None else _UNITS.get(match[2].upper())
+    unit = None if match is None else _UNITS.get((match[2] or "").upper())
     if match is None or unit is None:
-        message = f"{text!r} is not a size: write bytes, or a number with KB, MB or GB"
+        message = f"{quoted(text)} is not a size: write bytes, or a number with KB, MB or GB"
         raise ValueError(message)
     return int(float(match[1]) * unit)
 
@@ -601,16 +601,16 @@ def _coerce(name: str, value: object, hint: Any, fld: dataclasses.Field[Any], so
     try:
         result = _convert(name, value, hint)
     except (ValueError, TypeError, OverflowError) as error:
-        message = f"{source}: {name}={str(_masked(fld, value))[:80]!r}: {error}"
+        message = f"{source}: {name}={quoted(str(_masked(fld, value)))}: {clipped(str(error))}"
         raise SettingsError(message) from None
     least, most = fld.metadata["least"], fld.metadata["most"]
     if isinstance(result, str):
         return result
     if least is not None and typing.cast("float", result) < least:
-        message = f"{source}: {name}={value!r} is below its least value {least:g}"
+        message = f"{source}: {name}={quoted(value)} is below its least value {least:g}"
         raise SettingsError(message)
     if most is not None and typing.cast("float", result) > most:
-        message = f"{source}: {name}={value!r} is above its greatest value {most:g}"
+        message = f"{source}: {name}={quoted(value)} is above its greatest value {most:g}"
         raise SettingsError(message)
     return result
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from everos_engine.errors import BadFile, EngineError, Transient
+from everos_engine.errors import BadFile, EngineError, Transient, clipped, quoted
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.stores import ledger, queue
 from everos_engine.system import files
@@ -69,7 +69,7 @@ def put_off(job: Job, later: Mapping[str, Transient]) -> None:
     late = [entry for entry in job.plan.upserts if entry.embed_text in later and later[entry.embed_text] in counting]
     if late:
         more = f" and {len(late) - 1} more" if len(late) > 1 else ""
-        job.put_off_where = f"line {late[0].line}: entry {late[0].entry_id!r}{more}: "
+        job.put_off_where = f"line {late[0].line}: entry {quoted(late[0].entry_id)}{more}: "
     keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in later)
     job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
 
@@ -132,12 +132,12 @@ def note_written(tx: Transaction, kind: str, job: Job) -> None:
 def complaint(job: Job) -> str | None:
     """What a person must know of the change: its error, or its bad entries, a line each; None where all is well."""
     if job.error is not None:
-        return str(job.error)
+        return clipped(str(job.error))
     if not job.problems:
         return None
-    told = [f"{_at(p)}: entry {p.entry_id!r}: {p.message}; {p.remedy}" for p in job.problems[:20]]
+    told = [f"{_at(p)}: entry {quoted(p.entry_id)}: {p.message}; {p.remedy}" for p in job.problems[:20]]
     more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []  # noqa: PLR2004 - same 20
-    return "\n".join([*told, *more])
+    return clipped("\n".join([*told, *more]))
 
 
 def _at(problem: Problem) -> str:

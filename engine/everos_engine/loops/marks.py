@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loguru import logger
 
-from everos_engine.errors import Transient, Unavailable, disk_full
+from everos_engine.errors import Transient, Unavailable, clipped, disk_full
 from everos_engine.loops.desk import now_milliseconds
 from everos_engine.loops.job import Unsettled, complaint, note_written
 from everos_engine.stores import ledger, queue
@@ -71,10 +71,10 @@ def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Wr
 
 def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int) -> None:
     settings, gate = desk.settings, desk.vectors.gate
-    said = str(error)
+    said = clipped(str(error))
     if job.error is None:
         where = job.put_off_where if error.counts_as_retry else ""
-        said = "\n".join(filter(None, [f"{where}{error}", complaint(job)]))
+        said = clipped("\n".join(filter(None, [f"{where}{error}", complaint(job)])))
     counts = error.counts_as_retry and not disk_full(error)
     if counts and job.claim.retry_count >= settings.worker_max_retry:
         message = f"{said} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"

@@ -58,6 +58,8 @@ REAP_SECONDS = 30.0
 HELD_FACTOR = 4
 HELD_BYTES = 32 << 20
 """Markdown in work before no more is read; what is made of it takes several times as much memory."""
+ENTRY_BYTES = 1 << 10
+"""What an entry takes beyond its text."""
 READ_BYTES = 8 << 20
 IDLE_SECONDS = 60.0
 FIRST_DELAY_SECONDS = 0.5
@@ -345,6 +347,8 @@ class _Worker:
         self.in_hand |= {job.claim.claim_no: job.size_bytes for job in jobs}
         self._count()
         await trio.to_thread.run_sync(self._parse_all, jobs, known)
+        self.in_hand |= {job.claim.claim_no: job.size_bytes for job in jobs}  # with what its entries take
+        self._count()
         await self._guard_vanished(jobs)
         await self._look_up(jobs)
         for job in jobs:
@@ -402,6 +406,7 @@ class _Worker:
             return
         try:
             job.document = kinds.parse(job.place, job.sources)
+            job.size_bytes += ENTRY_BYTES * len(job.document.entries)
             job.problems = list(job.document.problems)
         except BadFile as error:
             job.error = error
@@ -681,7 +686,9 @@ def _bug(md_path: str, error: Exception) -> EngineError:
     if exhausted(error):
         return Exhausted(f"reading failed: {error}")
     logger.opt(exception=error).error("parser_bug path={}", md_path)
-    return BadFile(f"internal error: {error!r}", remedy="please report this file's shape; an edit tries again")
+    return BadFile(
+        f"internal error: {ascii(error)[:MOST_QUOTED]}", remedy="please report this file's shape; an edit tries again"
+    )
 
 
 def _has_ready(tx: Transaction) -> bool:

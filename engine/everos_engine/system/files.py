@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 INDEX_DIRECTORY = ".index"
 MAIN, REFERENCES = "SKILL.md", "references"
+SKILL = "agent_skill"
+"""The kind whose changes have references. A note may be named SKILL.md too."""
 READ_TRIES = 3
 RACY_NS = 50_000_000
 COARSE_RACY_NS = 2_000_000_000
@@ -366,7 +368,7 @@ def _members(root: Path, place: PlaceLike) -> Iterator[tuple[str, Fingerprint | 
     path = path_of(root, place.md_path)
     linked = linked_directory(root, path) is not None
     yield place.md_path, None if linked else _stat(path)
-    if linked or not place.md_path.endswith("/" + MAIN):
+    if linked or place.kind != SKILL:
         return
     folder = f"{place.md_path[: -len(MAIN)]}{REFERENCES}"
     if os.path.islink(path_of(root, folder)):

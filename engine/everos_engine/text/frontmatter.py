@@ -6,11 +6,12 @@ The C loader's constructor recurses and crashes the interpreter on deep nesting;
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import yaml
 
-from everos_engine.errors import BadFile
+from everos_engine.errors import BadFile, quoted
 
 MOST_BYTES = 64 << 10
 MOST_DEPTH = 16
@@ -92,6 +93,7 @@ def _build(loader: yaml.SafeLoader, text: str) -> tuple[dict[str, object], dict[
     places: dict[str, tuple[int, int]] = {}
     stack: list[tuple[dict[str, object] | list[object], list[str]]] = []
     documents = 0
+    starts = [0, *(end.end() for end in re.finditer("\n", text))]
 
     def put(value: object, event: yaml.Event) -> None:
         nonlocal root
@@ -105,11 +107,12 @@ def _build(loader: yaml.SafeLoader, text: str) -> tuple[dict[str, object], dict[
             key = pending.pop()
             container[key] = value
             if len(stack) == 1:
-                places[key] = _place(text, event.start_mark.index)
+                line = bisect_right(starts, event.start_mark.index)
+                places[key] = line + 1, event.start_mark.index - starts[line - 1] + 1
         else:
             key = _key(event)
             if key in container:
-                raise _Refused(event, f"the key {key!r} is there twice")
+                raise _Refused(event, f"the key {quoted(key)} is there twice")
             pending.append(key)
 
     while True:
@@ -156,7 +159,7 @@ def _check(event: yaml.Event) -> None:
     if getattr(event, "anchor", None):
         raise _Refused(event, "anchors are not allowed")
     if getattr(event, "tag", None) not in {None, "!"}:
-        raise _Refused(event, f"the tag {event.tag} is not allowed")
+        raise _Refused(event, f"the tag {quoted(event.tag)} is not allowed")
 
 
 def _scalar(event: yaml.ScalarEvent) -> object:

@@ -7,9 +7,11 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from everos_engine.errors import BadFile
+from everos_engine.errors import BadFile, quoted
 
 MOST_ID_CHARACTERS = 200
+MOST_ENTRIES = 20_000
+"""Entries of one file: each becomes a row, which takes many times the few bytes that an entry needs."""
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 _INLINE = re.compile(r"\*\*([A-Za-z_][A-Za-z0-9_]*)\*\*:[ \t]*(.*)\Z")
 _HEADING = re.compile(r" {0,3}(#{1,6})(?=[ \t]|\Z)")
@@ -84,7 +86,9 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
         closing, entry_id = marker
         if not closing:
             if current is not None:
-                message = f"entry {entry_id!r} opens inside entry {current.entry_id!r} of line {current.line}"
+                message = (
+                    f"entry {quoted(entry_id)} opens inside entry {quoted(current.entry_id)} of line {current.line}"
+                )
                 raise BadFile(message, remedy=f"close it with `<!-- /entry:{current.entry_id} -->` first", line=number)
             if not entry_id or len(entry_id) > MOST_ID_CHARACTERS or not entry_id.isprintable():
                 message = "the entry marker has no usable id"
@@ -93,16 +97,21 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
             current = Block(entry_id, number, [])
         elif current is None or current.entry_id != entry_id:
             inside = (
-                "no entry is open" if current is None else f"entry {current.entry_id!r} of line {current.line} is open"
+                "no entry is open"
+                if current is None
+                else f"entry {quoted(current.entry_id)} of line {current.line} is open"
             )
-            message = f"a marker closes entry {entry_id!r} but {inside}"
+            message = f"a marker closes entry {quoted(entry_id)} but {inside}"
             raise BadFile(message, remedy="make the opening and closing markers match", line=number)
         else:
+            if len(found) >= MOST_ENTRIES:
+                message = f"there are more than {MOST_ENTRIES} entries in one file"
+                raise BadFile(message, remedy="split the file", line=current.line)
             found.append(current)
             current = None
     if current is not None:
         hint = f" (the code fence of line {fence_inside} is never closed)" if fence_inside else ""
-        message = f"entry {current.entry_id!r} is never closed{hint}"
+        message = f"entry {quoted(current.entry_id)} is never closed{hint}"
         remedy = f"add `<!-- /entry:{current.entry_id} -->`" if not fence_inside else "close the code fence"
         raise BadFile(message, remedy=remedy, line=current.line)
     return found

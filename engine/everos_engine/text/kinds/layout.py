@@ -19,6 +19,8 @@ PLACES = {
 LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project>/"), PLACES))
 """Every place a file of a built-in kind may stand at, relative to the root."""
 _DEFAULTS = {"<app>": "default_app", "<project>": "default_project"}
+_MOST_PATH_CHARACTERS = 4096
+"""No system opens a longer one."""
 _GAP, _OTHER, _FAR = 1.0, 1.6, 2.2
 _DEFAULT_GAP = {"<app>": 0.95, "<project>": 0.9}
 _ALIKE, _ALIKE_FILES = 0.6, 0.8
@@ -38,6 +40,8 @@ def nearest(path: str) -> Nearest | None:
 
     ``path`` is relative to the root, with ``/``. The path given back is always one the layout has room for.
     """
+    if len(path) > _MOST_PATH_CHARACTERS:
+        return None
     best: tuple[float, Nearest] | None = None
     parts = path.split("/")
     for layout in LAYOUTS:

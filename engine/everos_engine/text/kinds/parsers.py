@@ -7,22 +7,37 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import NamedTuple
 
+from everos_engine.errors import quoted
 from everos_engine.text.entries import Document, Entry, Place, Problem, entry
 from everos_engine.text.frontmatter import Frontmatter
 from everos_engine.text.kinds.tables import INLINE, KINDS, Field
-from everos_engine.text.markdown import Block, blocks, fields, headings
+from everos_engine.text.markdown import MOST_ENTRIES, Block, blocks, fields, headings
 from everos_engine.text.terms import terms
 
 _INT64 = 1 << 63
 _WHOLE = re.compile(r"[-+]?[0-9]{1,19}")
-_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_MOST_NUMBER_CHARACTERS = 400
+"""The greatest float has 309 digits before its point."""
 _ITEM = re.compile(
-    r"""[ \t]*(?:"(?P<double>(?:[^"\\]|\\.)*)"|'(?P<single>(?:[^'\\]|\\.)*)'|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
+    r"""[ \t]*(?:"(?P<double>[^"\\]*(?:\\.[^"\\]*)*)"|'(?P<single>[^'\\]*(?:\\.[^'\\]*)*)'|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
 )
 _ESCAPE = re.compile(r"\\(.)")
 _MILLISECOND_MOST = 253_402_300_799_999
 """The last millisecond of the year 9999, the last a datetime holds."""
+
+
+_MOST_LINES = 5
+_SHORT_CHARACTERS = 120
+
+
+class _Heading(NamedTuple):
+    level: int
+    name: str
+    short: str
+    slug: str
 
 
 class _BadValue(Exception):
@@ -43,7 +58,8 @@ def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> D
         at = lines[block.entry_id]
         if len(at) > 1:
             if block.line == at[0]:
-                message = f"the id is used by the entries of lines {' and '.join(map(str, at))}"
+                more = f" and {len(at) - _MOST_LINES} more" if len(at) > _MOST_LINES else ""
+                message = f"the id is used by the entries of lines {' and '.join(map(str, at[:_MOST_LINES]))}{more}"
                 problems.append(Problem(block.entry_id, message, "give each entry an id of its own", block.line))
             continue
         try:
@@ -58,7 +74,7 @@ def _daily_entry(place: Place, block: Block) -> Entry:
     said = fields(block)
     owner, *at = said.inline.get("owner_id", (place.owner_id, block.line, 1))
     if owner != place.owner_id:
-        message = f"owner_id {owner!r} is not the owner of this path, {place.owner_id!r}"
+        message = f"owner_id {quoted(owner)} is not the owner of this path, {place.owner_id!r}"
         raise _BadValue(message, (at[0], at[1]))
     values = _common(place, block.entry_id)
     for field in (*INLINE, *kind.inline):
@@ -99,35 +115,43 @@ def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) ->
 
 
 def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """One row per heading section, named by its heading path; text before the first heading is ``intro``."""
+    """One row per heading section, named by its heading path; text before the first heading is ``intro``.
+
+    A row has its own heading in full and the ones above it in short: a long heading is not repeated with each heading below.
+    Once there are MOST_ENTRIES rows, further headings are text of the last one.
+    """
     title = front.values.get("title")
-    fallback = place.md_path.rsplit("/", 1)[-1].removesuffix(".md")
+    if not isinstance(title, str):
+        title = place.md_path.rsplit("/", 1)[-1].removesuffix(".md")
+    title = _short(title)  # every row has it
     used: dict[str, int] = {}
     entries: list[Entry] = []
-    path: list[tuple[int, str]] = []
+    path: list[_Heading] = []
     start, gathered = front.first_line, list[str]()
 
     def close() -> None:
         content = "\n".join(gathered).strip()
         if not content and not path:
             return
-        slug = "/".join(_slug(name) for _, name in path) or "intro"
+        slug = "/".join(heading.slug for heading in path) or "intro"
         entry_id = slug
         while entry_id in used:
             used[slug] += 1
             entry_id = f"{slug}-{used[slug]}"
         used[entry_id] = 1
         values = _common(place, entry_id)
-        values |= {"title": title if isinstance(title, str) else fallback, "content": content}
-        values["heading"] = " › ".join(name for _, name in path) or None
+        values |= {"title": title, "content": content}
+        values["heading"] = (
+            " › ".join([*(above.short for above in path[:-1]), *(last.name for last in path[-1:])]) or None
+        )
         entries.append(_entry(place, entry_id, start, values))
 
     for number, level, name, line in headings(front.body, front.first_line):
-        if not level:
+        if not level or len(entries) + 1 >= MOST_ENTRIES:
             gathered.append(line)
             continue
         close()
-        path = [*((above, text) for above, text in path if above < level), (level, name)]
+        path = [*(above for above in path if above.level < level), _Heading(level, name, _short(name), _slug(name))]
         start, gathered = number, []
     close()
     return Document(tuple(entries), ())
@@ -169,7 +193,7 @@ def _one_problem(entry_id: str, error: _BadValue) -> Document:
 def _from_front(place: Place, front: Frontmatter, values: dict[str, object]) -> None:
     owner = front.values.get(f"{place.owner_type}_id", place.owner_id)
     if owner != place.owner_id:
-        message = f"{place.owner_type}_id {owner!r} is not the owner of this path, {place.owner_id!r}"
+        message = f"{place.owner_type}_id {quoted(owner)} is not the owner of this path, {place.owner_id!r}"
         raise _BadValue(message, front.places.get(f"{place.owner_type}_id", (1, 1)))
     for field in KINDS[place.kind].own:
         found = front.values.get(field.source)
@@ -185,7 +209,7 @@ def _from_yaml(field: Field, value: object, place: tuple[int, int]) -> object:
         message = f"{field.source} must be a list of strings"
         raise _BadValue(message, place)
     if isinstance(value, (dict, list, bool)) or (field.type == "string" and not isinstance(value, str)):
-        message = f"{field.source} must be a {field.type}, not {json.dumps(value, ensure_ascii=False)[:80]}"
+        message = f"{field.source} must be a {field.type}, not {quoted(value)}"
         raise _BadValue(message, place)
     return _typed(field, (str(value), *place), place)
 
@@ -195,7 +219,7 @@ def _milliseconds(front: Frontmatter) -> datetime | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MILLISECOND_MOST:
-        message = f"profile_timestamp_ms must be milliseconds since 1970, not {value!r}"
+        message = f"profile_timestamp_ms must be milliseconds since 1970, not {quoted(value)}"
         raise _BadValue(message, front.places.get("profile_timestamp_ms", (1, 1)))
     return datetime.fromtimestamp(value // 1000, UTC).replace(microsecond=value % 1000 * 1000)
 
@@ -213,7 +237,7 @@ def _typed(
     try:
         return _CONVERT[field.type](text)
     except (ValueError, OverflowError):
-        message = f"{field.source} must be {_WANTED[field.type]}, not {text[:80]!r}"
+        message = f"{field.source} must be {_WANTED[field.type]}, not {quoted(text)}"
         raise _BadValue(message, (place[0], place[1])) from None
 
 
@@ -223,7 +247,7 @@ def _timestamp(text: str) -> datetime:
 
 
 def _float(text: str) -> float:
-    if not _NUMBER.fullmatch(text):
+    if len(text) > _MOST_NUMBER_CHARACTERS or not _NUMBER.fullmatch(text):
         raise ValueError(text)
     value = float(text)
     if not math.isfinite(value):
@@ -266,6 +290,10 @@ _WANTED = {
     "timestamp": "an ISO 8601 time",
     "strings": "a list such as [a, b]",
 }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHORT_CHARACTERS else f"{text[: _SHORT_CHARACTERS - 1]}…"
 
 
 def _slug(text: str) -> str:
