@@ -37,6 +37,10 @@ SUITES: dict[str, tuple[Callable[[], Sequence[str]], Callable[[int], Sequence[st
         lambda seed: _script("tree_machine.py", "--operations", 1000, "--seed", seed),
     ),
     "faults": (lambda: _script("faults.py", "--most", 4), lambda _: _script("faults.py")),
+    "damage": (
+        lambda: _script("damage.py", "--cases", 24),
+        lambda seed: _script("damage.py", "--seed", seed),
+    ),
     "claimers": (
         lambda: _script("two_claimers.py", "--seconds", 4),
         lambda _: _script("two_claimers.py", "--seconds", 30),

@@ -362,6 +362,23 @@ def test_cause_11_a_removed_index_directory_is_made_again(shell: Shell) -> None:
     assert shell.explain(FACTS)["verdict"] == "searchable"
 
 
+def test_rows_removed_under_a_running_engine_are_written_again_by_sync(shell: Shell) -> None:
+    import asyncio  # noqa: PLC0415 - only here
+
+    import lancedb  # noqa: PLC0415 - only here
+
+    async def remove() -> None:
+        connection = await lancedb.connect_async(str(shell.root / ".index" / "lancedb"))
+        table = await connection.open_table("atomic_fact")
+        await table.delete("true")
+
+    shell.environment["EVEROS_SCAN_INTERVAL_SECONDS"] = "3600"
+    with shell.running():
+        asyncio.run(remove())
+        assert shell.engine("sync").returncode == 0
+        assert shell.engine("explain", "--rows", FACTS).stdout.count("2 counted in the index") == 1
+
+
 def test_cause_11_an_index_removed_under_a_running_engine_is_made_again(shell: Shell) -> None:
     shell.environment["EVEROS_SCAN_INTERVAL_SECONDS"] = "3600"
     with shell.running():

@@ -213,9 +213,12 @@ class Engine:
             parts = (desk.index, desk.database, desk.vectors, query)
             try:
                 return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
-            except Unexpected:
+            except Unexpected as error:
+                if desk.owner == READER:
+                    message = f"{error}: `everos-engine sync` checks the tables, and makes a damaged one again"
+                    raise Unexpected(message) from error
                 with trio.CancelScope(shield=True):
-                    if desk.owner == READER or not await heal_reads(desk, query):
+                    if not await heal_reads(desk, query):
                         raise
             return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
 

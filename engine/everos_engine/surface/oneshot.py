@@ -18,7 +18,7 @@ from everos_engine.loops.observe import audit as audit_next
 from everos_engine.loops.observe import sweep
 from everos_engine.loops.scan import AUDIT_FILES
 from everos_engine.search import Filter
-from everos_engine.stores import census, held, ledger, meta, queue
+from everos_engine.stores import census, held, ledger, meta, queue, versions
 from everos_engine.stores.database import Locked
 from everos_engine.supervise import alone
 from everos_engine.surface.live import show_status
@@ -72,7 +72,7 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
         brake = Brake(settings)
         brake.aim()
         found = await sweep(settings, database, source="sync", brake=brake)
-        newest = await _begun_anew(settings, database)
+        newest = await _looked_at(settings, database)
         await _reach(settings, database, max(found.lsn, newest))
         return database.read(census.troubled)
 
@@ -230,22 +230,22 @@ def _alone(work: Callable[[], Awaitable[T]]) -> T:
         raise alone(group) from None
 
 
-async def _begun_anew(settings: Settings, database: Database) -> int:
-    """Where a table's folder was removed under the running engine, have it look now; the newest lsn once it has begun anew."""
+async def _looked_at(settings: Settings, database: Database) -> int:
+    """Have the running engine look at tables that are gone, or not as it left them. Returns the newest lsn once it has."""
 
-    def lost() -> set[tuple[str, str]]:
+    def differing() -> set[tuple[str, str]]:
         known = database.read(ledger.incarnations)
         return {
-            (kind, life[0])
-            for kind, life in known.items()
-            if not (settings.lancedb_directory / f"{kind}.lance").is_dir()
+            (kind, table.incarnation)
+            for kind, table in known.items()
+            if table.number and versions.follow(settings.lancedb_directory / f"{kind}.lance", table.version) is None
         }
 
-    gone = lost()
-    if gone:
+    before = differing()
+    if before:
         with suppress(TimeoutError), trio.move_on_after(LOOK_MOST_SECONDS):
             ask(settings.control_socket, "look")
-            while gone & lost():  # noqa: ASYNC110 - what another process does has no event here
+            while before & differing():  # noqa: ASYNC110 - what another process does has no event here
                 await trio.sleep(LOOK_SECONDS)
     return database.read(queue.newest)
 
