@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from loguru import logger
 
 from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, secrets_of
 from everos_engine.surface.paint import printable
+from everos_engine.system.repeats import Repeats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,13 @@ if TYPE_CHECKING:
     from everos_engine.settings import Settings
     from everos_engine.surface.live import Screen
 
+SAY_EVERY_SECONDS = 60.0
+REPETITIVE = frozenset({
+    "loop_restart", "loop_died", "unit_failed", "events_left_to_scan", "cascade_lancedb_optimize_failed", "embedder_down",
+    "embedder_back", "search_without_vectors", "index_not_checked", "descriptor_law_unknown",
+})  # fmt: skip
+"""Events that a lasting trouble raises again and again. With `log_level=DEBUG` each is logged."""
+_SAME = re.compile(r"^\S+|\b(?:loop|kind|what)=(?:'[^']*'|\S+)")
 HEAD = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} "
 CONTINUED = "    | "
 """Before each line of a traceback: no text in it can look like a line of the log."""
@@ -41,10 +50,14 @@ def set_up(settings: Settings, *, reporting: bool = False) -> Screen | None:
     logger.remove()
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
     logging.captureWarnings(capture=True)
-    hide = hider(settings)
+    hide, rarely = hider(settings), None if settings.log_level == "DEBUG" else Rarely()
     if settings.log_format == "json":
         logger.add(
-            lambda line: _write(as_json_line(line, hide)), level=settings.log_level, serialize=True, diagnose=False
+            lambda line: _write(as_json_line(line, hide)),
+            level=settings.log_level,
+            filter=rarely,
+            serialize=True,
+            diagnose=False,
         )
         return None
     form = text_form(hide)
@@ -52,14 +65,34 @@ def set_up(settings: Settings, *, reporting: bool = False) -> Screen | None:
         from everos_engine.surface.live import Screen  # noqa: PLC0415 - only on a terminal
 
         screen = Screen(sys.stderr)
-        news = _is_news if reporting else None
+        news = _is_news if reporting else rarely
         logger.add(screen.write, level="WARNING", format=form, filter=news, diagnose=False)
         return screen
     if settings.log_format == "auto" and reporting and settings.log_level == "INFO":
         logger.add(sys.stderr, level="WARNING", format=form, filter=_is_news, diagnose=False)
         return None
-    logger.add(sys.stderr, level=settings.log_level, format=form, diagnose=False)
+    logger.add(sys.stderr, level=settings.log_level, format=form, filter=rarely, diagnose=False)
     return None
+
+
+class Rarely:
+    """Lets events that come again and again through once a minute, each with how often it came meanwhile.
+
+    What is the same event: its name, and the loop, kind and unit that it names.
+    """
+
+    def __init__(self) -> None:
+        self._repeats = Repeats(every_seconds=SAY_EVERY_SECONDS)
+
+    def __call__(self, record: Record) -> bool:
+        """Whether the record is due now."""
+        message = record["message"]
+        if message.partition(" ")[0] not in REPETITIVE:
+            return True
+        times = self._repeats.due(" ".join(_SAME.findall(message)), time.monotonic())
+        if times > 1:
+            record["message"] = f"{message} times={times}"
+        return times > 0
 
 
 def text_form(hide: Callable[[str], str]) -> Callable[[Record], str]:
