@@ -40,6 +40,7 @@ SUITES: dict[str, tuple[Callable[[], Sequence[str]], Callable[[int], Sequence[st
     "damage": (
         lambda: _script("damage.py", "--cases", 24),
         lambda seed: _script("damage.py", "--seed", seed),
+    ),
     "doors": (
         lambda: _script("doors.py", "--most", 6, "--seconds", 2),
         lambda _: _script("doors.py", "--seconds", 60),
