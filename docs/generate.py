@@ -170,7 +170,7 @@ MADE = {
     "app_id": "the path; `default` where it has none",
     "project_id": "the path; `default` where it has none",
     "owner_type": "the path: `user` or `agent`",
-    "owner_id": "the path; where the file names an owner it must be the same",
+    "owner_id": "the entry, else the frontmatter, else the folder",
     "terms": "the words inside identifiers of the texts",
 }
 

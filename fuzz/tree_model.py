@@ -202,17 +202,18 @@ def _row(values: Mapping[str, object]) -> Row:
 
 def _daily(key: str, content: Content) -> tuple[dict[str, Row], frozenset[str]]:
     rows, held = {}, set()
-    owner = place(key)["owner_id"]
     names = [said.name for said in content.said]
     for said in content.said:
-        if said.broken or names.count(said.name) > 1 or said.owner not in {None, owner}:
+        if said.broken or names.count(said.name) > 1:
             held.add(said.name)
             continue
+        owner = said.owner or place(key)["owner_id"]
         values = dict(zip((COLUMN[name] for name in SECTIONS[content.kind]), said.texts, strict=True))
         rows[said.name] = _row(
             values
             | place(key)
             | {
+                "owner_id": owner,
                 "id": f"{owner}_{said.name}",
                 "session_id": f"s{said.number % 7}",
                 "timestamp": moment(said.number),
@@ -246,9 +247,11 @@ def _skill(key: str, content: Content, references: Mapping[str, Content]) -> Sta
 
 def _profile(key: str, content: Content) -> State:
     (said,) = content.said
-    if said.broken or said.owner not in {None, place(key)["owner_id"]}:
+    if said.broken:
         return State(held=frozenset({"profile"}))
-    return State({"profile": _row({"summary": said.texts[0], "content": said.texts[1]} | place(key))})
+    owner = said.owner or place(key)["owner_id"]
+    values = {"summary": said.texts[0], "content": said.texts[1]} | place(key)
+    return State({"profile": _row(values | {"owner_id": owner, "id": f"{owner}_profile"})})
 
 
 def _render_daily(content: Content) -> str:

@@ -18,8 +18,13 @@ from derived import counted, described, indexed
 from everos_engine.engine import Engine, open_engine, open_queue
 from everos_engine.errors import OutsideRoot, Transient
 from everos_engine.loops.asked import enqueue
+from everos_engine.search import Filter
 from everos_engine.settings import Settings, load
 from everos_engine.stores import meta, queue
+from everos_engine.surface.explain import explain
+from everos_engine.surface.explain_text import as_text
+from everos_engine.surface.paint import Paint
+from everos_engine.surface.status import snapshot
 from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
@@ -348,3 +353,32 @@ async def test_an_edit_by_a_link_to_a_directory_is_seen_by_events(root: Path) ->
         await engine.settle()
         put(root, "real/b.md", "# B\nthe otter")
         await counted(engine, lambda counts: counts.done == 2)
+
+
+async def test_renaming_an_owners_folder_moves_its_rows_and_warns(root: Path) -> None:
+    settings, embedder = quiet(root, brake_ratio=1), FakeEmbedder()
+    put(root, FACTS, facts(fact(1, "the heron"), fact(2, "the otter")))
+    put(root, "users/u1/user.md", "---\nuser_id: u1\nsummary: likes herons\n---\nbody\n")
+    async with open_engine(settings, embedder=embedder) as engine:
+        await engine.settle()
+        before = len([text for call in embedder.calls for text in call])
+        (root / "users/u1").rename(root / "users/u2")
+        status = await engine.settle()
+        assert (status.counts.failed_permanent, status.counts.failed_retryable, sum(status.rows.values())) == (0, 0, 3)
+        assert await indexed(engine) == described(settings)
+        assert {path.split("/")[1] for path, _ in await indexed(engine)} == {"u2"}
+        assert len([text for call in embedder.calls for text in call]) == before
+        assert [hit.md_path for hit in await engine.search("otter", only=Filter(owner="u1"))] == [
+            FACTS.replace("u1", "u2")
+        ]
+        found = snapshot(settings).moment
+        assert found is not None
+        assert found.warnings is not None
+        assert found.warnings[0] == 2
+        assert "is not the folder's owner, 'u2'" in as_text(explain(settings, FACTS.replace("u1", "u2")), Paint())
+        put(root, FACTS.replace("u1", "u2"), facts(fact(1, "the heron", owner="u2"), owner="u2"))
+        (root / "users/u2/user.md").unlink()
+        await engine.settle()
+        found = snapshot(settings).moment
+        assert found is not None
+        assert found.warnings is None

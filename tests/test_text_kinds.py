@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
@@ -104,7 +105,6 @@ def test_times_become_utc_whatever_their_offset(moment: datetime, minutes: int) 
         ("agent_case", "**quality_score**: high", 20, "quality_score must be a finite number, not 'high'"),
         ("atomic_fact", "**sender_ids**: a, b", 17, "sender_ids must be a list"),
         ("atomic_fact", '**sender_ids**: ["a" b]', 17, "sender_ids must be a list"),
-        ("atomic_fact", "**owner_id**: somebody", 15, "is not the owner of this path, 'u1'"),
     ],
 )
 def test_a_mistyped_field_is_named_with_line_and_column(kind: str, line: str, column: int, said: str) -> None:
@@ -207,3 +207,37 @@ def test_a_text_of_blanks_gets_no_vector() -> None:
     assert place is not None
     found = kinds.parse(place, {"n.md": b"#  \n \n"})
     assert all(not entry.embed_text or entry.embed_text.strip() for entry in found.entries)
+
+
+OWNERS = st.text(alphabet="abz1 .-é", min_size=1, max_size=8).filter(lambda name: name.strip() == name)
+
+
+@given(OWNERS, st.none() | OWNERS, st.none() | OWNERS)
+def test_an_entry_is_of_the_owner_it_names_and_a_mismatch_is_a_warning(
+    folder: str, front: str | None, inline: str | None
+) -> None:
+    head = "---\ntype: log\n" + ("" if front is None else f"user_id: {json.dumps(front)}\n") + "---\n"
+    named = "" if inline is None else f"**owner_id**: {inline}\n"
+    fact = f"<!-- entry:e1 -->\n{named}**timestamp**: 2025-01-01T00:00:00\n### Fact\nx\n<!-- /entry:e1 -->\n"
+    found = document(f"users/{folder}/.atomic_facts/a.md", head + fact)
+    owner = inline or front or folder
+    (entry,) = found.entries
+    assert (entry.values["owner_id"], entry.values["id"]) == (owner, f"{owner}_e1")
+    assert found.problems == ()
+    differing = [name for name in (front, inline) if name not in {None, folder}]
+    assert len(found.warnings) == len(differing)
+    assert all(repr(folder) in warning.message for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("users/u1/user.md", "user_id"), ("agents/a1/skills/s/SKILL.md", "agent_id")]
+)
+def test_a_profile_and_a_skill_are_of_the_owner_they_name(path: str, name: str) -> None:
+    found = document(path, f"---\n{name}: other\nname: s\nsummary: s\n---\nbody")
+    (entry,) = found.entries
+    (warning,) = found.warnings
+    assert entry.values["owner_id"] == "other"
+    assert (warning.line, "it is indexed under 'other'" in warning.message) == (2, True)
+    found = document(path, f"---\n{name}: [1]\nname: s\nsummary: s\n---\nbody")
+    assert [entry.values["owner_id"] for entry in found.entries] == [path.split("/")[1]]
+    assert len(found.warnings) == 1

@@ -127,6 +127,7 @@ def note_written(tx: Transaction, kind: str, job: Job) -> None:
         lines=[(entry.entry_id, entry.line) for entry in moved],
         deleted=job.plan.deletes,
     )
+    ledger.warn(tx, job.claim.md_path, [f"{_at(one)}: {one.message}; {one.remedy}" for one in job.document.warnings])
 
 
 def complaint(job: Job) -> str | None:

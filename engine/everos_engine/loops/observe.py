@@ -95,7 +95,7 @@ async def _walk(settings: Settings, threads: FileThreads, brake: Brake) -> _Look
         visits = []
         for call in over:
             try:
-                visits.append(await call.wait())
+                visits.append(await threads.wait(call))
             except NoAnswer as error:
                 walker.lose(call.item, str(error))
         todo = await trio.to_thread.run_sync(_added, walker, visits)

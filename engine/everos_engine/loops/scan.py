@@ -60,7 +60,7 @@ async def _sweeps(desk: Desk) -> None:
     while True:
         seen = desk.scan_now.value
         desk.beat("scan", within_seconds=SWEEP_ALLOWANCE_SECONDS)
-        began = time.monotonic()
+        began, waited = time.monotonic(), desk.threads.waited_seconds
         with unit("scan", "a sweep") as done:
             try:
                 await _sweep_once(desk, first=first)
@@ -73,7 +73,7 @@ async def _sweeps(desk: Desk) -> None:
             await _say_held(desk)
         if done.error is not None:
             await desk.notes.say("sweep_void", f"the sweep met a bug: {done.error!r}"[:MOST_QUOTED], VOID_REMEDY)
-        took = time.monotonic() - began
+        took = time.monotonic() - began - (desk.threads.waited_seconds - waited)  # waiting for a directory is no load
         pause = _interval(desk)
         desk.beat("scan", within_seconds=pause + SWEEP_ALLOWANCE_SECONDS)
         await wait_moved(desk.scan_now, seen, at_most_seconds=pause)

@@ -125,6 +125,14 @@ def unanswered(tx: Transaction) -> list[tuple[str, str]]:
     return [(str(path), str(error)) for path, error in tx.execute(_waiting(tx, UNANSWERED))]
 
 
+def warnings(tx: Transaction) -> tuple[int, str, str] | None:
+    """How many files are indexed with a warning, the first of them, and what it says; None where none is."""
+    if not _has_table(tx, "warning"):
+        return None
+    rows = list(tx.execute("SELECT count(*) OVER (), md_path, first FROM warning ORDER BY md_path LIMIT 1"))
+    return (cast("int", rows[0][0]), str(rows[0][1]), str(rows[0][2])) if rows else None
+
+
 def files_per_kind(tx: Transaction) -> dict[str, dict[str, int]]:
     """Kind -> status -> number of changes."""
     found: dict[str, dict[str, int]] = {}

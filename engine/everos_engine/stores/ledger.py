@@ -19,6 +19,9 @@ CREATE TABLE IF NOT EXISTS ledger (
     PRIMARY KEY (md_path, entry_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS ledger_kind ON ledger (kind);
+CREATE TABLE IF NOT EXISTS warning (
+    md_path TEXT PRIMARY KEY, count INTEGER NOT NULL, first TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS incarnation (
     kind TEXT PRIMARY KEY, incarnation TEXT NOT NULL, version INTEGER NOT NULL, model TEXT NOT NULL,
     digest BLOB NOT NULL DEFAULT x''
@@ -69,6 +72,13 @@ def apply(
         [(line, md_path, entry_id, line) for entry_id, line in lines],
     )
     _many(tx, "DELETE FROM ledger WHERE md_path = ? AND entry_id = ?", [(md_path, entry_id) for entry_id in deleted])
+
+
+def warn(tx: Transaction, md_path: str, messages: Sequence[str]) -> None:
+    """Note what a person should know of a file that is indexed all the same; nothing where there is nothing."""
+    _many(tx, "DELETE FROM warning WHERE md_path = ?", [(md_path,)])
+    if messages:
+        _many(tx, "INSERT INTO warning VALUES (?, ?, ?)", [(md_path, len(messages), messages[0])])
 
 
 def doubt(tx: Transaction, keys: Iterable[tuple[str, str, str]]) -> None:

@@ -193,6 +193,18 @@ def check_files(case: Case) -> Check:
     return Check("files", "warn", cause, remedy)
 
 
+def check_owners(case: Case) -> Check | None:
+    """Every file names the owner of the folder it is in."""
+    if case.books is None or case.books.counts is None:
+        return None
+    if case.books.warnings is None:
+        return Check("owners", "ok", "every file is in its owner's folder")
+    count, path, first = case.books.warnings
+    where = str(case.settings.root / path) if "\\x" not in path else path
+    cause = f"{plural(count, 'file')} indexed under another owner than the folder's, the first {case.show(path)}: {case.tell(first)}"
+    return Check("owners", "warn", cause, f"{case.command('explain', where)} lists what the file says")
+
+
 def check_failed(case: Case) -> Check | None:
     """Nothing was given up on."""
     if case.books is None or case.books.counts is None:

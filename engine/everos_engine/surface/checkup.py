@@ -73,6 +73,7 @@ class Books:
     notes: Sequence[Note] = ()
     delayed: inspection.Delayed | None = None
     unanswered: Sequence[tuple[str, str]] = ()
+    warnings: tuple[int, str, str] | None = None
     owners: Sequence[str] = ()
     incarnations: Mapping[str, ledger.Remembered] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
@@ -247,6 +248,7 @@ def _books(tx: Transaction) -> Books:
         notes=notes.kept(tx),
         delayed=inspection.delayed(tx),
         unanswered=inspection.unanswered(tx),
+        warnings=inspection.warnings(tx),
         owners=queue.owners(tx),
         incarnations=ledger.incarnations(tx),
         rows=ledger.rows_per_kind(tx),

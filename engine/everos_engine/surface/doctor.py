@@ -39,6 +39,7 @@ CHECKS: Checks = (
     ("files", checks_queue.check_files),
     ("failed", checks_queue.check_failed),
     ("held", checks_queue.check_held),
+    ("owners", checks_queue.check_owners),
     ("index", checks_index.check_index),
     ("embedder", checks_index.check_embedder),
 )

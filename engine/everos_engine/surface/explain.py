@@ -293,6 +293,9 @@ def _entries_json(evidence: Evidence) -> dict[str, object] | None:
         "new": [{"id": e.entry_id, "line": e.line} for e in plan.upserts if e.entry_id not in known],
         "changed": [{"id": e.entry_id, "line": e.line} for e in plan.upserts if e.entry_id in known],
         "gone": list(plan.deletes),
+        "warnings": [
+            {"id": p.entry_id, "line": p.line, "message": p.message, "remedy": p.remedy} for p in document.warnings
+        ],
         "bad": [
             {"id": p.entry_id, "line": p.line, "message": p.message, "remedy": p.remedy} for p in document.problems
         ],

@@ -32,6 +32,7 @@ def as_text(found: Explanation, paint: Paint) -> str:
         ("queue", _queue(seen)),
         ("error", _error(found)),
         ("entries", _entries(seen)),
+        ("warnings", _warnings(seen)),
         ("rows", _rows(found)),
         ("engine", _engine(seen)),
     ]
@@ -110,6 +111,15 @@ def _entries(seen: Evidence) -> str:
     told += [f"{len(named)} {word}: {_some(named)}" for word, named in parts[1:] if named]
     total = len(document.entries) + len(document.problems)
     return f"{total} in the file; {'; '.join(told)}" if told else f"{total} in the file"
+
+
+def _warnings(seen: Evidence) -> str:
+    warnings = () if seen.disk.document is None else seen.disk.document.warnings
+    if not warnings:
+        return ""
+    first = warnings[0]
+    more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+    return shown(f"line {first.line}: {first.message}; {first.remedy}{more}")
 
 
 def _some(named: Sequence[str]) -> str:

@@ -39,6 +39,7 @@ class Moment:
     held: Sequence[Held]
     notes: Sequence[Note]
     outage: tuple[int, str] | None
+    warnings: tuple[int, str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,7 @@ def as_json(found: Snapshot) -> dict[str, object]:
             "down_seconds": found.since(outage[0]) if outage and engine.running else None,
             "reason": outage[1] if outage and engine.running else None,
         },
+        "warnings": {"count": moment.warnings[0] if moment and moment.warnings else 0},
         "notes": [asdict(note) for note in _notes(found)],
         "descriptors": dict(engine.descriptors),
     }
@@ -183,6 +185,7 @@ def _lines(found: Snapshot, paint: Paint) -> list[str]:
         f"last scan: {_ago(found.since(moment.last_scan))}",
         _found_by(counts),
         *_held(found, moment, paint),
+        *_warnings(moment, paint),
         *_engine(found, paint),
         *_memory(found),
         *_outage(found, moment, paint),
@@ -229,6 +232,14 @@ def _held(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:
     total = plural(sum(one.count for one in moment.held), "deletion")
     remedy = "; ".join(dict.fromkeys(REMEDY[one.reason] for one in moment.held))
     return [paint.wrap(f"{total} for {since}: {why}; {remedy}", indent=6, first=f"{paint('held:', 'yellow')} ")]
+
+
+def _warnings(moment: Moment, paint: Paint) -> list[str]:
+    if moment.warnings is None:
+        return []
+    count, path, first = moment.warnings
+    text = f"{plural(count, 'file')} indexed with a warning, the first {shown(path)}: {shown(first)}"
+    return [paint.wrap(text, indent=6, first=f"{paint('warnings:', 'yellow')} ")]
 
 
 def _engine(found: Snapshot, paint: Paint) -> list[str]:
@@ -293,4 +304,5 @@ def _moment(tx: Transaction) -> Moment:
         held=inspection.held_counts(tx),
         notes=notes.kept(tx),
         outage=meta.outage(tx),
+        warnings=inspection.warnings(tx),
     )

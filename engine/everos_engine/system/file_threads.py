@@ -85,6 +85,8 @@ class FileThreads:
     def __init__(self, *, deadline_seconds: float, late_most: int = LATE_MOST) -> None:
         self.deadline_seconds = deadline_seconds
         self.late_most = late_most
+        self.waited_seconds = 0.0
+        """How long callers did nothing but wait for late calls, all together."""
         self.returned = AsyncValue(0)
         """Moves when a call that was late has returned after all."""
         self._late: dict[tuple[str, str], Call[object, object]] = {}
@@ -119,10 +121,19 @@ class FileThreads:
                 found.append((call.item, error))
         for call in calls.late:
             try:
-                found.append((call.item, await call.wait()))
+                result: R = await self.wait(call)
+                found.append((call.item, result))
             except NoAnswer as error:
                 found.append((call.item, error))
         return found
+
+    async def wait(self, call: Call[T, R]) -> R:
+        """Wait for a call as ``Call.wait`` does, and count the time."""
+        began = time.monotonic()
+        try:
+            return await call.wait()
+        finally:
+            self.waited_seconds += time.monotonic() - began
 
     async def each(
         self,

@@ -47,10 +47,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """All that one file holds."""
+    """All that one file holds. ``warnings`` name what is indexed all the same; an empty entry id means the whole file."""
 
     entries: tuple[Entry, ...]
     problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()
 
 
 def entry(entry_id: str, *, line: int, values: Mapping[str, object], embed_text: str) -> Entry:

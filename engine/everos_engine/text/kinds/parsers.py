@@ -17,6 +17,9 @@ from everos_engine.text.markdown import MOST_ENTRIES, Block, blocks, fields, hea
 from everos_engine.text.terms import terms
 
 _INT64 = 1 << 63
+_OWNER_MAX = 255
+"""As long as the name of a folder may be: it stands in every row."""
+_NULL = {"null", "None", "~"}
 _WHOLE = re.compile(r"[-+]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _MOST_NUMBER_CHARACTERS = 400
@@ -49,6 +52,8 @@ class _BadValue(Exception):
 def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
     """Entries between markers; a repeated id is a problem of that id, and none of its entries is indexed."""
     found = blocks(front.body, front.first_line)
+    warnings: list[Problem] = []
+    folder, place = place.owner_id, _owned(place, front, warnings)
     lines: dict[str, list[int]] = {}
     for block in found:
         lines.setdefault(block.entry_id, []).append(block.line)
@@ -63,30 +68,34 @@ def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> D
                 problems.append(Problem(block.entry_id, message, "give each entry an id of its own", block.line))
             continue
         try:
-            entries.append(_daily_entry(place, block))
+            entries.append(_daily_entry(place, block, warnings, folder=folder))
         except _BadValue as error:
             problems.append(Problem(block.entry_id, str(error), "mend the entry and save", error.line, error.column))
-    return Document(tuple(entries), tuple(problems))
+    return Document(tuple(entries), tuple(problems), tuple(warnings))
 
 
-def _daily_entry(place: Place, block: Block) -> Entry:
+def _daily_entry(place: Place, block: Block, warnings: list[Problem], *, folder: str) -> Entry:
     kind = KINDS[place.kind]
     said = fields(block)
-    owner, *at = said.inline.get("owner_id", (place.owner_id, block.line, 1))
-    if owner != place.owner_id:
-        message = f"owner_id {quoted(owner)} is not the owner of this path, {place.owner_id!r}"
-        raise _BadValue(message, (at[0], at[1]))
+    owner, *at = said.inline.get("owner_id", ("", block.line, 1))
+    is_named = bool(owner.strip()) and owner not in _NULL
+    if is_named and len(owner) <= _OWNER_MAX:
+        place = place._replace(owner_id=owner)
     values = _common(place, block.entry_id)
     for field in (*INLINE, *kind.inline):
         values[field.column] = _typed(field, said.inline.get(field.source), (block.line, 1))
     for field in kind.own:
         values[field.column] = _typed(field, said.sections.get(field.source), (block.line, 1), section=True)
+    if is_named and owner != folder:
+        warnings.append(_mismatch(place, "owner_id", owner, folder=folder, entry_id=block.entry_id, at=(at[0], at[1])))
     return _entry(place, block.entry_id, block.line, values)
 
 
 def skill(place: Place, front: Frontmatter, references: Mapping[str, str]) -> Document:
     """One row per skill directory, named by it."""
     entry_id = place.md_path.split("/")[-2]
+    warnings: list[Problem] = []
+    place = _owned(place, front, warnings)
     values = _common(place, entry_id)
     try:
         _from_front(place, front, values)
@@ -95,12 +104,14 @@ def skill(place: Place, front: Frontmatter, references: Mapping[str, str]) -> Do
     values["content"] = "\n".join(front.body).strip("\n")
     values["references"] = "\n\n".join(f"{name}\n{text.strip()}" for name, text in references.items()) or None
     values["timestamp"] = values["updated_at"] or values["created_at"]
-    return Document((_entry(place, entry_id, 1, values),), ())
+    return Document((_entry(place, entry_id, 1, values),), (), tuple(warnings))
 
 
 def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
     """One row, ``profile``, from the frontmatter; the body is kept as content."""
     entry_id = "profile"
+    warnings: list[Problem] = []
+    place = _owned(place, front, warnings)
     values = _common(place, entry_id)
     try:
         _from_front(place, front, values)
@@ -111,7 +122,7 @@ def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) ->
         found = front.values.get(name)
         values[name] = None if found is None else json.dumps(found, ensure_ascii=False, sort_keys=True)
     values["content"] = "\n".join(front.body).strip("\n")
-    return Document((_entry(place, entry_id, 1, values),), ())
+    return Document((_entry(place, entry_id, 1, values),), (), tuple(warnings))
 
 
 def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
@@ -190,11 +201,31 @@ def _one_problem(entry_id: str, error: _BadValue) -> Document:
     return Document((), (Problem(entry_id, str(error), "mend the frontmatter and save", error.line, error.column),))
 
 
+def _owned(place: Place, front: Frontmatter, warnings: list[Problem]) -> Place:
+    """The place with the owner that the frontmatter names, if it does: what a file says of itself goes before its folder."""
+    name = f"{place.owner_type}_id"
+    said, at = front.values.get(name), front.places.get(name, (1, 1))
+    if said is None or (isinstance(said, str) and not said.strip()):
+        return place
+    if isinstance(said, bool) or not isinstance(said, (str, int)):
+        message = f"{name} must be text, not {json.dumps(said, ensure_ascii=False, default=str)[:80]}: the owner is the folder's, {place.owner_id!r}"
+        warnings.append(Problem("", message, f"write `{name}: {place.owner_id}`", *at))
+        return place
+    folder, owner = place.owner_id, str(said)
+    if len(owner) <= _OWNER_MAX:
+        place = place._replace(owner_id=owner)
+    if owner != folder:
+        warnings.append(_mismatch(place, name, owner, folder=folder, entry_id="", at=at))
+    return place
+
+
+def _mismatch(place: Place, field: str, owner: str, *, folder: str, entry_id: str, at: tuple[int, int]) -> Problem:
+    message = f"{field} {quoted(owner)} is not the folder's owner, {quoted(folder)}: it is indexed under {quoted(place.owner_id)}"
+    remedy = f"if the folder was renamed, write {quoted(folder)} here; if the file is in the wrong folder, move it to the owner's"
+    return Problem(entry_id, message, remedy, *at)
+
+
 def _from_front(place: Place, front: Frontmatter, values: dict[str, object]) -> None:
-    owner = front.values.get(f"{place.owner_type}_id", place.owner_id)
-    if owner != place.owner_id:
-        message = f"{place.owner_type}_id {quoted(owner)} is not the owner of this path, {place.owner_id!r}"
-        raise _BadValue(message, front.places.get(f"{place.owner_type}_id", (1, 1)))
     for field in KINDS[place.kind].own:
         found = front.values.get(field.source)
         values[field.column] = _from_yaml(field, found, front.places.get(field.source, (1, 1)))
@@ -229,7 +260,7 @@ def _typed(
 ) -> object:
     """The value of a field, or None where it is absent or null and may be."""
     text, *place = found or ("", *entry_place)
-    if not text.strip() or (text in {"null", "None", "~"} and not section):
+    if not text.strip() or (text in _NULL and not section):
         if field.required:
             message = f"`### {field.source}` is missing or empty" if section else f"{field.source} is missing or empty"
             raise _BadValue(message, (place[0], place[1]))
