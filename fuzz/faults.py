@@ -2,7 +2,8 @@
 
     python fuzz/faults.py [door...] [--most N]
 
-Doors: writes and syncs of SQLite's files (through a VFS), LanceDB commits (before, and after they took effect), reads of
+Doors: writes and syncs of SQLite's files (through a VFS), every statement of SQLite with each error that it may raise (for as long
+as a transaction is retried), the wall clock (set by a day in either direction, and back), LanceDB commits (before, and after they took effect), reads of
 the tree (EIO from the system's calls), and the embedder.
 """
 
@@ -13,6 +14,7 @@ import errno
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from tree_model import Account
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Transient
 from everos_engine.settings import load
+from everos_engine.stores import database
 from everos_engine.testing import FakeEmbedder
 
 if TYPE_CHECKING:
@@ -61,10 +64,11 @@ TRIES = 6
 
 @dataclass
 class Trap:
-    """Counts the calls of one door while it is set, and springs once, at the n-th."""
+    """Counts the calls of one door while it is set, and springs at the n-th and at ``span`` - 1 more."""
 
     door: str = ""
     at: int = 0
+    span: int = 1
     count: int = 0
     then: Callable[[], None] = lambda: None
 
@@ -74,7 +78,7 @@ class Trap:
         self.count += 1
         if self.count == self.at:
             self.then()
-        return self.count == self.at
+        return self.at <= self.count < self.at + self.span
 
     @property
     def sprung(self) -> bool:
@@ -110,6 +114,50 @@ class _Disk(apsw.VFS):
 @contextmanager
 def sqlite_door(_engine: Engine, _root: Path) -> Iterator[None]:
     yield  # the engine's files were opened through the trapped disk
+
+
+STATEMENTS: dict[str, tuple[type[Exception], int]] = {
+    "busy": (apsw.BusyError, 10),
+    "full": (apsw.FullError, 1),
+    "stays_full": (apsw.FullError, 30),
+    "io": (apsw.IOError, 1),
+    "memory": (apsw.NoMemError, 1),
+    "corrupt": (apsw.CorruptError, 1),
+    "not_a_database": (apsw.NotADBError, 1),
+    "unknown": (apsw.Error, 3),
+}
+"""Door -> the error that a statement of SQLite ends with, and how many statements do. A rollback is a statement too."""
+BUSY_RETRIES = 2
+
+
+def _trace(_cursor: apsw.Cursor, _sql: str, _bindings: object) -> bool:
+    if TRAP.door in STATEMENTS and TRAP.springs(TRAP.door):
+        raise STATEMENTS[TRAP.door][0]
+    return True
+
+
+def _hook(connection: apsw.Connection) -> None:
+    connection.exec_trace = _trace
+
+
+DAY_NANOSECONDS = 86_400 * 10**9
+CLOCK_SPAN = 12
+
+
+@contextmanager
+def clock_door(_engine: Engine, _root: Path) -> Iterator[None]:
+    """The wall clock is a day wrong for CLOCK_SPAN looks at it: ahead, or behind at every second fault."""
+    time_ns, seconds = time.time_ns, time.time
+
+    def off() -> int:
+        return (1 if TRAP.at % 2 else -1) * DAY_NANOSECONDS if TRAP.springs("clock") else 0
+
+    time.time_ns = lambda: time_ns() + off()
+    time.time = lambda: seconds() + off() / 10**9
+    try:
+        yield
+    finally:
+        time.time_ns, time.time = time_ns, seconds
 
 
 class _Bridge:
@@ -197,7 +245,10 @@ DOORS = {
     "outcome": outcome_door,
     "read": read_door,
     "embedder": embedder_door,
+    "clock": clock_door,
+    **dict.fromkeys(STATEMENTS, sqlite_door),
 }
+SPANS = {"clock": CLOCK_SPAN, **{name: span for name, (_, span) in STATEMENTS.items()}}
 
 
 BEHIND = {name: "bridge" if name in {"commit", "outcome"} else name for name in DOORS}
@@ -221,7 +272,7 @@ async def once(door: str, at: int) -> bool:
             await engine.settle()
             with DOORS[door](engine, root):
                 TRAP.then = partial(_do, writer, account, AT_ONCE)
-                TRAP.door, TRAP.at, TRAP.count = BEHIND[door], at, 0
+                TRAP.door, TRAP.at, TRAP.count, TRAP.span = BEHIND[door], at, 0, SPANS.get(door, 1)
                 _do(writer, account, THEN)
                 await _settled(engine)
                 sprung, TRAP.at = TRAP.sprung, 0
@@ -247,7 +298,7 @@ def _do(writer: Writer, account: Account, operations: Sequence[Operation]) -> No
 
 async def _settled(engine: Engine) -> None:
     """In step, however often a sweep is refused on the way."""
-    for _ in range(TRIES):
+    for _ in range(TRIES + TRAP.span):
         with trio.move_on_after(SETTLE_SECONDS) as scope:
             try:
                 await engine.settle()
@@ -257,7 +308,7 @@ async def _settled(engine: Engine) -> None:
         if scope.cancelled_caught:
             message = f"not settled within {SETTLE_SECONDS} s: {await engine.status()}"
             raise Mismatch(message)
-    message = f"refused {TRIES} times after one fault"
+    message = f"refused {TRIES + TRAP.span} times after one fault"
     raise Mismatch(message)
 
 
@@ -271,6 +322,8 @@ def main() -> int:
     parser.add_argument("--at", type=int, default=0, help="just this one")
     arguments = parser.parse_args()
     _disk = _Disk()
+    apsw.connection_hooks.append(_hook)
+    database.BUSY_RETRIES = BUSY_RETRIES  # ten seconds of retries would make no other way of it
     for door in arguments.door or DOORS:
         at, faults = arguments.at or 1, 0
         while at <= 300:  # noqa: PLR2004 - reads go on for as long as the engine looks at its tree

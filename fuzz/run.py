@@ -36,7 +36,7 @@ SUITES: dict[str, tuple[Callable[[], Sequence[str]], Callable[[int], Sequence[st
         lambda: _script("tree_machine.py", "--operations", 200, "--seed", 1),
         lambda seed: _script("tree_machine.py", "--operations", 1000, "--seed", seed),
     ),
-    "faults": (lambda: _script("faults.py", "--most", 4), lambda _: _script("faults.py")),
+    "faults": (lambda: _script("faults.py", "--most", 2), lambda _: _script("faults.py")),
     "damage": (
         lambda: _script("damage.py", "--cases", 24),
         lambda seed: _script("damage.py", "--seed", seed),
