@@ -21,6 +21,7 @@ from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import READER, Base, Desk, base_now, now_milliseconds, wait_moved
 from everos_engine.loops.guard import guard
 from everos_engine.loops.maintain import compact, maintain
+from everos_engine.loops.marks import retry_for_settings
 from everos_engine.loops.observe import audit, sweep
 from everos_engine.loops.scan import AUDIT_FILES, scan
 from everos_engine.loops.vectors import Vectors, open_vectors
@@ -367,6 +368,7 @@ async def _serve(
             await trio.sleep(wait_seconds)
             desk.brake.arm()
             await _recover(desk)
+            await retry_for_settings(desk)
             await agree(desk)
             for name, loop in _loops(desk, watching=watching).items():
                 nursery.start_soon(partial(keep, name, loop), name=name)

@@ -143,11 +143,21 @@ class Damaged(Transient):
 class BadFile(EngineError):
     """A file that only an edit can heal.
 
-    ``line`` and ``column`` are 1-based, or None where the damage has no place; ``remedy`` says what to edit.
+    ``line`` and ``column`` are 1-based, or None where the damage has no place; ``remedy`` says what to edit. ``setting`` is the name
+    of the setting that another value of would help too, or None.
     """
 
-    def __init__(self, message: str, *, remedy: str, line: int | None = None, column: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        remedy: str,
+        line: int | None = None,
+        column: int | None = None,
+        setting: str | None = None,
+    ) -> None:
         super().__init__(message)
+        self.setting = setting
         self.remedy = remedy
         self.line = line
         self.column = column

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from everos_engine.settings import Settings
     from everos_engine.stores.database import Transaction
 
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 class Job:
     """One claimed change on its way: what was read, what is to be written, and why it failed if it did.
 
-    ``put_off`` is why some of its entries wait, ``put_off_where`` names them if they are to blame; the others are written. ``life`` is that of the model of its vectors.
+    ``put_off`` is why some of its entries wait, ``put_off_where`` names them if they are to blame; the others are written. ``life`` is that of the model of its vectors. ``refused`` are the entries whose text the embedder refuses: they are
+    written without a vector.
     """
 
     claim: queue.Claim
@@ -43,6 +46,7 @@ class Job:
     put_off: Transient | None = None
     put_off_where: str = ""
     problems: list[Problem] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
     error: EngineError | None = None
 
     @property
@@ -53,13 +57,36 @@ class Job:
 
 
 def refuse(job: Job, refused: dict[str, EngineError]) -> None:
-    """Entries whose text the embedder refuses become problems; they keep their last good rows."""
+    """Entries whose text the embedder refuses become problems. They are written without a vector, and found by words."""
     bad = [entry for entry in job.plan.upserts if entry.embed_text in refused]
+    job.refused = {entry.entry_id for entry in bad}
     job.problems += [
-        Problem(entry.entry_id, str(refused[entry.embed_text]), "edit the entry's text", entry.line) for entry in bad
+        Problem(
+            entry.entry_id,
+            f"it is found by words only, because the embedder refuses its text: {refused[entry.embed_text]}",
+            "shorten the text, or lower embedder.max_characters",
+            entry.line,
+        )
+        for entry in bad
     ]
-    keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in refused)
-    job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
+
+
+def values_to_blame(settings: Settings, model: str) -> dict[str, str]:
+    """Return each setting that a change can fail for, with its value today. The embedder's is a digest: a URL may hold a password."""
+    embedder = f"{settings.embedder.kind}\n{settings.embedder.url}\n{model}"
+    return {
+        "max_file_bytes": str(settings.max_file_bytes),
+        "embedder": hashlib.blake2b(embedder.encode(), digest_size=16).hexdigest(),
+        "embedder.max_characters": str(settings.embedder.max_characters),
+    }
+
+
+def blamed(job: Job) -> set[str]:
+    """Return the names of the settings that may be to blame for what is wrong with a change."""
+    names = {"embedder", "embedder.max_characters"} if job.refused else set()
+    if isinstance(job.error, BadFile) and job.error.setting is not None:
+        names.add(job.error.setting)
+    return names
 
 
 def put_off(job: Job, later: Mapping[str, Transient]) -> None:
@@ -123,7 +150,10 @@ def note_written(tx: Transaction, kind: str, job: Job) -> None:
         tx,
         job.claim.md_path,
         kind,
-        written=[(entry.entry_id, entry.content_hash, entry.line) for entry in job.plan.upserts],
+        written=[
+            (entry.entry_id, entry.content_hash, entry.line, entry.entry_id in job.refused)
+            for entry in job.plan.upserts
+        ],
         lines=[(entry.entry_id, entry.line) for entry in moved],
         deleted=job.plan.deletes,
     )

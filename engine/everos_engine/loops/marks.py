@@ -9,7 +9,7 @@ from loguru import logger
 
 from everos_engine.errors import Transient, Unavailable, clipped, disk_full
 from everos_engine.loops.desk import now_milliseconds
-from everos_engine.loops.job import Unsettled, complaint, note_written
+from everos_engine.loops.job import Unsettled, blamed, complaint, note_written, values_to_blame
 from everos_engine.stores import ledger, queue
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Written(NamedTuple):
 
 def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Written | None) -> None:
     """Note in ledger and queue what became of a batch's jobs of one kind; ``written`` is None where nothing was committed."""
-    now = now_milliseconds()
+    now, values = now_milliseconds(), _values(desk)
     if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
         for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
             job.error = job.error or Transient(f"the table {kind!r} was made again meanwhile", counts_as_retry=False)
@@ -62,11 +62,26 @@ def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Wr
             fingerprint=job.fingerprint,
             racy=job.racy,
             digest=job.digest,
+            failed_for={name: values[name] for name in blamed(job)},
             now_milliseconds=now,
         )
         logger.warning("change_failed path={!r} error={!r}", job.claim.md_path, message)
     if written is not None:
         ledger.moved_on(tx, kind, written.incarnation, version=written.version)
+
+
+async def retry_for_settings(desk: Desk) -> None:
+    """Queue what failed for a setting that has another value since."""
+    again = await desk.database.awrite(
+        lambda tx: queue.requeue_for_settings(tx, _values(desk), now_milliseconds=now_milliseconds())
+    )
+    if again:
+        logger.info("settings_changed requeued={}", len(again))
+
+
+def _values(desk: Desk) -> dict[str, str]:
+    gate = desk.vectors.gate
+    return values_to_blame(desk.settings, "" if gate is None else gate.embedder.model)
 
 
 def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int) -> None:

@@ -281,7 +281,9 @@ class _Worker:
         """
         left = list(claims)
         with self._unit("read and compare", lambda: left):
-            known = await self.desk.database.aread(lambda tx: ledger.known(tx, [claim.md_path for claim in claims]))
+            known = await self.desk.database.aread(
+                lambda tx: ledger.to_write_again(tx, [claim.md_path for claim in claims])
+            )
             jobs = [Job(claim) for claim in claims]
             while jobs:
                 await self.held_bytes.wait_value(lambda held: held < HELD_BYTES)

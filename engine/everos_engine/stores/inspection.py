@@ -13,7 +13,7 @@ from everos_engine.stores.queue import Fingerprint4, Status, WaitsFor
 
 CHANGE = """
 SELECT kind, lsn, status, owner, not_before, mtime_ns, size, ino, ctime_ns, racy, retry_count, retryable, error, source,
-    first_seen, updated, {waits_for},
+    first_seen, updated, {waits_for}, {failed_for},
     (SELECT count(*) FROM md_change_state AS o WHERE o.status = 'pending' AND o.not_before = 0 AND o.pos < c.pos)
 FROM md_change_state AS c WHERE md_path = ?
 """
@@ -37,6 +37,7 @@ class Change:
     first_seen: int
     updated: int
     waits_for: WaitsFor | None
+    failed_for: frozenset[str]
     ahead: int
 
 
@@ -54,7 +55,7 @@ def change(tx: Transaction, md_path: str) -> Change | None:
     """The queue's row of one path, or None."""
     for row in tx.execute(_waiting(tx, CHANGE), (md_path,)):
         kind, lsn, status, owner, not_before, *four, racy, retries, retryable, error, source, first, updated = row[:16]
-        waits_for, ahead = row[16:]
+        waits_for, failed_for, ahead = row[16:]
         return Change(
             kind=cast("str", kind),
             lsn=cast("int", lsn),
@@ -70,6 +71,7 @@ def change(tx: Transaction, md_path: str) -> Change | None:
             first_seen=cast("int", first),
             updated=cast("int", updated),
             waits_for=cast("WaitsFor | None", waits_for),
+            failed_for=frozenset(json.loads(cast("str | None", failed_for) or "{}")),
             ahead=cast("int", ahead),
         )
     return None
@@ -183,9 +185,9 @@ def claimed_by(tx: Transaction, owners: Iterable[str]) -> int:
 
 
 def _waiting(tx: Transaction, sql: str) -> str:
-    """Put the column of the typed reason into a statement, or NULL for a database that is older than the column."""
+    """Put the columns of the typed reasons into a statement, or NULL for a database that is older than they are."""
     columns = {row[1] for row in tx.execute("PRAGMA table_info(md_change_state)")}
-    return sql.format(waits_for="waits_for" if "waits_for" in columns else "NULL")
+    return sql.format_map({name: name if name in columns else "NULL" for name in ("waits_for", "failed_for")})
 
 
 def _has_table(tx: Transaction, name: str) -> bool:

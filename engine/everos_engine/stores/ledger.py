@@ -16,6 +16,7 @@ from everos_engine.stores.versions import Version
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS ledger (
     md_path TEXT NOT NULL, entry_id TEXT NOT NULL, kind TEXT NOT NULL, content_hash BLOB NOT NULL, line INTEGER NOT NULL,
+    refused INTEGER NOT NULL DEFAULT 0 CHECK (refused IN (0, 1)),
     PRIMARY KEY (md_path, entry_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS ledger_kind ON ledger (kind);
@@ -27,17 +28,21 @@ CREATE TABLE IF NOT EXISTS incarnation (
     digest BLOB NOT NULL DEFAULT x''
 ) STRICT, WITHOUT ROWID;
 """
-UPGRADE_TO_3 = "ALTER TABLE incarnation ADD COLUMN digest BLOB NOT NULL DEFAULT x'';"
+UPGRADE_TO_3 = """
+ALTER TABLE incarnation ADD COLUMN digest BLOB NOT NULL DEFAULT x'';
+ALTER TABLE ledger ADD COLUMN refused INTEGER NOT NULL DEFAULT 0 CHECK (refused IN (0, 1));
+"""
 """What version 3 changes in the tables of version 2. New tables and indexes come with SCHEMA."""
 UNKNOWN = b""
 
 INTEND = """
-INSERT INTO ledger VALUES (?, ?, ?, x'', ?)
+INSERT INTO ledger (md_path, entry_id, kind, content_hash, line) VALUES (?, ?, ?, x'', ?)
 ON CONFLICT (md_path, entry_id) DO UPDATE SET content_hash = x'', kind = excluded.kind
 """
 APPLY = """
-INSERT INTO ledger VALUES (?, ?, ?, ?, ?)
-ON CONFLICT (md_path, entry_id) DO UPDATE SET content_hash = excluded.content_hash, line = excluded.line, kind = excluded.kind
+INSERT INTO ledger (md_path, entry_id, kind, content_hash, line, refused) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (md_path, entry_id) DO UPDATE SET content_hash = excluded.content_hash, line = excluded.line, kind = excluded.kind,
+    refused = excluded.refused
 """
 
 
@@ -47,6 +52,15 @@ def known(tx: Transaction, paths: Sequence[str]) -> dict[str, dict[str, bytes]]:
     sql = "SELECT md_path, entry_id, content_hash FROM ledger WHERE md_path IN (SELECT value FROM json_each(?))"
     for path, entry_id, content_hash in tx.execute(sql, (json.dumps(list(paths)),)):
         found[cast("str", path)][cast("str", entry_id)] = cast("bytes", content_hash)
+    return found
+
+
+def to_write_again(tx: Transaction, paths: Sequence[str]) -> dict[str, dict[str, bytes]]:
+    """As ``known``, with unknown for each entry whose text the embedder refused: it is asked again when the file is looked at."""
+    found = known(tx, paths)
+    sql = "SELECT md_path, entry_id FROM ledger WHERE refused = 1 AND md_path IN (SELECT value FROM json_each(?))"
+    for path, entry_id in tx.execute(sql, (json.dumps(list(paths)),)):
+        found[cast("str", path)][cast("str", entry_id)] = UNKNOWN
     return found
 
 
@@ -60,12 +74,19 @@ def apply(
     md_path: str,
     kind: str,
     *,
-    written: Iterable[tuple[str, bytes, int]],
+    written: Iterable[tuple[str, bytes, int, bool]],
     lines: Iterable[tuple[str, int]],
     deleted: Iterable[str],
 ) -> None:
-    """Note what a commit did: ``written`` (entry id, content hash, line), moved ``lines``, and ``deleted`` ids."""
-    _many(tx, APPLY, [(md_path, entry_id, kind, content_hash, line) for entry_id, content_hash, line in written])
+    """Note what a commit did: ``written`` (entry id, content hash, line, whether its text was refused), moved ``lines``, and ``deleted`` ids."""
+    _many(
+        tx,
+        APPLY,
+        [
+            (md_path, entry_id, kind, content_hash, line, int(refused))
+            for entry_id, content_hash, line, refused in written
+        ],
+    )
     _many(
         tx,
         "UPDATE ledger SET line = ? WHERE md_path = ? AND entry_id = ? AND line <> ?",

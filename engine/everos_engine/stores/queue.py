@@ -59,8 +59,12 @@ ALTER TABLE md_change_state ADD COLUMN waits_for TEXT CHECK (waits_for IN ('retr
     CHECK ((waits_for IS NOT NULL) = (status = 'pending' AND not_before > 0));
 ALTER TABLE md_change_state ADD COLUMN failed_for TEXT CHECK (failed_for IS NULL OR status = 'failed');
 ALTER TABLE md_change_state ADD COLUMN known_since INTEGER NOT NULL DEFAULT 0;
+UPDATE md_change_state SET failed_for = '{"max_file_bytes": "", "embedder": ""}' WHERE status = 'failed' AND retryable = 0;
 """
-"""What version 3 changes in the tables of version 2: a change that waited without a typed reason is ready now."""
+"""What version 3 changes in the tables of version 2.
+
+A change that waited without a typed reason is ready now. One that failed without it is tried once more: it may be for a setting.
+"""
 
 Status = Literal["pending", "processing", "done", "failed"]
 WaitsFor = Literal["retry", "settle", "embedder", "root", "descriptors", "disk", "file"]

@@ -206,6 +206,10 @@ def _failed(seen: Evidence) -> Judgement | None:
         remedy = f"once the cause is mended, `{seen.program} fix --apply`"
         following = "nothing by itself: all its attempts are used up"
         return Judgement("failed", "dead_letter", cause, remedy, following)
+    if "embedder" in change.failed_for and seen.known.rows:
+        following = f"nothing until the file, the model or embedder.max_characters changes; then {_then(seen)}"
+        remedy = f"shorten the text and save; or set another model, or a lower embedder.max_characters, then `{seen.program} run`"
+        return Judgement("partly", "words_only", cause, remedy, following)
     remedy = f"mend what is named and save; or, if it was mended elsewhere, `{_sync(seen)}`"
     return Judgement("failed", "refused", cause, remedy, f"nothing until the file changes; then {_then(seen)}")
 

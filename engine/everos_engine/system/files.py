@@ -332,7 +332,7 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
             raise Vanished(place.md_path)
         if before.size > max_file_bytes:
             message = f"the file has {before.size} bytes, more than max_file_bytes={max_file_bytes}"
-            raise BadFile(message, remedy="split it, or raise max_file_bytes")
+            raise BadFile(message, remedy="split it, or raise max_file_bytes", setting="max_file_bytes")
         try:
             sources = {key: _bytes(path_of(root, key), max_file_bytes) for key, _ in _members(root, place)}
         except OSError as error:
