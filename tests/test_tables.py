@@ -383,3 +383,42 @@ async def test_reads_slower_than_their_deadline_do_not_cost_the_table(root: Path
     async with served(settings) as engine:
         assert engine.desk.index.incarnation_of(KIND) == incarnation
         await in_step(engine)
+
+
+# One file's rows that LanceDB cannot take
+
+
+class _Choosy:
+    """The bridge to a LanceDB that raises an error of its own, which nobody has heard of, for rows of some paths."""
+
+    def __init__(self, inner: object, refuses: str) -> None:
+        self.inner, self.refuses = inner, refuses
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    async def write(self, function: Callable[..., Awaitable[object]], *args: object, deadline_seconds: float) -> object:
+        for argument in args:
+            for batch in argument if isinstance(argument, list) else []:
+                if hasattr(batch, "column") and self.refuses in batch.column("md_path").to_pylist():
+                    message = "lance error: some day this works"
+                    raise RuntimeError(message)
+        return await self.inner.write(function, *args, deadline_seconds=deadline_seconds)  # type: ignore[attr-defined]
+
+
+async def test_rows_that_lancedb_cannot_take_hold_up_no_neighbour(root: Path) -> None:
+    write_files(root)
+    settings = replace(quiet(root), worker_max_retry=2)
+    refused = "users/u1/.atomic_facts/2.md"
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
+        index = engine.desk.index
+        inner = index.bridge
+        index.bridge = _Choosy(inner, refused)  # type: ignore[assignment]
+        with trio.fail_after(HANG_SECONDS):
+            await engine.settle()
+        assert len(await indexed(engine)) == FILES - 1
+        assert (await engine.status()).counts.failed_retryable == 1
+        assert not (settings.lancedb_directory.parent / "set-aside").exists(), "the table is sound"
+        index.bridge = inner
+        await engine.fix()
+        await in_step(engine)

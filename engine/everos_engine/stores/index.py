@@ -216,10 +216,11 @@ class Index:
         life = self._lives.get(kind)
         if life is None:
             raise Unrecognised(self._gone(kind))
-        batches = [
-            lance.batch_of(self.kinds[kind], life.dimension, rows[start : start + MERGE_ROWS])
-            for start in range(0, len(rows), MERGE_ROWS)
-        ]
+        with lance.sorted_troubles():
+            batches = [
+                lance.batch_of(self.kinds[kind], life.dimension, rows[start : start + MERGE_ROWS])
+                for start in range(0, len(rows), MERGE_ROWS)
+            ]
         keys = [deletes[start : start + DELETE_KEYS] for start in range(0, len(deletes), DELETE_KEYS)]
         async with self._turn(kind), self._writing(kind) as table:
             version = await self._commit(table, kind, left, batches, keys)
