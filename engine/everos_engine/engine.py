@@ -16,9 +16,10 @@ from loguru import logger
 from everos_engine.embed import open_embedder
 from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected, split_end
 from everos_engine.loops.agree import agree, heal_reads, inspect
-from everos_engine.loops.asked import enqueue
+from everos_engine.loops.asked import enqueue, key_of
 from everos_engine.loops.brake import lay_marker
 from everos_engine.loops.desk import READER, Base, Desk, base_now, now_milliseconds, wait_moved
+from everos_engine.loops.erase import forget
 from everos_engine.loops.guard import guard
 from everos_engine.loops.maintain import compact, maintain
 from everos_engine.loops.marks import retry_for_settings
@@ -240,6 +241,26 @@ class Engine:
             )
             await _reach(desk, await desk.database.aread(queue.newest))
             return await desk.database.aread(lambda tx: census.outcomes(tx, released))
+
+        return await self._call(work)
+
+    async def forget(self, paths: Sequence[str] = (), *, text: str | None = None, delete: bool = False) -> int:
+        """Bring the index in step, then leave no byte below it of what these files held, of ``text``, or of any older state.
+
+        ``delete`` deletes the files first. Returns by how many bytes the index is smaller. Raises BadQuestion if a file still holds
+        it, and OutsideRoot for a path outside the root or of no kind.
+        """
+
+        async def work(desk: Desk) -> int:
+            keys = [key_of(desk.settings, path) for path in paths]
+            for key in keys if delete else ():
+                with suppress(FileNotFoundError):
+                    os.unlink(files.path_of(desk.settings.root, key))
+            await _settle(desk)
+            if keys:
+                _, lsn = await enqueue(desk.settings, desk.database, paths, threads=desk.threads)
+                await _reach(desk, lsn)
+            return await forget(desk, keys, text)
 
         return await self._call(work)
 
@@ -632,7 +653,17 @@ async def _control(engine: Engine) -> None:
             return {"error": str(error)}
         return {"results": [result.as_data() for result in found]}
 
-    socket, slow = engine.settings.control_socket, {"search": look_up}
+    async def forget_it(asked: Mapping[str, object]) -> dict[str, object]:
+        paths, text = asked.get("paths"), _word(asked, "text")
+        if not isinstance(paths, list):
+            return {"error": "paths must be a list"}
+        try:
+            saved = await engine.forget([str(path) for path in paths], text=text, delete=asked.get("delete") is True)
+        except EngineError as error:
+            return {"error": str(error)}
+        return {"saved_bytes": saved}
+
+    socket, slow = engine.settings.control_socket, {"search": look_up, "forget": forget_it}
     await serve_control(socket, answer, slow=slow, spare=engine.spare)
 
 

@@ -147,6 +147,12 @@ class LanceDBSettings:
         least=60,
         scope="root",
     )
+    erase_after_hours: float = knob(
+        24.0,
+        "Time after which a table that was written to is written again without the rows that were deleted; 0 never does.",
+        least=0,
+        scope="root",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

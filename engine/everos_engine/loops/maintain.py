@@ -13,6 +13,7 @@ from loguru import logger
 from everos_engine.errors import Transient
 from everos_engine.loops.agree import expect_root
 from everos_engine.loops.desk import now_milliseconds, wait_moved
+from everos_engine.loops.erase import erase_due
 from everos_engine.stores import embeddings, ledger
 from everos_engine.system.unit import unit
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.versions import Version
 
 LONG_SECONDS = 3600.0
+ERASE_LOOK_SECONDS = 600.0
 ALLOWANCE_SECONDS = 60.0
 LEAST_VERSIONS = 2
 """The version in force, and the one before it: no pass of an optimize leaves fewer."""
@@ -40,6 +42,7 @@ async def maintain(desk: Desk) -> None:
     """
     voided: set[str] = set()
     rest = Rest(desk)
+    erase_at = trio.current_time()
     while True:
         seen = desk.applied.value
         patience = _patience(desk)
@@ -63,6 +66,12 @@ async def maintain(desk: Desk) -> None:
                 await _prune(desk)
         if rest.seconds() <= 0:
             await rest.compact()
+        if trio.current_time() >= erase_at:  # also without a pause: what was deleted may not wait for one
+            erase_at = trio.current_time() + ERASE_LOOK_SECONDS
+            desk.beat("maintain", within_seconds=3 * desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+            with unit("maintain", "erase"):
+                if await erase_due(desk):
+                    rest.wake()
 
 
 @dataclass(slots=True)
@@ -138,6 +147,7 @@ async def compact(desk: Desk) -> None:
     for kind in desk.index.open_kinds():
         if desk.index.wants_optimize(kind):
             await _optimize(desk, kind, alone=True)
+    await erase_due(desk)
 
 
 def _patience(desk: Desk) -> float:

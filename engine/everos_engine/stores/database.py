@@ -93,6 +93,9 @@ class Database:
             if not readonly:
                 self._retried(lambda: self._run("PRAGMA journal_mode=WAL"))
                 self._run("PRAGMA synchronous=NORMAL")
+                self._run(
+                    "PRAGMA secure_delete=ON"
+                )  # what is deleted is overwritten: a private text must not outlive its file
                 self._run("PRAGMA journal_size_limit=8388608")
             if cache_kibibytes:
                 self._run(f"PRAGMA cache_size=-{cache_kibibytes}")
@@ -207,6 +210,16 @@ class Database:
             return
         except apsw.Error as error:
             raise self._translated(error) from error
+
+    def vacuum(self) -> None:
+        """Write the whole file again without its free pages, and empty the WAL. Raises Locked if readers keep that from happening."""
+        self._retried(lambda: self._run("VACUUM"))
+        self._retried(self._empty_wal)
+
+    def _empty_wal(self) -> None:
+        for busy, _, _ in self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)"):
+            if busy:
+                raise apsw.BusyError
 
     def problems(self, *, thorough: bool) -> list[str]:
         """Return what SQLite finds wrong with the file; ``thorough`` compares the indexes with their tables too."""

@@ -62,6 +62,11 @@ class Cache:
         """Set the cache aside, because what is in it cannot be trusted any more. Raises Transient if that fails."""
         await self._in_thread(self._drop)
 
+    async def vacuum(self) -> None:
+        """Write the file again without its free pages, if it can be used now."""
+        await self.use(lambda _: None, otherwise=None)  # opens it, and sets a damaged one aside
+        await self._in_thread(lambda: None if self._database is None else self._database.vacuum())
+
     def close(self) -> None:
         """Close the file. Safe to call twice."""
         if self._database is not None:
@@ -200,6 +205,18 @@ def prune(tx: Transaction, *, max_bytes: int, now_milliseconds: int) -> int:
         (SELECT model, text_hash FROM embedding ORDER BY used LIMIT ?)"""
     _all(tx.execute(sql, (doomed,)))
     return doomed
+
+
+def keep_only(tx: Transaction, live: Iterable[bytes], *, unused_since_milliseconds: int | None) -> int:
+    """Drop every vector whose text's hash is not in ``live``; with a moment only those not used since the day before; how many."""
+    _all(tx.execute("CREATE TEMP TABLE live (text_hash BLOB PRIMARY KEY) WITHOUT ROWID"))
+    _all(tx.executemany("INSERT OR IGNORE INTO live VALUES (?)", ((one,) for one in live)))
+    day = None if unused_since_milliseconds is None else unused_since_milliseconds - USED_GRAIN_MILLISECONDS
+    where = "text_hash NOT IN (SELECT text_hash FROM live) AND (?1 IS NULL OR used <= ?1)"
+    ((count,),) = tx.execute(f"SELECT count(*) FROM embedding WHERE {where}", (day,))
+    _all(tx.execute(f"DELETE FROM embedding WHERE {where}", (day,)))
+    _all(tx.execute("DROP TABLE temp.live"))
+    return cast("int", count)
 
 
 def _all(rows: Iterable[object]) -> None:

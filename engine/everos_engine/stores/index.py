@@ -34,6 +34,7 @@ DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
 SET_ASIDE = "set-aside"
 """The folder beside the tables' that keeps the newest damaged copy of each."""
+READERS_LOOK_SECONDS = 0.02
 
 
 class Bridge(Protocol):
@@ -310,6 +311,38 @@ class Index:
             life.pruned = True
         life.commits -= commits
         life.rows -= rows
+
+    async def erase(self, kind: str, *, keep_seconds: float) -> None:
+        """Leave nothing in a kind's table, if there is one, but the rows it has, and versions younger than ``keep_seconds``.
+
+        Commits wait meanwhile. If no old version is to be kept, their readers are waited for.
+        """
+        with self._generations.using() as generation:
+            if await self._table(generation, kind) is None:
+                return
+        async with self._turn(kind), self._compaction(kind):
+            life = self._lives[kind]
+            life.pruned = True
+            async with self._writing(kind) as table:
+                await self.write(lance.erase, table, self.kinds[kind])
+            if not keep_seconds:
+                await self._last_readers()
+            async with self._writing(kind) as table:
+                optimize = partial(lance.optimize, nobody_else=kind not in self._adrift)
+                life.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
+            life.pruned = True
+            life.commits = life.rows = 0
+
+    async def _last_readers(self) -> None:
+        """Begin a new generation, and wait until nobody reads in an old one, as long as a read may take."""
+        self.rotate()
+        with trio.move_on_after(self.settings.read_deadline_seconds):
+            while self.generations_open > 1:  # noqa: ASYNC110 - a reader that ends announces it to nobody
+                await trio.sleep(READERS_LOOK_SECONDS)
+
+    async def visit(self, kind: str, names: Sequence[str], take: Callable[[list[dict[str, object]]], None]) -> None:
+        """Give ``take`` every row of a kind, with only these columns, a batch at a time, in LanceDB's thread; some twice if it fails."""
+        await self._ask(kind, lance.visit, names, take)
 
     async def keys(self, kind: str) -> tuple[dict[tuple[str, str], bytes], set[tuple[str, str]]]:
         """(md_path, entry_id) -> content hash of every row, and the keys that more than one row has."""

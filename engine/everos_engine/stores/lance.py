@@ -182,7 +182,7 @@ async def create_table(
         remove(place)
     table = await connection.create_table(kind.name, schema=schema_of(kind, model, incarnation))
     for column in kind.fts_columns:
-        await table.create_index(column, config=FTS(base_tokenizer="icu", with_position=False, remove_stop_words=False))
+        await table.create_index(column, config=_words())
     return table
 
 
@@ -334,6 +334,22 @@ async def optimize(table: AsyncTable, kind: TableKind, keep_seconds: float, *, n
     return (await covered(table, kind))[0]
 
 
+async def erase(table: AsyncTable, kind: TableKind) -> None:
+    """Write every row and every full-text index again; no row changes.
+
+    A deleted row stays in its fragment until that is rewritten, and its words in the index: optimizing does neither by itself.
+    """
+    await table.update(updates_sql={"entry_id": "entry_id"})
+    for column in kind.fts_columns:
+        await table.create_index(column, config=_words(), replace=True)
+
+
+async def visit(table: AsyncTable, names: Sequence[str], take: Callable[[list[dict[str, object]]], None]) -> None:
+    """Give ``take`` every row, with only these columns, a batch at a time: a whole table may not fit into memory."""
+    async for batch in await table.query().select(list(names)).to_batches():
+        take(batch.to_pylist())
+
+
 async def covered(table: AsyncTable, kind: TableKind) -> tuple[int, int]:
     """Rows in the full-text indexes, and rows in none yet; an index is called as Lance calls it by default."""
     found = await table.index_stats(f"{kind.fts_columns[0]}_idx")
@@ -426,6 +442,10 @@ def translated(error: BaseException) -> Transient:
     if any(words in text.lower() for words in _RACES):
         return Transient(message)
     return Unexpected(message)
+
+
+def _words() -> FTS:
+    return FTS(base_tokenizer="icu", with_position=False, remove_stop_words=False)
 
 
 def _vectors(vectors: Sequence[NDArray[np.float32] | None], dimension: int) -> pa.Array:

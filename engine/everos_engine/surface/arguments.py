@@ -190,6 +190,17 @@ def _add_repairs(add: _Add) -> None:
         "apply the deletions that are held because they looked like an accident",
         "`status` and `doctor held` say what is held and why.",
     )
+    forget = add(
+        "forget",
+        "erase every trace that deleted text has left in the index",
+        "Old versions of tables, vectors, copies that were set aside, and free pages hold text that no file holds any more. This "
+        "command removes it now; a running engine does it by itself, see lancedb.erase_after_hours. What still is in a file is refused.",
+    )
+    forget.add_argument("paths", nargs="*", metavar="PATH", help="a file that was deleted, from the root or from here")
+    forget.add_argument("--delete", action="store_true", help="delete these files too")
+    forget.add_argument(
+        "--text", action="store_true", help="read a text from standard input: no entry, name or error with it is kept"
+    )
     trust = add(
         "trust",
         "trust the memory root's own settings file, as it is now",

@@ -18,7 +18,7 @@ from everos_engine.errors import BadQuestion, EngineError, exhausted
 from everos_engine.settings import Settings, describe, load
 from everos_engine.surface import arguments as grammar
 from everos_engine.surface import terminal
-from everos_engine.surface.paint import ago, plural, printable, quoted, shown
+from everos_engine.surface.paint import ago, plural, printable, quoted, shown, size
 from everos_engine.system import private
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.census import Outcome
 
 OK, TROUBLE, USAGE, INTERRUPTED = 0, 1, 2, 130
+MIN_FORGOTTEN_CHARACTERS = 4
 AS_THE_ENGINE = "run the command as the user the engine runs as"
 NO_ROOM = "free disk space, then run the command again; `everos-engine doctor disk` shows what is left"
 REMEDIES = {
@@ -151,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
             "fix": _fix,
             "release": _release,
             "trust": _trust,
+            "forget": _forget,
         }
     )
 
@@ -262,6 +264,25 @@ def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
         _show(outcome)
     print(f"{len(outcomes)} released")
     return TROUBLE if any(outcome.status == "failed" for outcome in outcomes) else OK
+
+
+def _forget(settings: Settings, arguments: argparse.Namespace) -> int:
+    if arguments.text == bool(arguments.paths) or (arguments.text and arguments.delete):
+        message = "name files, or give a text with --text; --delete is for files"
+        raise BadQuestion(message)
+    text = None
+    if arguments.text:
+        text = sys.stdin.read().strip()
+        if len(text) < MIN_FORGOTTEN_CHARACTERS:
+            message = f"the text on standard input has less than {MIN_FORGOTTEN_CHARACTERS} characters: too much would hold it"
+            raise BadQuestion(message)
+    from everos_engine.surface.oneshot import forget  # noqa: PLC0415 - imports LanceDB
+
+    saved = forget(settings, arguments.paths, text=text, delete=arguments.delete)
+    print(
+        f"forgotten: nothing below {shown(str(settings.root / '.index'))} holds it any more; {size(max(0, saved))} less"
+    )
+    return OK
 
 
 def _trust(flags: Mapping[str, object], arguments: argparse.Namespace) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import trio
 
 from everos_engine.embed.gate import WAITING
 from everos_engine.engine import Engine, check_root, open_engine, open_queue, open_reader
-from everos_engine.errors import AlreadyRunning, EngineError, Transient, Unavailable
+from everos_engine.errors import AlreadyRunning, BadQuestion, EngineError, Transient, Unavailable
 from everos_engine.loops.asked import enqueue
 from everos_engine.loops.brake import Brake, lay_marker
 from everos_engine.loops.desk import now_milliseconds
@@ -29,13 +30,13 @@ from everos_engine.surface.stopping import SIGNALS, Interrupted, in_grace_no_mor
 from everos_engine.surface.terminal import say
 from everos_engine.surface.vitals import vitals
 from everos_engine.system import files, locks, wake
-from everos_engine.system.control import ask
+from everos_engine.system.control import BUSY, SLOW_TALK_SECONDS, ask
 from everos_engine.system.file_threads import call_within, open_threads
 from everos_engine.system.locks import running_pid
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from everos_engine.settings import Settings
     from everos_engine.stores.census import Outcome
@@ -122,6 +123,41 @@ def release(settings: Settings) -> list[Outcome]:
     return _do(settings, own, hand_over)
 
 
+def forget(settings: Settings, paths: Sequence[str], *, text: str | None, delete: bool) -> int:
+    """Leave no trace of these files, or of a text, below the index; by how many bytes it is smaller.
+
+    Raises Transient if the running engine cannot do it now.
+    """
+    paths = [files.locate(settings.root, path) for path in paths]
+    saved: list[int] = []
+
+    async def own(engine: Engine) -> list[Outcome]:
+        saved.append(await engine.forget(paths, text=text, delete=delete))
+        return []
+
+    async def hand_over(_: Database) -> list[Outcome]:
+        details = {"paths": paths, "text": text, "delete": delete}
+        told = await trio.to_thread.run_sync(lambda: _ask_slowly(settings, details))
+        if "error" in told:
+            raise BadQuestion(str(told["error"]))
+        saved.append(cast("int", told["saved_bytes"]))
+        return []
+
+    _do(settings, own, hand_over)
+    return saved[-1]
+
+
+def _ask_slowly(settings: Settings, details: Mapping[str, object]) -> dict[str, object]:
+    try:
+        told = ask(settings.control_socket, "forget", details, deadline_seconds=SLOW_TALK_SECONDS + SILENCE_SECONDS)
+    except TimeoutError:
+        told = None
+    if told is None or told.get("error") == BUSY:
+        message = "the running engine could not do this in time, or the question is too long: stop it, then run the command again"
+        raise Transient(message)
+    return told
+
+
 def fix(settings: Settings) -> list[Outcome]:
     """Try every retryable failure again; what became of each."""
 
@@ -187,6 +223,8 @@ def _do(
         say(f"stopping within {settings.shutdown_grace_seconds:g} s; a second signal stops immediately")
 
     async def until_signal() -> list[Outcome] | None:
+        if threading.current_thread() is not threading.main_thread():
+            return await work()  # signals reach the main thread only: who called us from another one handles them
         outcomes = None
         with trio.open_signal_receiver(*SIGNALS) as signals:
             async with trio.open_nursery() as nursery:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from everos_engine.errors import quoted
 from everos_engine.text.entries import Document, Entry, Place, Problem, entry
 from everos_engine.text.frontmatter import Frontmatter
-from everos_engine.text.kinds.tables import INLINE, KINDS, Field
+from everos_engine.text.kinds.tables import INLINE, KINDS, Field, Kind
 from everos_engine.text.markdown import MOST_ENTRIES, Block, blocks, fields, headings
 from everos_engine.text.terms import terms
 
@@ -183,8 +183,13 @@ def _entry(place: Place, entry_id: str, line: int, values: dict[str, object]) ->
     kind = KINDS[place.kind]
     full = {name: values.get(name) for name in kind.columns}
     full["terms"] = terms(str(full[column]) for column in kind.text_columns if full[column])
-    text = "\n".join(str(full[column]) for column in kind.embed_columns if full[column])
-    return entry(entry_id, line=line, values=full, embed_text=text if text.strip() else "")
+    return entry(entry_id, line=line, values=full, embed_text=embed_text(kind, full))
+
+
+def embed_text(kind: Kind, values: Mapping[str, object]) -> str:
+    """Return the text of an entry, or of its row, that is embedded; empty if there is none."""
+    text = "\n".join(str(values[column]) for column in kind.embed_columns if values[column])
+    return text if text.strip() else ""
 
 
 def _common(place: Place, entry_id: str) -> dict[str, object]:
