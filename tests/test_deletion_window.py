@@ -271,4 +271,4 @@ class Deletions(RuleBasedStateMachine):
 
 KNOWN = "SELECT md_path FROM md_change_state WHERE mtime_ns IS NOT NULL"
 TestDeletions = Deletions.TestCase
-TestDeletions.settings = budget(max_examples=25, stateful_step_count=20)
+TestDeletions.settings = budget(max_examples=12, stateful_step_count=20)

@@ -226,6 +226,8 @@ def _do(
         if threading.current_thread() is not threading.main_thread():
             return await work()  # signals reach the main thread only: who called us from another one handles them
         outcomes = None
+        if threading.current_thread() is not threading.main_thread():
+            return await work()  # signals reach the main thread only, and whoever called us there
         with trio.open_signal_receiver(*SIGNALS) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stop_on_signal, signals, nursery.cancel_scope, settings.shutdown_grace_seconds, said)
