@@ -41,6 +41,7 @@ from everos_engine.settings import DescriptorMode, LanceDBSettings
 from everos_engine.stores.generation import Generation
 from everos_engine.stores.index import Bridge, Index, open_index
 from everos_engine.stores.lance import Hit, Model, Row, uri_of
+from everos_engine.system.slope import Learner
 from everos_engine.text.kinds import Kind
 from everos_engine.text.kinds.tables import Field
 
@@ -60,6 +61,10 @@ ENTRY_BYTES = MIB
 """More than any one entry of these tables weighs in the cache."""
 GROWTH = 2.0
 """Lance weighs an entry when it enters the cache, and readers grow as they load: measured, up to 1.78 times the cap."""
+LEARNED_FACTOR = 2.0
+"""The slope that the guard learns may be off by so much for the next pair: texts and metadata vary from step to step."""
+JUDGED_PINS = 32
+"""A Session that pins fewer is mostly metadata."""
 SHAPES: Mapping[str, tuple[int, int, int]] = {"prose": (20, 40, 128), "tiny": (1, 3, 512)}
 """Least and most words of a text, and the calibrated ceiling: descriptors per MiB of cap (measured: 96 and 462)."""
 MODEL = Model("stress", DIMENSION)
@@ -99,6 +104,7 @@ class DescriptorMachine(RuleBasedStateMachine):
         self.random = np.random.default_rng(0)
         self.serial = 0
         self.peak = 0
+        self.learner = Learner()
 
     @initialize(
         mode=st.sampled_from(["pinned", "reopen"]),
@@ -291,11 +297,24 @@ class DescriptorMachine(RuleBasedStateMachine):
             assert found.index <= most, f"{found.index} index descriptors are pinned, the law allows {most}"
             ceiling = (self.cap + ENTRY_BYTES) * SHAPES[self.shape][2] // MIB
             assert found.index <= ceiling, f"{found.index} index descriptors with cap {self.cap}: ceiling {ceiling}"
+            self.learned_agrees(found.index)
         if self.weighed:
             held, bound = self.index.session_bytes(), GROWTH * self.cap + ENTRY_BYTES
             assert held <= bound, (
                 f"{held} bytes in the index cache with cap {self.cap}, at most {bound:.0f} are allowed"
             )
+
+    def learned_agrees(self, pinned: int) -> None:
+        """What the guard would have learned up to here foretells what is counted now; then it learns that too."""
+        session_bytes = self.index.session_bytes()
+        learned = self.learner.slope()
+        if learned is not None and pinned >= JUDGED_PINS:
+            mebibytes = session_bytes / MIB
+            least, most = learned.low * mebibytes / LEARNED_FACTOR, learned.high * mebibytes * LEARNED_FACTOR
+            assert least <= pinned <= most, (
+                f"{pinned} index descriptors, by the learned slope {least:.0f} to {most:.0f}"
+            )
+        self.learner.see(self.index.rotations, session_bytes, pinned)
 
     def teardown(self) -> None:
         try:

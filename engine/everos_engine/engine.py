@@ -34,7 +34,7 @@ from everos_engine.stores import census, embeddings, held, ledger, meta, models,
 from everos_engine.stores.database import Database, open_or_replace
 from everos_engine.stores.index import Index, open_index
 from everos_engine.supervise import WITHIN_SECONDS, Health, alone, keep, keep_open
-from everos_engine.system import ceiling, fds, files, locks, private, wake
+from everos_engine.system import ceiling, fds, files, locks, private, slope, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
@@ -458,7 +458,7 @@ async def _stores(
     async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder, connecting=is_first) as vectors:
         with _databases(settings, may_replace=True) as database:
             ceiling.check_limit(fds.limits()[1])
-            index = _index(settings, bridge)
+            index = _index(settings, bridge, database)
             if before is None:
                 desk = Desk(settings, database, index, vectors, owner, blocks=blocks, base=base)
             else:
@@ -483,7 +483,7 @@ async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
     engine = Engine(settings)
     async with open_asyncio_thread() as bridge, _open_vectors(settings, None, readonly=readonly) as vectors:
         with _databases(settings, readonly=readonly) as database:
-            index = _index(settings, bridge)
+            index = _index(settings, bridge, database)
             try:
                 async with engine.using(Desk(settings, database, index, vectors, READER, base=engine.base)):
                     yield engine
@@ -599,11 +599,13 @@ def _databases(settings: Settings, *, may_replace: bool = False, readonly: bool 
         database.close()
 
 
-def _index(settings: Settings, bridge: AsyncioThread) -> Index:
+def _index(settings: Settings, bridge: AsyncioThread, database: Database) -> Index:
     """The index, its cap checked against the descriptor limit, and no more reads at once than that has room for."""
     fds.raise_soft_limit()
     limit, lancedb, directory = fds.limits()[1], settings.lancedb, settings.lancedb_directory
-    cap_bytes, reads = ceiling.cap_of(lancedb, limit=limit), ceiling.reads_of(lancedb, limit=limit)
+    learned = slope.kept(database.read(lambda tx: meta.get(tx, meta.SLOPE)))
+    cap_bytes = ceiling.cap_of(lancedb, limit=limit, learned=learned)
+    reads = ceiling.reads_of(lancedb, limit=limit)
     fitting = replace(lancedb, concurrent_reads=reads)
     return open_index(bridge, fitting, kinds=kinds.KINDS, directory=directory, cap_bytes=cap_bytes)
 

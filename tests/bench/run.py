@@ -14,9 +14,10 @@ from dataclasses import asdict
 
 import costs
 import latency
+import session
 from harness import BOOK, REPOSITORY, Figure, keep, page, table
 
-MODULES = (latency, costs)
+MODULES = (latency, costs, session)
 MARK = "figures: "
 
 

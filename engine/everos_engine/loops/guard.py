@@ -22,6 +22,7 @@ from everos_engine.stores import meta
 from everos_engine.stores.lance import LIBRARY
 from everos_engine.system import ceiling, fds, memory
 from everos_engine.system.history_file import HistoryFile
+from everos_engine.system.slope import Learner, Slope
 from everos_engine.system.unit import unit
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ BYTES_REST_SECONDS = 10.0
 """Between two rotations for the Session's bytes."""
 TRIM_SECONDS, TRIM_BYTES = 5.0, 256 << 10
 """How often the allocator is asked for what it holds free, and how much more than after the last time must be resident."""
+KEEP_DIFFERENCE = 0.2
+"""Share by which a learned slope must differ from the kept one to be kept in its place."""
 PROVE_AFTER_SECONDS = 3.0
 """The first changes after a start go before the self-test."""
 PROVE_AGAIN_SECONDS = 30.0
@@ -84,6 +87,9 @@ class Guard:
     peak: int = 0
     law: Law | None = None
     resident: Resident = field(init=False)
+    learner: Learner = field(default_factory=Learner)
+    slope: Slope | None = None
+    _kept_slope: Slope | None = None
     classes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(fds.CLASSES, 0))
     memory: fds.Memory = field(default_factory=lambda: fds.Memory(0, 0))
     disk: tuple[int, int, int] = (0, 0, 0)
@@ -127,7 +133,8 @@ class Guard:
                 heard, self._heard = True, desk.exhaustion.value
             desk.exhausted_at_seconds = now
         self._lowest_since = min(self._lowest_since, count)
-        self._classify(now, count)
+        if self._classify(now, count) and self.pinning:
+            self._learn_slope(count, soft=soft)
         if heard or count >= limit:
             self._rotate_for_descriptors(now, count, reason="exhausted")
         elif count > soft and self.classes["lance_index"] + self.classes["deleted"]:
@@ -144,6 +151,7 @@ class Guard:
         with suppress(Transient):
             await self._tell(calm=calm, exhausting=share <= 0, limit=limit)
             await self.resident.report(self.memory.rss_bytes, now)
+            await self._keep_slope()
         if not desk.reserve.held and count < limit - 1:
             desk.reserve.take()
         self._publish(count)
@@ -221,13 +229,51 @@ class Guard:
         limit = fds.limits()[0]
         return limit, *ceiling.budgets_of(self.desk.settings, limit=limit, others=self.desk.base.descriptors)
 
-    def _classify(self, now: float, count: int) -> None:
+    @property
+    def pinning(self) -> bool:
+        """Whether indexes pin descriptors: in mode `pinned`, and when the law of `reopen` was found broken."""
+        mode = self.desk.settings.lancedb.descriptor_mode
+        return mode == "pinned" or (self.law is not None and not self.law.holds)
+
+    def _learn_slope(self, count: int, *, soft: int) -> None:
+        """Learn from one more pair; lower the cap when what a full Session will pin passes the soft budget."""
+        index, pinned = self.desk.index, self.classes["lance_index"] + self.classes["deleted"]
+        self.learner.see(index.rotations, index.session_bytes(), pinned)
+        self.slope = self.learner.slope() or self.slope
+        if self.slope is None:
+            return
+        room = soft - (count - pinned)
+        fitting = ceiling.fitting_cap(self.desk.settings.lancedb, self.slope, cap_bytes=index.cap_bytes, room=room)
+        if fitting < index.cap_bytes:
+            logger.warning(
+                "cap_lowered before={} after={} slope={} room={}",
+                index.cap_bytes,
+                fitting,
+                self.slope.per_mebibyte,
+                room,
+            )
+            index.cap_bytes = fitting
+            self.learner.forget()
+            self._rotate(count, reason="slope")
+
+    async def _keep_slope(self) -> None:
+        """Keep what was learned for the cap of the next start; not for every small difference."""
+        slope, known = self.slope, self._kept_slope
+        if slope is None or (known is not None and abs(slope.high - known.high) <= KEEP_DIFFERENCE * known.high):
+            return
+        text = slope.as_text()
+        await self.desk.database.awrite(lambda tx: meta.put(tx, meta.SLOPE, text))
+        self._kept_slope = slope
+
+    def _classify(self, now: float, count: int) -> bool:
+        """Sort the descriptors into classes if that is due; whether it was."""
         at, counted = self._classified
         if now - at < CLASSIFY_SECONDS and abs(count - counted) < JUMP:
-            return
+            return False
         settings = self.desk.settings
         self._classified = now, count
         self.classes = fds.classify(count, lancedb=settings.lancedb_directory, engine=settings.engine_directory)
+        return True
 
     def _rotate_for_descriptors(self, now: float, before: int, *, reason: str) -> None:
         """Rotate, unless the last rotation freed none and its rest is not over."""
@@ -300,19 +346,19 @@ class Guard:
         self.memory = fds.memory() or self.memory
         point = Point(now_milliseconds(), count, self.memory.rss_bytes, desk.pressure.value, index.session_bytes())
         desk.fds_history.append(point)
-        pinned = settings.descriptor_mode == "pinned" or (self.law is not None and not self.law.holds)
         desk.fds = {
             "count": count,
             "peak": self.peak,
             "limit": limit,
             "soft_budget": soft,
             "hard_budget": hard,
-            "ceiling": ceiling.ceiling_of(desk.settings, cap_bytes=index.cap_bytes, pinned=pinned, limit=limit),
+            "ceiling": ceiling.ceiling_of(desk.settings, cap_bytes=index.cap_bytes, pinned=self.pinning, limit=limit),
             "counted_by": self.counted_by,
             "classes": self.classes,
             "mode": settings.descriptor_mode,
             "law": None if self.law is None else asdict(self.law),
             "cap_bytes": index.cap_bytes,
+            "slope": None if self.slope is None else asdict(self.slope),
             "session_bytes": point.session_bytes,
             "rotations": index.rotations,
             "generations_open": index.generations_open,

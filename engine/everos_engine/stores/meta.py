@@ -8,6 +8,9 @@ from typing import cast
 
 from everos_engine.stores.database import Transaction
 
+SLOPE = "descriptor_slope"
+"""The name of the slope that the descriptor guard learned."""
+
 
 def get(tx: Transaction, name: str) -> str | None:
     """A remembered fact, or None."""

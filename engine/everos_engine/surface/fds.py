@@ -123,6 +123,7 @@ def _live(sample: Mapping[str, object], found: Vitals, paint: Paint) -> str:
             f"session: {size(_int(sample, 'session_bytes'))} cached, rotated {_int(sample, 'rotations')} times, "
             f"{_int(sample, 'generations_open') - 1} old ones still read"
         ),
+        *_slope(sample),
         f"without any descriptor: {_int(sample, 'exhaustions')} times",
         f"worker: {cast('float', found.pulse.get('pressure', 1.0)):.0%} of its breadth",
         f"memory: {size(_int(sample, 'rss_bytes'))} resident, {_int(sample, 'threads')} threads",
@@ -132,6 +133,17 @@ def _live(sample: Mapping[str, object], found: Vitals, paint: Paint) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _slope(sample: Mapping[str, object]) -> list[str]:
+    """What one MiB of the Session pins, as the guard counted it; nothing before it has seen enough."""
+    learned = cast("Mapping[str, float] | None", sample.get("slope"))
+    if learned is None:
+        return []
+    interval = f"[{learned['low']:.1f}, {learned['high']:.1f}]"
+    return [
+        f"pinned by a MiB of the session: {learned['per_mebibyte']:.1f} descriptors {interval}, {learned['points']:.0f} pairs"
+    ]
 
 
 def _bounds(facts: Mapping[str, object]) -> list[str]:

@@ -9,6 +9,7 @@ from everos_engine.errors import SettingsError
 
 if TYPE_CHECKING:
     from everos_engine.settings import LanceDBSettings, Settings
+    from everos_engine.system.slope import Slope
 
 BASE_DESCRIPTORS = 48
 """Most that the engine holds besides pinned indexes, with two reads of the index at once; a test runs it under
@@ -21,6 +22,9 @@ LEAST_LIMIT = 64
 HEADROOM = 2
 """The limit must hold this many ceilings, as in the runbook."""
 MIB = 1 << 20
+LEAST_SLOPE = 1.0
+LEAST_CAP_BYTES = MIB
+"""The guard lowers no cap further: a smaller one finds nothing in it."""
 MOST_AUTO_BYTES = 64 * MIB
 """Beyond this the measured latency no longer falls."""
 OTHERS_DESCRIPTORS = 12
@@ -92,18 +96,32 @@ def budgets_of(settings: Settings, *, limit: int, others: int = OTHERS_DESCRIPTO
     return soft, max(int(limit * lancedb.hard_budget_share), soft + ROOM_DESCRIPTORS)
 
 
-def cap_of(settings: LanceDBSettings, *, limit: int) -> int:
+def cap_of(settings: LanceDBSettings, *, limit: int, learned: Slope | None = None) -> int:
     """The cap in bytes; `auto` is the largest whose ceiling fits ``HEADROOM`` times under ``limit``, at most 64 MiB.
+
+    ``learned`` is what an earlier run counted; the setting ``descriptors_per_mebibyte`` is only the first guess.
 
     Raises SettingsError, with the arithmetic, for a cap that pins more descriptors than the limit has room for.
     """
     chosen = settings.index_cache_size_bytes
     if isinstance(chosen, str):
         room = max(0, limit // HEADROOM - own_of(settings, limit=limit))
-        return min(MOST_AUTO_BYTES, int(room / settings.descriptors_per_mebibyte * MIB))
+        slope = settings.descriptors_per_mebibyte if learned is None else max(LEAST_SLOPE, learned.high)
+        return min(MOST_AUTO_BYTES, int(room / slope * MIB))
     if settings.descriptor_mode == "pinned":
         _check(settings, chosen, limit)
     return chosen
+
+
+def fitting_cap(settings: LanceDBSettings, slope: Slope, *, cap_bytes: int, room: int) -> int:
+    """Return the cap, lowered as far as ``room`` descriptors for indexes make necessary by the slope that was counted.
+
+    A Session is rotated at its budget, so it never holds more than that of a larger cap.
+    """
+    full = min(cap_bytes, settings.session_most_bytes)
+    if slope.high * full / MIB <= room:
+        return cap_bytes
+    return min(cap_bytes, max(LEAST_CAP_BYTES, int(room / slope.high * MIB)))
 
 
 def check_limit(limit: int) -> None:

@@ -1,0 +1,73 @@
+"""How many index descriptors one MiB of a Session's caches pins: learned from what is counted, with an interval."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from statistics import median
+
+MIB = 1 << 20
+MOST_POINTS = 64
+LEAST_POINTS = 8
+LEAST_STEP_BYTES = 64 << 10
+"""Points closer together say the same twice."""
+TAIL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """Descriptors for each MiB: the estimate, and the bounds between which nine tenths of what was seen lies."""
+
+    per_mebibyte: float
+    low: float
+    high: float
+    points: int
+
+    def as_text(self) -> str:
+        """Return a form to keep."""
+        return json.dumps(asdict(self))
+
+
+def kept(text: str | None) -> Slope | None:
+    """Return the slope that ``as_text`` made; None for anything else."""
+    try:
+        return Slope(**json.loads(text)) if text else None
+    except (ValueError, TypeError):
+        return None
+
+
+@dataclass(slots=True)
+class Learner:
+    """Pairs of (bytes of a Session, index descriptors pinned), the last ``MOST_POINTS`` that differ."""
+
+    _points: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=MOST_POINTS))
+
+    def see(self, session: int, session_bytes: int, pinned: int) -> None:
+        """Keep a pair of the Session of this number, if it says something new. Nothing pinned says nothing."""
+        if not pinned or not session_bytes:
+            return
+        if self._points:
+            last, held, _ = self._points[-1]
+            if last == session and abs(session_bytes - held) < LEAST_STEP_BYTES:
+                return
+        self._points.append((session, session_bytes, pinned))
+
+    def forget(self) -> None:
+        """Begin again, for a cap that makes for another share of indexes in a Session."""
+        self._points.clear()
+
+    def slope(self) -> Slope | None:
+        """Return the slope of the pairs; None while there are too few.
+
+        Each pair has a slope of its own, since an empty Session pins nothing. The estimate is their median, which no few
+        wrong ones can move, and the bounds are the twentieth parts at both ends: the next pair lies between them in nine of ten
+        cases, whatever the distribution. A Session's bytes include metadata, which pins nothing, so a MiB of them pins less than
+        one of the index cache alone.
+        """
+        ratios = sorted(pinned / held * MIB for _, held, pinned in self._points)
+        if len(ratios) < LEAST_POINTS:
+            return None
+        tail = int(TAIL * len(ratios))
+        low, middle, high = ratios[tail], median(ratios), ratios[-1 - tail]
+        return Slope(round(middle, 2), round(low, 2), round(high, 2), len(ratios))
