@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import unicodedata
 from pathlib import Path
 
 import hypothesis
@@ -15,12 +17,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from everos_engine.engine import open_engine, open_queue
+from everos_engine.loops.asked import key_of
 from everos_engine.loops.observe import observe_path
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
 from everos_engine.surface.explain import Explanation, as_json, explain
 from everos_engine.surface.explain_text import as_text
 from everos_engine.surface.paint import Paint, commands_in
+from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
 from writer import FACTS, fact, facts, put
@@ -299,3 +303,34 @@ def written(number: int, sort: str) -> str:
     if sort == "bad":
         return entry.replace("2025-02-27T", "soon")
     return "" if sort == "empty" else entry
+
+
+@pytest.mark.parametrize("content", [b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", b"\x89PNG\r\n\x1a\n\0\0", b"PK\x03\x04\x14\0"])
+def test_what_is_no_text_is_not_to_be_renamed(content: bytes, settings: Settings, root: Path) -> None:
+    path = put(root, "users/u1/episodes/scan.pdf", "")
+    path.write_bytes(content)
+    found = explain(settings, str(path)).judgement
+    assert found.code == "not_markdown"
+    assert not commands_in(found.remedy)
+    assert "other formats are not read" in found.remedy
+
+
+def test_a_remedy_moves_nothing_over_another_file(settings: Settings, root: Path) -> None:
+    put(root, "notes/a.md", "# A\ntext")
+    path = put(root, "notes/a.txt", "# A\nanother")
+    assert not commands_in(explain(settings, str(path)).judgement.remedy)
+
+
+@given(st.text(alphabet="aé\u00fcö\u1e9b\ud55c\uac00", min_size=1, max_size=6), st.permutations(["NFC", "NFD"]))
+def test_a_name_in_the_other_unicode_form_is_found(name: str, forms: list[str]) -> None:
+    stored, asked = (unicodedata.normalize(form, name) for form in forms)
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(os.path.realpath(directory))
+        path = put(root, f"{stored}/{stored}.md", "# A\ntext")
+        settings = load(
+            {"memory.root": str(root), "note.globs": ["**/*.md"]}, environment={}, user_file=root / "none.toml"
+        )
+        asked_path = f"{asked}/{asked}.md"
+        assert files.locate(root, asked_path) == str(path)
+        assert key_of(settings, asked_path) == f"{stored}/{stored}.md"
+        assert explain(settings, asked_path).evidence.key == f"{stored}/{stored}.md"

@@ -59,8 +59,8 @@ def key_of(settings: Settings, path: str) -> str:
         message = f"{path!r} is no path that a file can have: name a path below {settings.root}"
         raise OutsideRoot(message)
     listed = files.path_of(settings.root, path)
-    if not os.path.lexists(os.path.join(settings.root, path)) and os.path.lexists(listed):
-        path = listed
+    if not os.path.lexists(full := os.path.join(settings.root, path)):
+        path = listed if os.path.lexists(listed) else files.in_other_form(full) or path
     key = key_in_root(settings, path)
     linked = None if key is None else files.linked_directory(settings.root, files.path_of(settings.root, key))
     if linked is not None:

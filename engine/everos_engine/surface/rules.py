@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 BY_NAME = {"no_layout", "wrong_case", "not_markdown", "hidden_name", "no_glob"}
 """Codes that a name alone decides, be there a file or not."""
+LOOKED_AT_BYTES = 8192
 LAYOUT_HELP = "`everos-engine kinds` shows the layout"
 
 
@@ -112,7 +114,13 @@ def _by_name(settings: Settings, path: str, key: str) -> Exclusion | None:
         return Exclusion("wrong_case", cause, f"rename it: {moved}" if moved else f"rename it to {shown(near.path)}")
     if not name.endswith(".md"):
         cause = f"its name ends in {shown(os.path.splitext(name)[1]) or 'nothing'}, and only '.md' is indexed"
-        renamed = moved or f"`{quoted('mv', path, os.path.splitext(path)[0] + '.md')}`"
+        if os.path.lexists(path) and not _is_text(path):
+            return Exclusion("not_markdown", cause, "write its text into a markdown file: other formats are not read")
+        target = os.path.splitext(path)[0] + ".md"
+        if not moved and os.path.lexists(target):
+            remedy = f"if it is markdown, give it another name that ends in '.md': {shown(target)} is there already"
+            return Exclusion("not_markdown", cause, remedy)
+        renamed = moved or f"`{quoted('mv', path, target)}`"
         return Exclusion("not_markdown", cause, f"if it is markdown, rename it: {renamed}")
     if name[0] in ".~#":
         what = "hidden" if name[0] == "." else "an editor's temporary file"
@@ -124,6 +132,19 @@ def _by_name(settings: Settings, path: str, key: str) -> Exclusion | None:
         cause = f"no kind has a place for it; the nearest layout is {near.layout}"
         return Exclusion("no_layout", cause, f"move it there: {moved}" if moved else f"move it to {shown(near.path)}")
     return _plain(settings, key)
+
+
+def _is_text(path: str) -> bool:
+    """Check whether the beginning of a file is text in UTF-8; of one that cannot be read nothing is said against it."""
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(LOOKED_AT_BYTES)
+        codecs.getincrementaldecoder("utf-8")().decode(beginning)
+    except UnicodeDecodeError:
+        return False
+    except OSError:
+        return True
+    return b"\0" not in beginning
 
 
 def _reference(settings: Settings, place: kinds.Place, key: str) -> Exclusion | None:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -124,9 +125,30 @@ def locate(root: Path, asked: str) -> str:
     """The absolute path a person means: from the root, or from the working directory where only that has such a file.
 
     Where neither is there, as after a deletion, it is the one from the root, unless only the other's directory is there
-    and within the root. No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
+    and within the root. A name may be given in another Unicode form than the file's (é as one character or as two). No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
     """
-    asked = asked.replace("\0", "\\x00")
+    meant = _meant(root, asked.replace("\0", "\\x00"))
+    return meant if os.path.lexists(meant) else in_other_form(meant) or meant
+
+
+def in_other_form(path: str) -> str | None:
+    """Return the path of the one file whose name is the same text in another Unicode form; None if there is none."""
+    if path.isascii():
+        return None
+    parent, name = os.path.split(path)
+    found = parent if os.path.isdir(parent) else in_other_form(parent)
+    if found is None or not name:
+        return None
+    if os.path.lexists(os.path.join(found, name)):
+        return os.path.join(found, name)
+    wanted = unicodedata.normalize("NFC", name)
+    with suppress(OSError):
+        alike = [one for one in os.listdir(found) if unicodedata.normalize("NFC", one) == wanted]
+        return os.path.join(found, alike[0]) if len(alike) == 1 else None
+    return None
+
+
+def _meant(root: Path, asked: str) -> str:
     if os.path.isabs(asked):
         return os.path.normpath(asked)
     here, below = os.path.abspath(asked), os.path.normpath(os.path.join(root, asked))
