@@ -115,8 +115,8 @@ def test_a_damaged_database_is_set_aside_at_the_start_and_its_newest_copy_kept(h
         assert found.read(queue.newest) == 0
         found.close()
         assert (found.replaced is None) == (how == "emptied")
-    kept = [one.name for one in tmp_path.iterdir() if one.name.startswith("engine.db.")]
-    assert kept == ([] if how == "emptied" else ["engine.db.damaged"])
+    kept = {one.name for one in tmp_path.iterdir() if one.name.startswith("engine.db.")}
+    assert kept - {"engine.db.damaged-wal"} == (set() if how == "emptied" else {"engine.db.damaged"})
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -162,6 +162,17 @@ def test_a_sound_database_under_suspicion_is_kept(tmp_path: Path) -> None:
     assert found.read(queue.newest) == 2000
     assert [one.name for one in tmp_path.iterdir() if "suspect" in one.name or "damaged" in one.name] == []
     found.close()
+
+
+def test_a_connection_notices_that_its_file_was_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "engine.db"
+    database = filled(path)
+    assert not database.is_replaced()
+    door.set_aside(path)
+    assert database.is_replaced()
+    filled(path).close()
+    assert database.is_replaced()
+    database.close()
 
 
 def test_a_reader_names_the_damage_and_the_remedy(tmp_path: Path) -> None:

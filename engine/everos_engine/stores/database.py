@@ -102,6 +102,7 @@ class Database:
             self._run("PRAGMA temp_store=MEMORY")
             if schema:
                 self._lay(schema, version, upgrades or {}, may_replace=may_replace)
+            self._inode = _inode_of(path)
         except apsw.Error as error:
             raise self._translated(error) from error
 
@@ -201,6 +202,10 @@ class Database:
             return int(next(iter(self._connection.execute("PRAGMA data_version")))[0])
 
         return await self._in_thread(lambda: self._retried(ask))
+
+    def is_replaced(self) -> bool:
+        """Whether another file, or none, has the name by now: this one was set aside or removed."""
+        return self._inode != _inode_of(self.path)
 
     def checkpoint(self) -> None:
         """Move the WAL into the database file, as far as readers allow."""
@@ -316,6 +321,13 @@ def _has_no_room(path: Path) -> bool:
     except OSError:
         return False
     return found.f_bavail * found.f_frsize < LITTLE_BYTES
+
+
+def _inode_of(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
 
 
 def suspect(path: Path) -> None:

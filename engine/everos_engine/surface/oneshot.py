@@ -304,9 +304,11 @@ def _expect_answer(settings: Settings) -> None:
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:
     """Wait for the running engine's watermark.
 
-    Raises Transient if it goes away, its embedder is down for too long, or a deletion waits because the root looks wrong.
+    Raises Transient if it goes away, its embedder is down for too long, a deletion waits because the root looks wrong, or the
+    database was made again. How long an outage lasts is also counted by the monotonic clock: the wall clock may be set.
     """
     patience_milliseconds = settings.embedder.outage_patience_seconds * 1000
+    down_since: float | None = None
     wake.send(settings.engine_directory / "wake.sock")
     asked = answered = time.monotonic()
     while not database.read(lambda tx: queue.reached(tx, lsn)):
@@ -317,10 +319,15 @@ async def _reach(settings: Settings, database: Database, lsn: int) -> None:
         if time.monotonic() - asked > 1:
             asked = time.monotonic()
             outage = database.read(meta.outage)
-            if outage and now_milliseconds() - outage[0] >= patience_milliseconds:
+            down_since = None if outage is None else down_since or asked
+            seen_milliseconds = 0.0 if down_since is None else (asked - down_since) * 1000
+            if outage and max(now_milliseconds() - outage[0], seen_milliseconds) >= patience_milliseconds:
                 raise Unavailable(f"{WAITING}: {outage[1]}; the changes are queued, and indexed when it answers")
             if (why := database.read(lambda tx: queue.refused(tx, lsn))) is not None:
                 raise Transient(why)
+            if database.is_replaced():
+                message = "the queue's database was damaged and is made again meanwhile: run the command again"
+                raise Transient(message)
             if running_pid(settings.engine_directory / "engine.lock") is None:
                 message = "the engine stopped before it was done; everything is queued: run the command again"
                 raise Transient(message)
