@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import trio
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
+from loguru import logger
 
 from everos_engine import search
 from everos_engine.engine import open_engine
@@ -30,6 +32,7 @@ from everos_engine.loops.job import Job, complaint
 from everos_engine.search import MOST_WORDS, SNIPPET_WORDS, bounded, check_question, snippet, snippet_words
 from everos_engine.settings import Settings, load, parse_size
 from everos_engine.stores.queue import Claim
+from everos_engine.surface.logs import set_up
 from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import diff, kinds
@@ -304,6 +307,23 @@ def test_a_query_keeps_its_first_words() -> None:
 def test_a_snippet_shows_the_word_wherever_folding_moves_it(before: str) -> None:
     text = before * 20 + " heron"
     assert "heron" in snippet(["", text], ["heron"])
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_line_of_the_log_is_short_whatever_it_quotes(
+    form: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up(load({"memory.root": str(root), "log_format": form}, environment={}, user_file=root / "none"))
+    logger.warning("change_failed error={!r}", "é\x1b" * 1_000_000)
+    try:
+        raise ValueError("x" * 1_000_000)  # noqa: EM101, TRY003, TRY301 - a text of a megabyte is the point
+    except ValueError:
+        logger.exception("unit_failed")
+    said = capsys.readouterr().err
+    assert len(said) < 300_000
+    assert "change_failed" in said
+    if form == "json":
+        assert [json.loads(line)["record"]["level"]["name"] for line in said.splitlines()] == ["WARNING", "ERROR"]
 
 
 async def test_the_event_loop_reads_no_entry_for_its_snippet(

@@ -23,11 +23,11 @@ def quoted(value: object) -> str:
     return text if len(text) <= MOST_QUOTED_CHARACTERS else f"{text[:MOST_QUOTED_CHARACTERS]}…"
 
 
-def clipped(text: str) -> str:
-    """Return an error text of at most ``MOST_ERROR_CHARACTERS``: its beginning, and its end with the remedy."""
-    if len(text) <= MOST_ERROR_CHARACTERS:
+def clipped(text: str, most: int = MOST_ERROR_CHARACTERS) -> str:
+    """Return a text of at most ``most`` characters: its beginning, and its end with the remedy."""
+    if len(text) <= most:
         return text
-    half = MOST_ERROR_CHARACTERS // 2
+    half = most // 2
     return f"{text[: half - 3]} … {text[-half:]}"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
+from everos_engine.errors import clipped
 from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, secrets_of
 from everos_engine.surface.paint import printable
 from everos_engine.system.repeats import Repeats
@@ -32,6 +33,8 @@ REPETITIVE = frozenset({
 """Events that a lasting trouble raises again and again. With `log_level=DEBUG` each is logged."""
 _SAME = re.compile(r"^\S+|\b(?:loop|kind|what)=(?:'[^']*'|\S+)")
 HEAD = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} "
+MOST_MESSAGE_CHARACTERS = 8192
+MOST_TRACEBACK_CHARACTERS = 32_768
 CONTINUED = "    | "
 """Before each line of a traceback: no text in it can look like a line of the log."""
 
@@ -99,11 +102,12 @@ def text_form(hide: Callable[[str], str]) -> Callable[[Record], str]:
     """Return the one form of text logs: a line a record, and marked lines for a traceback, all printable and without secrets."""
 
     def form(record: Record) -> str:
-        lines = [printable(hide(record["message"]))]
+        lines = [printable(clipped(hide(record["message"]), MOST_MESSAGE_CHARACTERS))]
         caught = record["exception"]
         if caught is not None and caught.type is not None:
             text = "".join(traceback.format_exception(caught.type, caught.value, caught.traceback))
-            lines += [CONTINUED + printable(line) for line in hide(text).rstrip("\n").split("\n")]
+            text = clipped(hide(text), MOST_TRACEBACK_CHARACTERS)
+            lines += [CONTINUED + printable(line) for line in text.rstrip("\n").split("\n")]
         record["extra"]["lines"] = "\n".join(lines)
         return HEAD + "{extra[lines]}\n"
 
@@ -111,8 +115,20 @@ def text_form(hide: Callable[[str], str]) -> Callable[[Record], str]:
 
 
 def as_json_line(line: str, hide: Callable[[str], str]) -> str:
-    """Return a serialized record as one printable line. Escapes of JSON keep its meaning."""
-    return re.sub(r"[^ -~]", _as_json_escape, hide(line.rstrip("\n"))) + "\n"
+    """Return a serialized record as one printable line of bounded length. Escapes of JSON keep its meaning."""
+    line = hide(line.rstrip("\n"))
+    if len(line) > MOST_MESSAGE_CHARACTERS:
+        line = json.dumps(_bounded(json.loads(line)))
+    return re.sub(r"[^ -~]", _as_json_escape, line) + "\n"
+
+
+def _bounded(value: object) -> object:
+    """Return plain data with each text in it clipped."""
+    if isinstance(value, str):
+        return clipped(value, MOST_MESSAGE_CHARACTERS)
+    if isinstance(value, dict):
+        return {name: _bounded(part) for name, part in value.items()}
+    return [_bounded(part) for part in value] if isinstance(value, list) else value
 
 
 def hider(settings: Settings) -> Callable[[str], str]:
