@@ -16,6 +16,7 @@ from loguru import logger
 
 from everos_engine.errors import Damaged, RootAway, Transient, Unexpected
 from everos_engine.loops.desk import now_milliseconds
+from everos_engine.loops.observe import is_root_lost
 from everos_engine.stores import lance, ledger, meta, queue
 from everos_engine.stores.lance import PROBE_WORD, Model, Stranger, TableDamaged, Unrecognised
 from everos_engine.stores.versions import Version
@@ -54,7 +55,7 @@ async def inspect(desk: Desk) -> Transient | None:
     Costs some system calls a kind, and a whole read of a table whose files were changed. Nothing is done while the root is away.
     Returns why a kind is not in step, the first reason there is.
     """
-    if await trio.to_thread.run_sync(desk.brake.is_lost):
+    if await is_root_lost(desk.brake, desk.threads):
         return None
     model, first = None, None
     for kind in kinds.KINDS:
@@ -179,7 +180,7 @@ async def expect_root(desk: Desk) -> None:
     LanceDB makes the directories of what it writes: a root that was moved away would lie there again, empty, in the way of
     the one that is moved back.
     """
-    if await trio.to_thread.run_sync(desk.brake.is_lost):
+    if await is_root_lost(desk.brake, desk.threads):
         message = "the memory root is not there: its index is written when it is back"
         raise RootAway(message)
 

@@ -93,10 +93,6 @@ class Brake:
             return "marker_missing"
         return "root_empty" if not any(name != ".index" for name in names) else None
 
-    def is_lost(self) -> bool:
-        """Whether the root, and with it the index in it, is not the one we began with: what is missing proves nothing."""
-        return self.trouble() in {"root_missing", "root_unreadable", "root_replaced"}
-
 
 def let_go(  # noqa: PLR0913 - who decides, what vanished, and the moment
     tx: Transaction,

@@ -77,6 +77,11 @@ async def root_trouble(brake: Brake, threads: FileThreads) -> Reason | None:
         return "root_unreadable"
 
 
+async def is_root_lost(brake: Brake, threads: FileThreads) -> bool:
+    """Whether the root, and with it the index in it, is not the one we began with, or does not answer."""
+    return await root_trouble(brake, threads) in {"root_missing", "root_unreadable", "root_replaced"}
+
+
 async def _walk(settings: Settings, threads: FileThreads, brake: Brake) -> _Look:
     """Walk the tree, a level at a time. A directory that does not answer is blind, and its neighbours are seen."""
     before = await root_trouble(brake, threads)
