@@ -31,6 +31,11 @@ def empty_manifest(table: Path) -> None:
     newest_manifest(table).write_bytes(b"")
 
 
+def zero_manifest(table: Path) -> None:
+    """What some file systems leave: a file of the right size without its content. It names nobody."""
+    newest_manifest(table).write_bytes(bytes(newest_manifest(table).stat().st_size))
+
+
 def remove_data(table: Path) -> None:
     for path in (table / "data").iterdir():
         path.unlink()
@@ -57,6 +62,7 @@ def replace_by_a_file(table: Path) -> None:
 DAMAGES = [
     tear_manifest,
     empty_manifest,
+    zero_manifest,
     remove_data,
     garble_data,
     remove_indexes,

@@ -15,7 +15,7 @@ import trio
 from everos_engine.errors import Exhausted, Unexpected, UnknownOutcome
 from everos_engine.stores import lance, versions
 from everos_engine.stores.generation import Generation, Generations
-from everos_engine.stores.lance import Unrecognised
+from everos_engine.stores.lance import Stranger, Unrecognised
 from everos_engine.stores.versions import Version
 
 if TYPE_CHECKING:
@@ -483,7 +483,12 @@ class Index:
     async def _open(self, generation: Generation, kind: str) -> tuple[AsyncTable, _Life] | None:
         if not (self.directory / f"{kind}.lance").is_dir():
             return None
-        opened = await lance.open_table(await self._connect(generation), self.kinds[kind])
+        try:
+            opened = await lance.open_table(await self._connect(generation), self.kinds[kind])
+        except Stranger as error:
+            if kind not in self._lives:
+                raise
+            raise Unexpected(str(error)) from error  # it was ours a moment ago
         if opened is None:
             return None
         identity = opened.identity
