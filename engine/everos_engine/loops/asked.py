@@ -47,7 +47,7 @@ async def enqueue(
         held.hold(tx, holding.items(), "mass_delete", now_milliseconds=now)
         todo = [seen for seen in observations if seen.md_path not in holding]
         if todo:
-            queue.record(tx, todo, source="sync", now_milliseconds=now, force=True)
+            queue.record(tx, todo, source="sync_path", now_milliseconds=now, force=True)
         return queue.newest(tx)
 
     return keys, await database.awrite(record)

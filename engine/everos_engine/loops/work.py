@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COMMIT_ENTRIES = 8192
-REWRITES = frozenset({"sync", "rebuild"})
-"""Sources of changes whose rows are all written again, also those that the ledger takes for written."""
+REWRITES = frozenset({"sync_path", "rebuild"})
+"""Sources of changes whose rows are all written again, also those that the ledger takes for written: `sync PATH`, a new table."""
 REAP_SECONDS = 30.0
 HELD_FACTOR = 4
 HELD_BYTES = 32 << 20

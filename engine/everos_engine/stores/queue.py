@@ -70,7 +70,7 @@ Status = Literal["pending", "processing", "done", "failed"]
 WaitsFor = Literal["retry", "settle", "embedder", "root", "descriptors", "disk", "file"]
 """Why a pending change may not be claimed before a set time."""
 Fingerprint4 = tuple[int, int, int, int]
-Source = Literal["watch", "start", "scan", "sync", "rebuild", "audit", "release"]
+Source = Literal["watch", "start", "scan", "sync", "sync_path", "rebuild", "audit", "release"]
 
 
 class Observation(NamedTuple):

@@ -266,7 +266,7 @@ def _queue_json(evidence: Evidence) -> dict[str, object] | None:
         "lsn": change.lsn,
         "fingerprint": None if change.fingerprint is None else dict(zip(names, change.fingerprint, strict=True)),
         "same_as_disk": same,
-        "found_by": change.source,
+        "found_by": change.source.removesuffix("_path"),
         "retries": change.retry_count,
         "most_retries": evidence.settings.worker_max_retry,
         "retryable": change.retryable,

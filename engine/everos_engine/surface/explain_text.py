@@ -85,7 +85,7 @@ def _queue(seen: Evidence) -> str:
         tries = f" retryable={str(change.retryable).upper()}"
     if change.retry_count:
         tries += f", {plural(change.retry_count, 'retry', 'retries')} of {seen.settings.worker_max_retry}"
-    return f"{word}{tries}, lsn {change.lsn}, found by {change.source}, {_since(seen, change.updated)}"
+    return f"{word}{tries}, lsn {change.lsn}, found by {change.source.removesuffix('_path')}, {_since(seen, change.updated)}"
 
 
 def _error(found: Explanation) -> str:
