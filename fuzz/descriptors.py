@@ -320,7 +320,7 @@ class DescriptorMachine(RuleBasedStateMachine):
         try:
             if self.tables and sys.exc_info()[0] is None:
                 for name, table in self.tables.items():
-                    assert self.threaded.call(self.index.keys, name) == table.rows
+                    assert self.threaded.call(self.index.keys, name) == (table.rows, set())
                 self.threaded.call(self.close)
                 left = settled(self.directory, most=self.base + SLACK)
                 assert left.index == 0, f"{left.index} index descriptors outlive the index"

@@ -204,6 +204,9 @@ def _judge(memory: Memory, seen: Seen, minutes: float) -> tuple[list[str], dict[
         faults.append(f"resident memory reached {mib(peak_rss)} MiB, its ceiling is {mib(ceiling)} MiB")
     if seen.fresh is not None and disk.sizes[-1] > MOST_TIMES_FRESH * seen.fresh[0]:
         faults.append(f"after its rest the index has {mib(disk.sizes[-1])} MiB, a fresh one {mib(seen.fresh[0])} MiB")
+    session = max((point["session_bytes"] for point in seen.points), default=0)
+    if session > sample["memory"]["parts"]["session"]:
+        faults.append(f"the Session's caches held {mib(session)} MiB, more than their part of the ceiling")
     slopes: dict[str, Slope] = {}
     if 60 * minutes >= NEEDS_SECONDS:
         slopes = {
@@ -226,7 +229,7 @@ def _judge(memory: Memory, seen: Seen, minutes: float) -> tuple[list[str], dict[
             "ceiling": mib(ceiling),
         },
         "memory": sample["memory"],
-        "session_mib": {"peak": mib(max((point["session_bytes"] for point in seen.points), default=0))},
+        "session_mib": {"peak": mib(session), "part": mib(sample["memory"]["parts"]["session"])},
         "index_mib": {"start": mib(disk.sizes[0]), "peak": mib(max(disk.sizes)), "end": mib(disk.sizes[-1])},
         "index_files": {"start": disk.files[0], "peak": max(disk.files), "end": disk.files[-1]},
         "fresh_index": None if seen.fresh is None else {"mib": mib(seen.fresh[0]), "files": seen.fresh[1]},

@@ -22,7 +22,6 @@ from realistic import Memory
 from everos_engine import load, open_engine
 from everos_engine.engine import Engine
 from everos_engine.errors import Transient
-from everos_engine.loops import guard
 from everos_engine.search import Mode
 from everos_engine.settings import Settings
 from everos_engine.stores import census
@@ -34,8 +33,6 @@ SEARCHERS, SHOWN = 3, 5
 PAUSE_SECONDS = 0.05
 DEFAULT_BEAT_SECONDS = 2.0
 SETTLE_SECONDS = 60.0
-BYTES_REST_SECONDS = 5.0
-"""Between two rotations for the Session's bytes; a minute in a daemon, less here so that a short run sees many."""
 MODES: tuple[Mode, ...] = ("fts", "vector", "hybrid")
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -58,7 +55,6 @@ class Tally:
 
 async def serve(settings: Settings) -> dict[str, object]:
     """Run until told to stop; what is to be judged."""
-    guard.BYTES_REST_SECONDS = BYTES_REST_SECONDS
     embedder = FakeEmbedder()
     embedder.calls = Forgetful()
     async with open_engine(settings, embedder=embedder) as engine:
@@ -161,8 +157,8 @@ async def rows_of(engine: Engine) -> dict[tuple[str, str], str]:
     """Key -> content hash of every row there is."""
     found = {}
     for kind in engine.desk.index.open_kinds():
-        for key, content_hash in (await engine.desk.index.keys(kind)).items():
-            found[key] = content_hash.hex()
+        rows, twice = await engine.desk.index.keys(kind)
+        found |= {key: "twice" if key in twice else content_hash.hex() for key, content_hash in rows.items()}
     return found
 
 

@@ -40,7 +40,7 @@ FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
 """A rotation that freed nothing is tried again after a rest that doubles."""
 CALM_SECONDS = 2.0
 """After an exhaustion new work waits until none was seen for so long."""
-BYTES_REST_SECONDS = 10.0
+BYTES_REST_SECONDS = 5.0
 """Between two rotations for the Session's bytes."""
 TRIM_SECONDS, TRIM_BYTES = 5.0, 256 << 10
 """How often the allocator is asked for what it holds free, and how much more than after the last time must be resident."""
