@@ -36,6 +36,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def surroundings(session: nox.Session) -> None:
+    """Every command in every bad surrounding, some 500 processes; `nox -s tests` runs a part of the table."""
+    session.install("-q", "-e", ".[test]")
+    session.run(
+        "python", "-m", "pytest", "-q", "tests/test_surroundings.py", *session.posargs, env={"WHOLE_TABLE": "1"}
+    )
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     session.install("-q", "-e", ".[test]")
     session.run("python", "fuzz/run.py", *session.posargs)

@@ -24,6 +24,10 @@ T = TypeVar("T")
 Value = str | int | float | bytes | None
 BUSY_RETRIES = 40
 BUSY_TIMEOUT_MILLISECONDS = 250
+SHARED_MEMORY_BYTES = 32_768
+"""The least that a reader of a WAL database maps; a smaller file is one that could not be made."""
+IN_MEMORY = ":memory:"
+"""SQLite's name for a database without a file."""
 ASIDE = ".damaged"
 """What the name of a file that was set aside ends with."""
 MOST_CHECKED_BYTES = 64 << 20
@@ -70,7 +74,7 @@ class Database:
         readonly: bool = False,
         cache_kibibytes: int = 0,
     ) -> None:
-        flags = apsw.SQLITE_OPEN_READONLY if readonly else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
+        flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         self.path = path
         self.replaced: str | None = None
         self.damage: Damaged | None = None
@@ -79,14 +83,10 @@ class Database:
         self._sweeping: trio.Lock | None = None
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         try:
-            if readonly and _needs_copy(path):
-                self._copy = _copied(path)
-                self._connection = apsw.Connection(os.path.join(self._copy.name, path.name))
-            elif readonly and _is_still(path):
-                where = f"file:{quote(os.fsencode(path))}?immutable=1"
-                self._connection = apsw.Connection(where, flags=flags | apsw.SQLITE_OPEN_URI)
+            if readonly:
+                self._connection = self._opened_to_read()
             else:
-                if not readonly:
+                if str(path) != IN_MEMORY:
                     _create_private(path)
                 self._connection = apsw.Connection(str(path), flags=flags)
             self._connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
@@ -105,6 +105,30 @@ class Database:
             self._inode = _inode_of(path)
         except apsw.Error as error:
             raise self._translated(error) from error
+
+    def _opened_to_read(self) -> apsw.Connection:
+        """Open the file to read it, also if the shared memory that readers need cannot be made: on a full disk, or a read-only one.
+
+        It is there while any process has the database open, so without it the file is still, or a dead process left commits
+        beside it: then a copy is read.
+        """
+        path = self.path
+        if not (_needs_copy(path) or _is_still(path)):
+            connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+            try:
+                connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
+                _drain(connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1"))
+            except (*_IO, apsw.FullError):
+                connection.close()
+                if _has_shared_memory(path) or _none_left():
+                    raise
+            else:
+                return connection
+        if _has_log(path):
+            self._copy = _copied(path)
+            return apsw.Connection(os.path.join(self._copy.name, path.name))
+        where = f"file:{quote(os.fsencode(path))}?immutable=1"
+        return apsw.Connection(where, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
 
     def _lay(self, schema: str, version: int, upgrades: Mapping[int, str], *, may_replace: bool) -> None:
         """Create the schema, and bring a database of an older version to this one.
@@ -396,7 +420,22 @@ def _may_write(path: Path) -> bool:
 
 def _needs_copy(path: Path) -> bool:
     """Whether a process that died left commits beside a database, and SQLite may not make what it needs to read them."""
-    return not _may_write(path) and not Path(f"{path}-shm").exists() and not _is_still(path)
+    return not _may_write(path) and not Path(f"{path}-shm").exists() and _has_log(path)
+
+
+def _has_log(path: Path) -> bool:
+    """Whether there are commits beside the file that may not be in it yet."""
+    try:
+        return os.stat(f"{path}-wal").st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _has_shared_memory(path: Path) -> bool:
+    try:
+        return os.stat(f"{path}-shm").st_size >= SHARED_MEMORY_BYTES
+    except FileNotFoundError:
+        return False
 
 
 def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
@@ -414,12 +453,7 @@ def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 def _is_still(path: Path) -> bool:
     """Whether nobody can be writing a database of which we may not make the shared memory that a reader needs."""
-    if _may_write(path):
-        return False
-    try:
-        return os.stat(f"{path}-wal").st_size == 0
-    except FileNotFoundError:
-        return True
+    return not _may_write(path) and not _has_log(path)
 
 
 def _forbidden(path: Path) -> str:

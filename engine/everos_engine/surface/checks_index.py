@@ -15,6 +15,7 @@ from everos_engine.stores.database import Database
 from everos_engine.supervise import alone
 from everos_engine.surface.checkup import Check, read_books
 from everos_engine.surface.paint import plural, quoted, shown
+from everos_engine.system.asyncio_thread import run_once
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def check_index(case: Case) -> Check:
     from everos_engine.stores.examination import examine  # noqa: PLC0415 - imports LanceDB
 
     try:
-        tables = asyncio.run(asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
+        tables = run_once(lambda: asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
     except TimeoutError:
         cause = f"the tables could not be read within {EXAMINE_SECONDS:g} s: that proves nothing about them"
         return Check("index", "warn", cause, "look at the disk; a busy one is slow")

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from everos_engine.errors import SettingsError
+from everos_engine.errors import SettingsError, exhausted
 from everos_engine.surface import checks_index, checks_queue, checks_system
 from everos_engine.surface.checkup import Check, open_case
 from everos_engine.surface.paint import Paint, shown
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from everos_engine.surface.checkup import Case
 
 Checks: TypeAlias = "Sequence[tuple[str, Callable[[Case], Check | None]]]"
+ENOUGH_DESCRIPTORS = 256
 EXIT = {"ok": 0, "warn": 1, "fail": 2}
 """The exit status is that of the worst check."""
 CHECKS: Checks = (
@@ -109,6 +110,9 @@ def as_text(checks: list[Check], paint: Paint) -> str:
 
 
 def _crashed(case: Case, name: str, error: Exception) -> Check:
+    if exhausted(error):
+        remedy = f"run {case.command('doctor', name)} from a shell with more, after `ulimit -n {ENOUGH_DESCRIPTORS}`"
+        return Check(name, "fail", "it cannot be looked at: no file descriptor is left for this command", remedy)
     at = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(at.filename)}:{at.lineno}"
     cause = f"the check itself failed: {type(error).__name__} at {where}: {case.tell(shown(str(error)))}"

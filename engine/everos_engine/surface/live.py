@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
@@ -37,19 +38,22 @@ class Screen:
         line = line[: shutil.get_terminal_size().columns - 1]
         if line != self.line:
             self.line = line
-            self.stream.write(CLEAR + line)
-            self.stream.flush()
+            self._put(CLEAR + line)
 
     def write(self, message: str) -> None:
         """A whole log message; the line moves below it."""
-        self.stream.write(CLEAR + message + self.line)
-        self.stream.flush()
+        self._put(CLEAR + message + self.line)
 
     def clear(self) -> None:
         """Leave an empty line behind."""
         self.line = ""
-        self.stream.write(CLEAR)
-        self.stream.flush()
+        self._put(CLEAR)
+
+    def _put(self, text: str) -> None:
+        """Write, if the terminal is still there: an engine goes on without one."""
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
 
 
 @dataclass(slots=True)

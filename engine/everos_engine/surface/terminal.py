@@ -94,8 +94,10 @@ def print_json(value: object, *, indent: int | None = 2) -> None:
 
 def say(message: str) -> None:
     """Write one line for the user to standard error, if it can be written."""
-    with suppress(OSError):
+    try:
         print(f"{NAME}: {printable(message, lines=True)}", file=sys.stderr, flush=True)
+    except OSError:
+        _drop(ERRORS)
 
 
 def finish() -> OutputLost | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import selectors
+import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Generic, TypeVar, TypeVarTuple, cast
 
@@ -20,6 +22,17 @@ STOP_GRACE_SECONDS = 10.0
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+
+def run_once(work: Callable[[], Coroutine[object, object, T]]) -> T:
+    """Run a coroutine on a loop of its own, for a command that has no other.
+
+    Raises OSError if no descriptors are left for a loop, before one is half made: that one would print warnings at its end.
+    """
+    one, other = socket.socketpair()
+    with one, other, selectors.DefaultSelector():
+        pass
+    return asyncio.run(work())
 
 
 class AsyncioThreadDied(EngineError):
