@@ -254,7 +254,7 @@ class Deletions(RuleBasedStateMachine):
         trio.run(lambda: sweep(self.settings, self.databases[at], source="sync", brake=Brake(self.settings)))
 
     def named(self, at: int, keys: list[str]) -> None:
-        enqueue(self.settings, self.databases[at], keys)
+        trio.run(lambda: enqueue(self.settings, self.databases[at], keys))
 
     def events(self, at: int, keys: list[str]) -> None:
         """As the watcher does: many, or too many, are left to a sweep."""
