@@ -8,6 +8,8 @@ from hypothesis import Phase
 from hypothesis.stateful import run_state_machine_as_test
 from planted import KEPT, LEAKS
 
+from everos_engine.system.slope import Learner
+
 EXAMPLES = 60
 """Each leak shows within a few; a run stops at the first."""
 
@@ -32,3 +34,15 @@ def test_the_state_machine_finds_a_planted_leak(leak: str, mode: str, complaint:
 def test_the_same_machine_without_a_leak_passes() -> None:
     with limited(LIMIT):
         run_state_machine_as_test(DescriptorMachine, settings=profile(3, phases=(Phase.generate,)))
+
+
+def test_the_state_machine_finds_a_slope_that_is_learned_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Learner.see
+
+    def see(learner: Learner, session: int, session_bytes: int, pinned: int) -> None:
+        right(learner, session, session_bytes, -(-pinned // 8))
+
+    monkeypatch.setattr(Learner, "see", see)
+    machine = type("Planted", (DescriptorMachine,), {"only_mode": "pinned"})
+    with limited(LIMIT), pytest.raises(AssertionError, match="by the learned slope"):
+        run_state_machine_as_test(machine, settings=profile(EXAMPLES, phases=(Phase.generate,)))
