@@ -30,7 +30,13 @@ async def test_beside_a_running_engine_the_table_is_live(settings: Settings, roo
             await trio.sleep(0.01)
         shown = await trio.run_process(command(root), capture_stdout=True)
         told = json.loads((await trio.run_process(command(root, "--json"), capture_stdout=True)).stdout)
+        status = await trio.run_process([*command(root)[:-1], "status"], capture_stdout=True)
     text = shown.stdout.decode()
+    memory = told["fds"]["memory"]
+    assert 0 < memory["soft_bytes"] < memory["ceiling_bytes"] == sum(memory["parts"].values())
+    assert "memory ceiling: " in text
+    assert all(f"{part} " in text.partition("memory ceiling: ")[2] for part in memory["parts"])
+    assert " MiB resident of at most " in status.stdout.decode()
     assert f"engine: pid {os.getpid()}" in text
     assert all(f"  {name}" in text for name in CLASSES)
     assert "mode: reopen, cap 16 MiB, ceiling 64" in text
