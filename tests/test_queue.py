@@ -236,6 +236,17 @@ def test_a_row_that_contradicts_itself_is_refused(change: str, database: Databas
     assert "CHECK constraint failed" in str(refused.value)
 
 
+def test_no_change_waits_longer_than_the_longest_delay_whatever_its_row_says(database: Database) -> None:
+    database.write(lambda tx: record(tx, "a", ONE))
+    (held,) = database.write(claim)
+    database.write(lambda tx: queue.postpone(tx, held, "x", not_before=1 << 50, now_milliseconds=10))
+    assert database.read(lambda tx: queue.next_due(tx, now_milliseconds=20, longest_wait_milliseconds=1000)) == 20
+    taken = database.write(
+        lambda tx: queue.claim(tx, "me", limit=1, now_milliseconds=20, longest_wait_milliseconds=1000)
+    )
+    assert [one.md_path for one in taken] == ["a"]
+
+
 @pytest.mark.parametrize("jump", [-86_400_000, -1000, 0, 86_400_000])
 def test_a_clock_that_was_set_makes_no_change_wait_longer_than_its_delay(jump: int, database: Database) -> None:
     before, delay = 200_000_000, 500

@@ -86,11 +86,23 @@ async def _alter_one(table: lancedb.AsyncTable) -> None:
     await table.update({"fact": "'something else'", "content_hash": "'00'"}, where="md_path LIKE '%/2.md'")
 
 
+async def _alter_one_but_not_its_hash(table: lancedb.AsyncTable) -> None:
+    await table.update({"fact": "'something else'"}, where="md_path LIKE '%/2.md'")
+
+
 async def _delete_all(table: lancedb.AsyncTable) -> None:
     await table.delete("true")
 
 
-FOREIGN = [_delete_one, _add_one_of_no_file, _add_one_of_no_kind, _duplicate_all, _alter_one, _delete_all]
+FOREIGN = [
+    _delete_one,
+    _add_one_of_no_file,
+    _add_one_of_no_kind,
+    _duplicate_all,
+    _alter_one,
+    _alter_one_but_not_its_hash,
+    _delete_all,
+]
 
 
 def _foreign(settings: Settings, change: Callable[[lancedb.AsyncTable], Awaitable[None]]) -> None:

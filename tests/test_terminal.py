@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from everos_engine.engine import open_queue
+from everos_engine.settings import load
+from everos_engine.stores import queue
 from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
 
@@ -185,3 +189,28 @@ def test_a_home_that_nobody_knows_is_no_directory_named_tilde(root: Path) -> Non
         timeout=HANG_SECONDS,
     )
     assert (done.returncode, "set HOME" in done.stderr, (root / "~").exists()) == (2, True, False), done.stderr
+
+
+@pytest.mark.parametrize("words", [["sync"], ["search", "x"], ["run"]])
+def test_every_command_in_a_message_names_the_root_that_was_named(words: list[str], root: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    said = command(root, "--root", str(absent), *words)
+    assert said.returncode == 2
+    assert "`everos-engine " in said.stderr
+    assert said.stderr.count("`everos-engine ") == said.stderr.count(f"`everos-engine --root {absent} ")
+
+
+def test_fds_without_an_engine_names_the_root_that_was_named(root: Path) -> None:
+    named = shlex.join(["everos-engine", "--root", str(root)])
+    assert f"start one with `{named} run`" in command(root, "--root", str(root), "fds").stdout
+
+
+def test_a_search_that_finds_nothing_says_what_is_not_indexed_yet(root: Path) -> None:
+    settings = load({"memory.root": str(root)}, environment={}, user_file=root / "none.toml")
+    database = open_queue(settings)
+    seen = queue.Observation("a.md", "note", (1, 1, 1, 1))
+    database.write(lambda tx: queue.record(tx, [seen], source="scan", now_milliseconds=1))
+    database.close()
+    said = command(root, "search", "anything")
+    assert said.stdout == "nothing found\n"
+    assert "1 change not indexed yet: `everos-engine sync` indexes it" in said.stderr

@@ -201,7 +201,8 @@ class Gate:
         self._cause = error.__cause__
         if self.down.value is None:
             self.since = now
-            logger.opt(exception=self._cause).warning("embedder_down error={!r}", str(error))
+            logger.warning("embedder_down error={!r}", str(error))
+            logger.opt(exception=self._cause).debug("embedder_down_cause")
         self.down.value = str(error)
 
 

@@ -289,9 +289,11 @@ async def _void(desk: Desk, kind: str, found: Found | None, model: Model | None)
 
 
 async def _reconcile(desk: Desk, kind: str, known: Remembered) -> None:
-    """The table has a version that is not our own: compare every key and content hash, and queue the files that differ.
+    """Put right a table with a version that is not our own: compare every key and content hash, and queue what differs.
 
-    Rows of a key that the table has twice, or that belong to no file of the kind, are deleted first.
+    If somebody else committed, all files of the kind are queued, since a row can be altered with its content hash kept: their
+    rows are written again with cached vectors. A commit of our own that was cut off, by a crash or by its deadline, left keys
+    unknown and altered nothing else. Rows of a key that the table has twice, or that belong to no file of the kind, are deleted.
     """
     desk.index.reopen(kind)
     left = await desk.index.newest(kind)
@@ -303,17 +305,24 @@ async def _reconcile(desk: Desk, kind: str, known: Remembered) -> None:
     globs = desk.settings.note.globs
     strays = {key for key in differing - hashes.keys() if not _is_of(kind, key[0], globs)}
     doubted = differing - strays
+    may_be_ours = desk.index.may_have_cut_off(kind) or (
+        kind in desk.unchecked and not all(hashes.values())  # a crash left the intention of a commit
+    )
 
     def note(tx: Transaction) -> int:
         ledger.doubt(tx, [(path, entry_id, kind) for path, entry_id in doubted])
-        return queue.requeue_paths(tx, sorted({path for path, _ in doubted}), kind, now_milliseconds=now_milliseconds())
+        now, paths, count = now_milliseconds(), {path for path, _ in doubted}, 0
+        if not may_be_ours:
+            count = queue.requeue_kind(tx, kind, now_milliseconds=now)
+            paths -= {path for path, _ in hashes}
+        return count + queue.requeue_paths(tx, sorted(paths), kind, now_milliseconds=now)
 
     count = await desk.database.awrite(note)
     if twice or strays:
         left = await desk.index.commit(kind, [], sorted(twice | strays), left=left)
     await desk.database.awrite(lambda tx: ledger.remember(tx, kind, known.incarnation, version=left, model=known.model))
     desk.wake_up()
-    if differing:
+    if differing or not may_be_ours:
         logger.warning("index_reconciled kind={} keys={} requeued={}", kind, len(differing), count)
 
 

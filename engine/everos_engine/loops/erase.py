@@ -51,7 +51,7 @@ async def forget(desk: Desk, keys: Sequence[str], text: str | None) -> int:
         named = ", ".join(repr(path) for path in holding[:5]) + (
             f" and {len(holding) - 5} more" if len(holding) > 5 else ""
         )
-        message = f"{named}: still in the memory. Remove it from there first, then run the command again"
+        message = f"{named}: still in the memory. Remove it from there first, then run the command again. `everos-engine forget --delete PATH` removes the file too"
         raise BadQuestion(message)
     before = await _size(desk)
     for kind in kinds.KINDS:

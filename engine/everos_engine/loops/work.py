@@ -133,7 +133,12 @@ class _Worker:
                 await wait_moved(desk.wake, seen, at_most_seconds=pause)
 
     async def _next_due(self) -> int | None:
-        return await self.desk.database.aread(partial(queue.next_due, now_milliseconds=now_milliseconds()))
+        due = partial(
+            queue.next_due,
+            now_milliseconds=now_milliseconds(),
+            longest_wait_milliseconds=_longest_wait_milliseconds(self.desk),
+        )
+        return await self.desk.database.aread(due)
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do ``work`` on the database, again and again while the world is in its way, and say so meanwhile."""
@@ -264,9 +269,16 @@ class _Worker:
         def take(tx: Transaction) -> list[queue.Claim]:
             limit = min(settings.worker_batch_max, max(settings.worker_batch_size, queue.ready(tx)))
             limit = max(1, int(limit * share))
-            return queue.claim(tx, self.desk.owner, limit=limit, now_milliseconds=now_milliseconds())
+            return queue.claim(
+                tx,
+                self.desk.owner,
+                limit=limit,
+                now_milliseconds=now_milliseconds(),
+                longest_wait_milliseconds=longest,
+            )
 
-        if not await self.desk.database.aread(_has_ready):
+        longest = _longest_wait_milliseconds(self.desk)
+        if not await self.desk.database.aread(partial(_has_ready, longest_wait_milliseconds=longest)):
             return []
         async with self.claiming:
             claims = await self.desk.database.awrite(take)
@@ -693,11 +705,17 @@ def _bug(md_path: str, error: Exception) -> EngineError:
     )
 
 
-def _has_ready(tx: Transaction) -> bool:
+def _longest_wait_milliseconds(desk: Desk) -> int:
+    """Return the longest delay that a change can be given: the largest backoff with its jitter, or what a service may ask for."""
+    by_settings = int(1250 * desk.settings.worker_retry_backoff_max_seconds)
+    return max(by_settings, queue.LONGEST_WAIT_MILLISECONDS)
+
+
+def _has_ready(tx: Transaction, *, longest_wait_milliseconds: int) -> bool:
     if queue.ready(tx):
         return True
     now = now_milliseconds()
-    due = queue.next_due(tx, now_milliseconds=now)
+    due = queue.next_due(tx, now_milliseconds=now, longest_wait_milliseconds=longest_wait_milliseconds)
     return due is not None and due <= now
 
 

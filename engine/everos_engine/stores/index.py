@@ -164,6 +164,10 @@ class Index:
         gone = any(name not in files for name in before if not name.isdecimal()) and not pruned and not life.pruned
         return gone or any(before.get(name, stamp) != stamp for name, stamp in files.items())
 
+    def may_have_cut_off(self, kind: str) -> bool:
+        """Tell whether a write of this process was cut off at its deadline, and may have made a version that we do not know."""
+        return kind in self._adrift
+
     def model_of(self, kind: str) -> str | None:
         """The model whose vectors the kind's table holds; None where there is no table yet."""
         life = self._lives.get(kind)

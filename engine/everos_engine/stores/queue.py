@@ -192,9 +192,11 @@ WAKE_DELAYED = """
 UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND not_before <= ?
 """
 WAKE_AFTER_CLOCK = """
-UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND updated > ?
+UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND (updated > ?1 OR not_before > ?1 + ?2)
 """
-"""A wait that began in the future: the clock was set back since, and its end may be far away."""
+"""A wait that began in the future, or lasts longer than any does: the clock was set back since, and its end may be far away."""
+LONGEST_WAIT_MILLISECONDS = 4_500_000
+"""The longest wait that somebody else can ask for (an hour, by Retry-After), with a quarter of jitter."""
 CLAIM = """
 UPDATE md_change_state SET status = 'processing', claim_no = ?1 + next.nth, claim_lsn = lsn, owner = ?2, updated = ?3
 FROM (
@@ -206,13 +208,20 @@ RETURNING md_path, kind, claim_no, claim_lsn, pos, retry_count, first_seen, sour
 """
 
 
-def claim(tx: Transaction, owner: str, *, limit: int, now_milliseconds: int) -> list[Claim]:
+def claim(
+    tx: Transaction,
+    owner: str,
+    *,
+    limit: int,
+    now_milliseconds: int,
+    longest_wait_milliseconds: int = LONGEST_WAIT_MILLISECONDS,
+) -> list[Claim]:
     """Hold up to ``limit`` ready changes, oldest first; each is in no other hand until marked.
 
-    No change waits longer than its own delay, counted from now, even if the clock was set back.
+    No change waits longer than ``longest_wait_milliseconds``, counted from now, even if the clock was set back.
     """
     _drain(tx.execute(WAKE_DELAYED, (now_milliseconds,)))
-    _drain(tx.execute(WAKE_AFTER_CLOCK, (now_milliseconds,)))
+    _drain(tx.execute(WAKE_AFTER_CLOCK, (now_milliseconds, longest_wait_milliseconds)))
     first = take(tx, "claim", limit)
     rows = tx.execute(CLAIM, (first, owner, now_milliseconds, limit))
     claims = [Claim(*row) for row in cast("Iterable[tuple[str, str, int, int, int, int, int, Source]]", rows)]
@@ -436,14 +445,19 @@ def ready(tx: Transaction) -> int:
 BEGAN_IN_THE_FUTURE = "SELECT max(updated) FROM md_change_state WHERE status = 'pending' AND not_before > 0"
 
 
-def next_due(tx: Transaction, *, now_milliseconds: int) -> int | None:
+def next_due(
+    tx: Transaction, *, now_milliseconds: int, longest_wait_milliseconds: int = LONGEST_WAIT_MILLISECONDS
+) -> int | None:
     """When the first delayed change becomes claimable, or None. It is now if the clock was set back since it was delayed."""
     sql = "SELECT min(not_before) FROM md_change_state WHERE status = 'pending' AND not_before > 0"
     ((due,),) = tx.execute(sql)
     ((began,),) = tx.execute(BEGAN_IN_THE_FUTURE)
-    if due is not None and cast("int", began) > now_milliseconds:
+    if due is None:
+        return None
+    is_far = cast("int", due) > now_milliseconds + longest_wait_milliseconds
+    if is_far or cast("int", began) > now_milliseconds:
         return min(cast("int", due), now_milliseconds)
-    return cast("int | None", due)
+    return cast("int", due)
 
 
 REQUEUE = """

@@ -217,8 +217,11 @@ def _add_repairs(add: _Add) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        message = "must be at least 1"
+        message = f"must be a whole number of at least 1, not {text[:80]!r}"
         raise argparse.ArgumentTypeError(message)
     return number

@@ -6,11 +6,11 @@ import argparse
 import errno
 import json
 import os
-import shlex
 import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from everos_engine.errors import BadQuestion, EngineError, exhausted
 from everos_engine.settings import Settings, describe, load
 from everos_engine.surface import arguments as grammar
 from everos_engine.surface import terminal
-from everos_engine.surface.paint import ago, plural, printable, quoted, shown, size
+from everos_engine.surface.paint import ago, aimed, plural, printable, program_at, quoted, shown, size
 from everos_engine.system import private
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         status = OK
     except BaseException as ended:  # noqa: BLE001 - a user gets one line whatever went wrong; Rust's panics are no Exceptions
-        status = _failed(ended)
+        status = _failed(ended, _called(argv))
     if is_program:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: an interrupt now would only spoil its end
     if is_program and (error := terminal.finish()) is not None and status in {OK, TROUBLE}:
-        status = _failed(error)
+        status = _failed(error, _called(argv))
     return status
 
 
@@ -92,17 +92,26 @@ def _root_named(grammar_of_all: argparse.ArgumentParser, arguments: argparse.Nam
     return named[0] if named else None
 
 
-def _failed(error: BaseException) -> int:
-    """Say in one line what ended a command, and what to do."""
+def _called(argv: Sequence[str] | None) -> str:
+    """Return how to call this program again on the root that the words name."""
+    with suppress(Exception, SystemExit):
+        grammar_of_all = parser()
+        named = _root_named(grammar_of_all, grammar_of_all.parse_args(argv))
+        return program_at(None if named is None else os.path.realpath(os.path.expanduser(named)))
+    return program_at(None)
+
+
+def _failed(error: BaseException, program: str) -> int:
+    """Say in one line what ended a command, and what to do. ``program`` is how to call this program again."""
     if isinstance(error, BaseExceptionGroup):
         from everos_engine.supervise import alone  # noqa: PLC0415 - imports Trio
 
         error = alone(error)
     if isinstance(error, KeyboardInterrupt):
-        terminal.say(str(error) or "interrupted")
+        terminal.say(aimed(str(error), program) or "interrupted")
         return INTERRUPTED
     if isinstance(error, EngineError):
-        terminal.say(str(error))
+        terminal.say(aimed(str(error), program))
     elif exhausted(error):
         terminal.say(f"no file descriptor is left: {REMEDIES[errno.EMFILE]}")
     elif isinstance(error, terminal.OutputLost):
@@ -111,7 +120,7 @@ def _failed(error: BaseException) -> int:
         )
     elif isinstance(error, OSError):
         what = "" if error.filename is None else f"{shown(os.fsdecode(error.filename))}: "
-        terminal.say(f"{what}{error.strerror or error}: {_remedy(error)}")
+        terminal.say(f"{what}{error.strerror or error}: {aimed(_remedy(error), program)}")
     elif isinstance(error, MemoryError):
         terminal.say("no memory is left: close other programs, or raise the limit, then run the command again")
     else:
@@ -304,6 +313,8 @@ def _search(settings: Settings, arguments: argparse.Namespace) -> int:
         from everos_engine.surface.oneshot import search  # noqa: PLC0415 - imports LanceDB
 
         results = search(settings, arguments)
+    for missing in _not_searched(settings, program(settings, arguments), found=bool(results)):
+        terminal.say(missing)
     if arguments.json:
         terminal.print_json(results)
         return OK
@@ -317,6 +328,25 @@ def _search(settings: Settings, arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _not_searched(settings: Settings, program: str, *, found: bool) -> list[str]:
+    """Say what a search could not look into: a damaged table, and where nothing was found, changes that are not indexed yet."""
+    from everos_engine.surface import status  # noqa: PLC0415 - not needed by --help
+
+    try:
+        seen = status.snapshot(settings)
+    except EngineError:
+        return []
+    lines = []
+    if seen.moment is not None and seen.engine.running:
+        damaged = [note for note in seen.moment.notes if note.code == "index_damaged"]
+        lines += [f"results are incomplete: {note.message}; {aimed(note.remedy, program)}" for note in damaged]
+    waiting = seen.counts.pending + seen.counts.processing if seen.counts else 0
+    if waiting and not found:
+        then = "" if seen.engine.running else f": `{program} sync` indexes {'it' if waiting == 1 else 'them'}"
+        lines.append(f"{plural(waiting, 'change')} not indexed yet{then}")
+    return lines
+
+
 def _calibrate(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface.calibrate import calibrate  # noqa: PLC0415 - not needed by --help
 
@@ -326,7 +356,7 @@ def _calibrate(settings: Settings, arguments: argparse.Namespace) -> int:
 def _fds(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.surface import fds  # noqa: PLC0415 - not needed by --help
 
-    return fds.show(settings, watch=arguments.watch, as_json=arguments.json)
+    return fds.show(settings, watch=arguments.watch, as_json=arguments.json, program=program(settings, arguments))
 
 
 def _kinds(settings: Settings, _arguments: argparse.Namespace) -> int:
@@ -393,5 +423,4 @@ def _show(outcome: Outcome) -> None:
 
 def program(settings: Settings, arguments: argparse.Namespace) -> str:
     """How to call this program again on the same root."""
-    named = arguments.root is not None
-    return shlex.join(["everos-engine", "--root", str(settings.root)]) if named else "everos-engine"
+    return program_at(settings.root if arguments.root is not None else None)

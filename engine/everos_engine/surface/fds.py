@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 from everos_engine.errors import SettingsError
-from everos_engine.surface.paint import Paint, ago, paint_for, size
+from everos_engine.surface.paint import Paint, ago, aimed, paint_for, size
 from everos_engine.surface.terminal import print_json
 from everos_engine.surface.vitals import Vitals, vitals
 from everos_engine.system import ceiling, fds
@@ -33,7 +33,7 @@ MEANINGS = {
 }
 
 
-def show(settings: Settings, *, watch: bool, as_json: bool) -> int:
+def show(settings: Settings, *, watch: bool, as_json: bool, program: str = "everos-engine") -> int:
     """Print the table once, or every second until interrupted; JSON is one object, with ``watch`` one a line."""
     while True:
         found = vitals(settings)
@@ -42,7 +42,7 @@ def show(settings: Settings, *, watch: bool, as_json: bool) -> int:
             print_json(data, indent=None if watch else 2)
         else:
             clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
-            print(clear + as_text(data, found, paint_for(sys.stdout)), flush=True)
+            print(clear + aimed(as_text(data, found, paint_for(sys.stdout)), program), flush=True)
         if not watch:
             return OK if found.state in {"answers", "absent"} else TROUBLE
         time.sleep(WATCH_SECONDS)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from everos_engine.errors import clipped
-from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, secrets_of
-from everos_engine.surface.paint import printable
+from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, MemorySettings, secrets_of
+from everos_engine.surface.paint import aimed, printable, program_at
 from everos_engine.system.repeats import Repeats
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def set_up(settings: Settings, *, reporting: bool = False) -> Screen | None:
     logger.remove()
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
     logging.captureWarnings(capture=True)
-    hide, rarely = hider(settings), None if settings.log_level == "DEBUG" else Rarely()
+    hide, rarely = _for_people(settings), None if settings.log_level == "DEBUG" else Rarely()
     if settings.log_format == "json":
         logger.add(
             lambda line: _write(as_json_line(line, hide)),
@@ -129,6 +129,13 @@ def _bounded(value: object) -> object:
     if isinstance(value, dict):
         return {name: _bounded(part) for name, part in value.items()}
     return [_bounded(part) for part in value] if isinstance(value, list) else value
+
+
+def _for_people(settings: Settings) -> Callable[[str], str]:
+    """Return what masks secrets in a message, and has the commands in it name the root unless it is the default one."""
+    hide, default = hider(settings), MemorySettings().root
+    program = program_at(None if settings.root == default else settings.root)
+    return lambda text: aimed(hide(text), program)
 
 
 def hider(settings: Settings) -> Callable[[str], str]:

@@ -80,6 +80,16 @@ def size(count: float) -> str:
     return f"{count:,.0f} {_UNITS[unit]}" if unit == 0 or count >= 10 else f"{count:.1f} {_UNITS[unit]}"
 
 
+def program_at(root: str | os.PathLike[str] | None) -> str:
+    """Return how to call this program on a memory root; None is the root of the settings."""
+    return "everos-engine" if root is None else shlex.join(["everos-engine", "--root", os.fspath(root)])
+
+
+def aimed(text: str, program: str) -> str:
+    """Return a text for people in which the commands of this program name the root that ``program`` names."""
+    return text.replace("`everos-engine ", f"`{program} ")
+
+
 def quoted(*words: str | os.PathLike[str]) -> str:
     """A command line, on one line and without backticks, that bash reads back as these words."""
     return " ".join(_quoted(os.fspath(word)) for word in words)
