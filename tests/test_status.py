@@ -30,7 +30,7 @@ SHAPE = {
     "found_by": {"watch": int, "scan": int, "scan_share": (float, type(None))},
     "held": {"count": int, "oldest_seconds": (float, type(None)), "reasons": dict},
     "embedder": {"down_seconds": (float, type(None)), "reason": (str, type(None))},
-    "notes": list, "descriptors": dict,
+    "notes": list, "descriptors": dict, "warnings": {"count": int},
 }  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def _add_questions(add: _Add) -> None:
     status = add(
         "status",
         "the queue, the watermark and the rows, in numbers",
-        "Reads the queue's database only, and always exits with 0; `doctor` judges.",
+        "Reads the queue's database only. Exits with 0 whatever it shows, and with 2 if it cannot read the settings or the database; `doctor` judges.",
     )
     status.add_argument("--json", action="store_true", help=JSON_HELP)
     explain = add(
