@@ -1,4 +1,4 @@
-"""What a budget of the Session is worth: the time of searches while a memory is edited, budget against budget."""
+"""What the caches of a Session are worth: a search with a Session that edits have filled, against one with a new Session."""
 
 from __future__ import annotations
 
@@ -7,100 +7,123 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import trio
 from harness import BOOK, REPOSITORY, Figure
 
 from everos_engine.engine import Engine, open_engine
-from everos_engine.loops import guard
-from everos_engine.search import Mode
-from everos_engine.settings import load
+from everos_engine.settings import Settings, load
+from everos_engine.stores.index import Index, open_index
 from everos_engine.testing import FakeEmbedder
 
 sys.path.append(str(REPOSITORY / "fuzz"))
 from realistic import Memory  # noqa: E402 - the memory that the soak of the defaults uses
 
 MIB = 1 << 20
-BUDGETS_MIB = (2, 8, 32, 256)
-AGAINST = 256
-STEPS = 400
-MODES: tuple[Mode, ...] = ("fts", "vector", "hybrid")
+SIZES_MIB = (8, 32)
+"""Bytes in the Session at which it is held against a new one."""
+PAIRS, MOST_EDITS, SEARCH_EVERY = 150, 2000, 5
+STRETCHES = ((0, 10), (10, 150))
+"""Searches since the new Session began."""
 ROTATIONS = 30
+KINDS = ("episode", "atomic_fact")
 
 
-class OneCall(FakeEmbedder):
-    """Vectors of the local model's width, at no cost: a search with it costs what the index costs."""
+def memory_of_1600_rows(place: Path) -> tuple[Memory, Settings]:
+    """A planted memory, and settings under which nothing rotates or edits it but the benchmark."""
+    memory = Memory(place.resolve(), random.Random(1))
+    memory.plant()
+    flags = {
+        "memory.root": str(memory.root),
+        "watch.mode": "off",
+        "scan_interval_seconds": 3600,
+        "lancedb.session_most_bytes": 1 << 40,
+    }
+    return memory, load(flags, environment={}, user_file=place / "none")
 
-    def __init__(self) -> None:
-        super().__init__(dimension=512)
+
+def embedder() -> FakeEmbedder:
+    """Vectors of the local model's width at no cost: a search costs what the index costs."""
+    return FakeEmbedder(dimension=512)
 
 
 @BOOK.bench
-def budgets_of_the_session() -> Sequence[Figure]:
-    """Engines with the same memory of 1,600 rows in one process, edited alike, asked the same, in a random order each time."""
+def filled_session_against_a_new_one() -> Sequence[Figure]:
+    """Both search the same tables for the same words, in pairs, in a random order; the filled one is as a daemon's is."""
 
-    async def measure(place: Path) -> tuple[dict[int, list[float]], dict[int, int], float]:
-        found: dict[int, list[float]] = {budget: [] for budget in BUDGETS_MIB}
-        guard.BYTES_REST_SECONDS = 0.0  # an hour of edits is squeezed into minutes
-        async with AsyncExitStack() as stack:
-            engines: dict[int, Engine] = {}
-            memories: dict[int, Memory] = {}
-            for budget in BUDGETS_MIB:
-                memories[budget] = Memory((place / str(budget)).resolve(), random.Random(1))
-                memories[budget].plant()
-                flags = {
-                    "memory.root": str(memories[budget].root), "watch.mode": "off", "scan_interval_seconds": 3600,
-                    "lancedb.session_most_bytes": budget * MIB,
-                }  # fmt: skip
-                settings = load(flags, environment={}, user_file=place / "none")
-                engines[budget] = await stack.enter_async_context(open_engine(settings, embedder=OneCall()))
-                await engines[budget].settle()
-            chance, before = random.Random(2), engines[AGAINST].desk.index.session_bytes()
-            for _ in range(STEPS):
-                for budget in BUDGETS_MIB:
-                    memories[budget].edit()
-                    await engines[budget].settle()
-                for mode in MODES:
-                    words = memories[AGAINST].question()
-                    for budget in chance.sample(BUDGETS_MIB, k=len(BUDGETS_MIB)):
-                        began = time.perf_counter()
-                        await engines[budget].search(words, mode=mode)
-                        found[budget].append(1000 * (time.perf_counter() - began))
-            rotations = {budget: engine.desk.index.rotations for budget, engine in engines.items()}
-            grown = engines[AGAINST].desk.index.session_bytes() - before
-            return found, rotations, grown / STEPS / 1024
+    async def measure(place: Path) -> tuple[dict[int, list[tuple[float, float]]], float]:
+        memory, settings = memory_of_1600_rows(place)
+        chance, found, edits = random.Random(2), dict[int, list[tuple[float, float]]](), 0
+        async with open_engine(settings, embedder=embedder(), watching=False) as engine:
+            await engine.settle()
+            index = engine.desk.index
+            first = index.session_bytes()
+            for size in SIZES_MIB:
+                while index.session_bytes() < size * MIB and edits < MOST_EDITS:
+                    memory.edit()
+                    await engine.settle()
+                    await engine.compact()  # what is due, as a daemon does; not while pairs are timed
+                    edits += 1
+                    if not edits % SEARCH_EVERY:
+                        await engine.search(memory.question(), mode="hybrid")
+                found[size] = await pairs(engine, settings, memory, chance)
+            return found, (index.session_bytes() - first) / edits / 1024
 
     with tempfile.TemporaryDirectory(prefix="everos-bench-") as name:
-        found, rotations, grown = trio.run(measure, Path(name))
-    figures = [Figure("bytes that an edit with three searches adds to a Session of 256 MiB", "KiB", [grown])]
-    for budget in BUDGETS_MIB:
-        note = f"{rotations[budget]} rotations in {STEPS} edits"
-        figures.append(
-            Figure(f"search with a Session of at most {budget} MiB, 1,600 rows", "ms", found[budget], note=note)
-        )
-    for budget in BUDGETS_MIB[:-1]:
-        middle = at(found[budget], 0.5) / at(found[AGAINST], 0.5)
-        late = at(found[budget], 0.99) / at(found[AGAINST], 0.99)
+        found, each = trio.run(measure, Path(name))
+    figures = [Figure("what an edit of a memory of 1,600 rows adds to the Session's caches", "KiB", [each])]
+    for size, both in found.items():
+        for start, end in STRETCHES:
+            filled, new = zip(*both[start:end], strict=True)
+            when = f"search {start + 1} to {end} of a new Session against one of {size} MiB, in pairs"
+            figures += [
+                Figure(f"{when}: median", "x", [at(new, 0.5) / at(filled, 0.5)], 1.1 if start else None),
+                Figure(f"{when}: 99th percentile", "x", [at(new, 0.99) / at(filled, 0.99)]),
+            ]
         figures += [
-            Figure(f"median of a search, {budget} against {AGAINST} MiB", "x", [middle], 1.1 if budget >= 32 else None),
-            Figure(f"99th percentile of a search, {budget} against {AGAINST} MiB", "x", [late]),
+            Figure(f"search with a Session of {size} MiB", "ms", [one for one, _ in both]),
+            Figure("the same with the new one", "ms", [other for _, other in both]),
         ]
     return figures
+
+
+async def pairs(engine: Engine, settings: Settings, memory: Memory, chance: random.Random) -> list[tuple[float, float]]:
+    """Milliseconds of a search by words and one by vector, with the engine's Session and with a new one."""
+    old = engine.desk.index
+    new = open_index(old.bridge, settings.lancedb, kinds=old.kinds, directory=old.directory, cap_bytes=old.cap_bytes)
+    model, found = await engine.desk.vectors.model(), list[tuple[float, float]]()
+    try:
+        for number in range(PAIRS):
+            words, kind = memory.question(), KINDS[number % len(KINDS)]
+            vector = embedder().vector(words)
+            times = {}
+            for index in chance.sample((old, new), k=2):
+                began = time.perf_counter()
+                await ask(index, kind, words, vector, model.name)
+                times[id(index)] = 1000 * (time.perf_counter() - began)
+            found.append((times[id(old)], times[id(new)]))
+    finally:
+        new.close()
+    return found
+
+
+async def ask(index: Index, kind: str, words: str, vector: object, model: str) -> None:
+    """One search by words and one by vector, as a hybrid search makes them."""
+    await index.search_text(kind, words, where="", limit=10)
+    await index.search_vector(kind, vector, model=model, where="", limit=10)  # type: ignore[arg-type]
 
 
 @BOOK.bench
 def rotation_of_the_session() -> Sequence[Figure]:
     """The first search after a rotation, against the next one."""
 
-    async def measure(root: Path) -> tuple[list[float], list[float]]:
-        first, second = [], []
-        memory = Memory(root.resolve(), random.Random(1))
-        memory.plant()
-        settings = load({"memory.root": str(memory.root), "watch.mode": "off"}, environment={}, user_file=root / "none")
-        async with open_engine(settings, embedder=OneCall()) as engine:
+    async def measure(place: Path) -> tuple[list[float], list[float]]:
+        first, second = list[float](), list[float]()
+        memory, settings = memory_of_1600_rows(place)
+        async with open_engine(settings, embedder=embedder(), watching=False) as engine:
             await engine.settle()
+            await engine.compact()
             for _ in range(ROTATIONS):
                 engine.desk.index.rotate()
                 words = memory.question()
