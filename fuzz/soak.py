@@ -181,8 +181,9 @@ TOLD = ("changes", "searches", "rows", "fds")
 
 
 def _settings(root: Path, mode: str) -> dict[str, object]:
-    """Everything that happens seldom in a daemon's life happens often here."""
+    """Everything that happens seldom in a daemon's life happens often here; so many deletions are no accident."""
     return {
+        "brake_ratio": 1.0,
         "memory.root": str(root),
         "scan_interval_seconds": 5.0,
         "lancedb.descriptor_mode": mode,
