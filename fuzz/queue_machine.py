@@ -32,6 +32,7 @@ INDEXES = {
     ],
     "change_delayed": [
         queue.WAKE_DELAYED,
+        queue.WAKE_TOO_FAR,
         "SELECT min(not_before) FROM md_change_state WHERE status = 'pending' AND not_before > 0",
     ],
     "change_clock": [queue.WAKE_AFTER_CLOCK, queue.BEGAN_IN_THE_FUTURE],

@@ -192,9 +192,13 @@ WAKE_DELAYED = """
 UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND not_before <= ?
 """
 WAKE_AFTER_CLOCK = """
-UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND (updated > ?1 OR not_before > ?1 + ?2)
+UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND updated > ?
 """
-"""A wait that began in the future, or lasts longer than any does: the clock was set back since, and its end may be far away."""
+"""A wait that began in the future: the clock was set back since, and its end may be far away."""
+WAKE_TOO_FAR = """
+UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND not_before > ?
+"""
+"""A wait that lasts longer than any can."""
 LONGEST_WAIT_MILLISECONDS = 4_500_000
 """The longest wait that somebody else can ask for (an hour, by Retry-After), with a quarter of jitter."""
 CLAIM = """
@@ -221,7 +225,8 @@ def claim(
     No change waits longer than ``longest_wait_milliseconds``, counted from now, even if the clock was set back.
     """
     _drain(tx.execute(WAKE_DELAYED, (now_milliseconds,)))
-    _drain(tx.execute(WAKE_AFTER_CLOCK, (now_milliseconds, longest_wait_milliseconds)))
+    _drain(tx.execute(WAKE_AFTER_CLOCK, (now_milliseconds,)))
+    _drain(tx.execute(WAKE_TOO_FAR, (now_milliseconds + longest_wait_milliseconds,)))
     first = take(tx, "claim", limit)
     rows = tx.execute(CLAIM, (first, owner, now_milliseconds, limit))
     claims = [Claim(*row) for row in cast("Iterable[tuple[str, str, int, int, int, int, int, Source]]", rows)]
