@@ -121,7 +121,8 @@ def test_a_path_that_never_was_is_reported_and_does_not_hold_up_the_others(root:
     put(root, FACTS, facts(fact(1, "heron")))
     done = command(root, "sync", "nope.md", FACTS)
     assert done.returncode == 1
-    assert "nope.md: no such file, and nothing was indexed of it" in done.stdout
+    assert "nope.md: no such file; no rows of it are left" in done.stdout
+    assert "nope.md: nothing was indexed of it: check the name" in done.stderr
     assert f"{FACTS}: done" in done.stdout
     (root / FACTS).unlink()
     gone = command(root, "sync", FACTS)
@@ -214,3 +215,19 @@ def test_a_search_that_finds_nothing_says_what_is_not_indexed_yet(root: Path) ->
     said = command(root, "search", "anything")
     assert said.stdout == "nothing found\n"
     assert "1 change not indexed yet: `everos-engine sync` indexes it" in said.stderr
+
+
+STILL_BUSY = """
+import sys, threading
+threading.Thread(target=threading.Event().wait).start()
+from everos_engine.surface.cli import main
+main()
+"""
+
+
+def test_a_thread_of_a_library_does_not_keep_a_finished_command_from_ending(root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STILL_BUSY, "--root", str(root), "status"],
+        env=environment(root), capture_output=True, text=True, timeout=HANG_SECONDS, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "never indexed" in done.stdout) == (0, True)

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: an interrupt now would only spoil its end
     if is_program and (error := terminal.finish()) is not None and status in {OK, TROUBLE}:
         status = _failed(error, _called(argv))
+    if is_program:
+        terminal.leave(status)
     return status
 
 
@@ -195,10 +197,11 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
     if not arguments.paths:
         return _report_all(outcomes, settings, arguments)
     for outcome in outcomes:
+        _show(outcome)
         if outcome.status is None and outcome.md_path in unknown:
-            print(f"{shown(outcome.md_path)}: no such file, and nothing was indexed of it: check the name")
-        else:
-            _show(outcome)
+            terminal.say(
+                f"{shown(outcome.md_path)}: nothing was indexed of it: check the name, unless it was just deleted"
+            )
     bad = [
         one for one in outcomes if one.status in {"failed", "pending"} or one.held is not None or one.md_path in unknown
     ]

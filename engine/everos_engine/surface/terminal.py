@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO, cast
+from typing import NoReturn, TextIO, cast
 
 from everos_engine.surface.paint import json_text, printable
 
@@ -114,6 +114,14 @@ def finish() -> OutputLost | None:
     except OSError:
         _drop(ERRORS)
     return sys.stdout.lost if isinstance(sys.stdout, _Output) else None
+
+
+def leave(status: int) -> NoReturn:
+    """End the process now. Call it last, after ``finish``.
+
+    The end of the interpreter waits for threads of libraries, and LanceDB's runtime can keep it waiting without end.
+    """
+    os._exit(status)
 
 
 def _drop(number: int) -> None:
