@@ -115,11 +115,9 @@ def _entries(seen: Evidence) -> str:
 
 def _warnings(seen: Evidence) -> str:
     warnings = () if seen.disk.document is None else seen.disk.document.warnings
-    if not warnings:
-        return ""
-    first = warnings[0]
-    more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
-    return shown(f"line {first.line}: {first.message}; {first.remedy}{more}")
+    said = [f"line {one.line}: {one.message}; {one.remedy}" for one in warnings[:MOST_NAMED]]
+    more = [f"and {len(warnings) - MOST_NAMED} more"] if len(warnings) > MOST_NAMED else []
+    return shown(". ".join([*said, *more]))
 
 
 def _some(named: Sequence[str]) -> str:
