@@ -36,7 +36,7 @@ BEAT_SECONDS = 2.0
 READY_SECONDS, END_SECONDS = 900.0, 300.0
 """A first index embeds every text; the slowest machine may take minutes."""
 REST_FROM_MINUTES = 30.0
-REST_SECONDS = 2 * LanceDBSettings().keep_versions_seconds + 60
+REST_SECONDS = 1.25 * LanceDBSettings().keep_versions_seconds + 60
 """A table at rest needs two passes at most, and a minute is for the machine."""
 MOST_TIMES_FRESH = 2.0
 MIB = 1 << 20

@@ -142,8 +142,8 @@ class LanceDBSettings:
     )
     keep_versions_seconds: float = knob(
         600.0,
-        "Age before an old table version is pruned; a reader may hold one this long. A table at rest has no old version twice "
-        "this time after the last write to it.",
+        "Age before an old table version is pruned; a reader may hold one this long. A table at rest has no old version "
+        "1.25 times this long after the last write to it.",
         least=60,
         scope="root",
     )

@@ -29,7 +29,10 @@ ALLOWANCE_SECONDS = 60.0
 LEAST_VERSIONS = 2
 """The version in force, and the one before it: no pass of an optimize leaves fewer."""
 LEAST_REST_SECONDS = 0.05
-MOST_PASSES = 3
+MOST_PASSES = 4
+EARLY_SHARE = 0.25
+"""Of the time for which versions are kept: a table in which so long nobody wrote is compacted, due or not. So one that is
+edited all the time is not, and one that is edited now and then costs one optimize in that time at most."""
 MANY = 4
 """A table that is written without pause is optimized all the same once it is this many times over its threshold."""
 
@@ -80,8 +83,8 @@ class Rest:
 
     An optimize leaves the versions before it for ``keep_versions_seconds``, so the last one before a pause leaves many files.
     The folder of versions says when it was last written to, and how many there are, after a restart too. Two passes are
-    needed: one to compact what was written last, and one to prune what that replaced. After ``MOST_PASSES`` it is left alone
-    until somebody writes to it, so an idle engine is not woken for ever.
+    needed: one to compact what was written last, early, after ``EARLY_SHARE`` of that time, and one to prune what that
+    replaced. After ``MOST_PASSES`` it is left alone until somebody writes to it, so an idle engine is not woken for ever.
     """
 
     desk: Desk
@@ -90,7 +93,7 @@ class Rest:
     """Kind -> when its folder was last written to by us, and our passes since somebody else did."""
 
     def __post_init__(self) -> None:
-        self._look_at = time.monotonic() + self._keep_seconds
+        self._look_at = time.monotonic() + EARLY_SHARE * self._keep_seconds
 
     @property
     def _keep_seconds(self) -> float:
@@ -103,7 +106,7 @@ class Rest:
     def wake(self) -> None:
         """Something was written: look when it may be pruned, unless a look is planned."""
         if self._look_at is None:
-            self._look_at = time.monotonic() + self._keep_seconds
+            self._look_at = time.monotonic() + EARLY_SHARE * self._keep_seconds
 
     async def compact(self) -> None:
         """Compact the tables whose old versions may go now, and plan the next look."""
@@ -125,10 +128,12 @@ class Rest:
         if count <= LEAST_VERSIONS or passes >= MOST_PASSES:
             return None
         age = max(0.0, time.time() - written)  # a clock that was ahead makes it new
-        if age < self._keep_seconds:
-            return self._keep_seconds - age
+        is_early = desk.index.unoptimized(kind) > 0
+        rest_seconds = self._keep_seconds * (EARLY_SHARE if is_early else 1.0)
+        if age < rest_seconds:
+            return rest_seconds - age
         desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
-        await _optimize(desk, kind, alone=True)
+        await _optimize(desk, kind, alone=not is_early)  # early on an edit may come, and does not wait
         written, count = await trio.to_thread.run_sync(_versions, folder)
         self._passes[kind] = written, passes + 1
         return self._keep_seconds if count > LEAST_VERSIONS else None
