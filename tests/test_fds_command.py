@@ -67,7 +67,7 @@ def test_without_an_engine_it_says_so_and_what_the_settings_imply(
 ) -> None:
     assert cli.main(["--root", os.fspath(root), "fds"]) == 0
     text = capsys.readouterr().out
-    assert "no engine is running here: start one with `everos-engine run`" in text
+    assert "no engine is running here: start one with `everos-engine --root " in text
     assert "mode: reopen, cap 16 MiB, ceiling 64" in text
     assert cli.main(["--root", os.fspath(root), "fds", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
