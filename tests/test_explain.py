@@ -279,7 +279,7 @@ async def test_the_verdict_agrees_with_the_index(settings: Settings, root: Path,
     """Searchable is what the index holds as the file says, and nothing else, after any edits."""
     shutil.rmtree(root)
     root.mkdir()
-    async with open_engine(settings, embedder=FakeEmbedder()) as engine:
+    async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
         for tree in (before, after):
             for key, entries in tree.items():
                 put(root, key, facts(*(written(number, sort) for number, sort in entries)))
