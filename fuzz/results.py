@@ -85,15 +85,16 @@ def draw(title: str, run: Run, path: Path) -> None:
     above.set_title(title)
     above.legend(loc="upper left", fontsize="small")
     below.plot(run.seconds, [value / (1 << 20) for value in run.rss_bytes], linewidth=0.8, color="#2c7a4b", label="RSS")
+    if run.session_bytes:
+        session = [value / (1 << 20) for value in run.session_bytes]
+        below.plot(run.seconds, session, linewidth=0.8, color="#7a4b9c", label="of it the Session's caches")
     if run.ceiling_bytes is not None:
         below.axhline(run.ceiling_bytes / (1 << 20), color="#b02a2a", linewidth=1, label="ceiling of RSS")
     if run.index_bytes:
         size = [value / (1 << 20) for value in run.index_bytes]
         below.plot(run.seconds, size, linewidth=0.8, color="#c98a1b", label="index on disk")
     if run.session_bytes:
-        session = [value / (1 << 20) for value in run.session_bytes]
-        below.plot(run.seconds, session, linewidth=0.8, color="#7a4b9c", label="of it the Session's caches")
-        below.legend(loc="center left", fontsize="small")
+        below.legend(loc="center", ncols=2, fontsize="small")
     below.set_ylabel("MiB")
     below.set_ylim(bottom=0)
     below.set_xlabel("seconds")
