@@ -21,12 +21,15 @@ from urllib.parse import quote
 import numpy as np
 import trio
 
+from everos_engine.stores.late_package import late_package
+
 os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
 os.environ.setdefault(
     "LANCE_IO_THREADS", "2"
 )  # by default 8, which is no faster and opens more at once; with 1 it hangs
 
-import lancedb  # noqa: E402 - after its environment is set
+with late_package("lance_namespace_urllib3_client"):  # a client of remote catalogs; a third of the import's time
+    import lancedb
 import pyarrow as pa  # noqa: E402 - after its environment is set
 from lancedb.index import FTS  # noqa: E402 - after its environment is set
 from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after its environment is set
