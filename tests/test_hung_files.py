@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from everos_engine.system.file_threads import FileThreads, NoAnswer, call_within, visit_within
 from hanging import library
@@ -165,6 +166,34 @@ async def test_who_is_cancelled_waits_for_no_call() -> None:
     with trio.fail_after(HANG_SECONDS), trio.move_on_after(0.05):
         await threads.all(["a"], gate.look, what="read", name=name_of)
     gate.let_go.set()
+
+
+async def test_a_call_waits_for_one_that_its_caller_gave_up_and_is_made() -> None:
+    gate, threads = Gate("a"), FileThreads(deadline_seconds=HANG_SECONDS)
+    with trio.fail_after(HANG_SECONDS):
+        with trio.move_on_after(0.05):
+            await threads.all(["a"], gate.look, what="read", name=name_of)
+        async with trio.open_nursery() as nursery:
+            found: dict[str, Any] = {}
+
+            async def ask() -> None:
+                found.update(await threads.all(["a", "b"], gate.look, what="read", name=name_of))
+
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            gate.let_go.set()
+    assert found == {"a": "A", "b": "B"}
+    assert not threads.hung()
+
+
+async def test_a_caller_that_gives_up_at_any_moment_leaves_no_call_behind() -> None:
+    threads = FileThreads(deadline_seconds=HANG_SECONDS, late_most=2)
+    with trio.fail_after(HANG_SECONDS):
+        for number in range(300):
+            with trio.move_on_after(number % 30 / 10_000):
+                await threads.all(["a", "b"], lambda name: time.sleep(0.0005) or name, what="read", name=name_of)
+            assert await threads.call(lambda: 1, what="read", name="a") == 1
 
 
 def test_a_directory_that_hangs_hides_no_other_outside_the_loop() -> None:

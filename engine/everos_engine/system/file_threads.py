@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Generic, TypeVar, cast
 
 import trio
@@ -51,6 +52,8 @@ class Call(Generic[T, R]):
     is_over: bool = False
     result: R | None = None
     error: BaseException | None = None
+    begin: Callable[[], Awaitable[R]] | None = None
+    """Makes the call, if it has to wait for an earlier one of the same that is under way."""
 
     def get(self) -> R:
         """Return the result of a call that is over, or raise what it raised."""
@@ -60,12 +63,23 @@ class Call(Generic[T, R]):
 
     async def wait(self) -> R:
         """Return the result once it is there. Raises NoAnswer at the deadline, and what the call raised."""
+        if self.begin is not None:
+            return await self.begin()
+        await self.until_over()
+        return self.get()
+
+    async def until_over(self) -> None:
+        """Wait for the end of a call that is under way, whatever came of it. Raises NoAnswer at the deadline."""
         with trio.move_on_after(max(0.0, self.began_seconds + self.deadline_seconds - time.monotonic())):
             if not self.is_over:
                 await self.over.wait()
         if not self.is_over:
             raise no_answer(self.name, self.deadline_seconds)
-        return self.get()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the deadline of a call that is under way has passed."""
+        return time.monotonic() >= self.began_seconds + self.deadline_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +160,25 @@ class FileThreads:
     ) -> Calls[T, R]:
         """Make one call for each item, until all are over or late, or one gives ``enough``.
 
-        ``what`` and the name say what is called: a call that an earlier one of the same has not returned from is not
-        begun, and ends with NoAnswer. ``work`` may go on in its thread after this returns, so it must change nothing.
+        ``what`` and the name say what is called. While an earlier call of the same has not returned, another one is not
+        begun: it is late, and begins when the earlier one returns, or ends with NoAnswer when that one's deadline has
+        passed. ``work`` may go on in its thread after this returns, so it must change nothing.
         """
         refused: list[Call[T, R]] = []
+        late: list[Call[T, R]] = []
         todo = deque[Call[T, R]]()
         for item in items:
             call: Call[T, R] = Call(item, name(item), self.deadline_seconds)
-            if (what, call.name) in self._late:
+            earlier = self._late.get((what, call.name))
+            if earlier is None:
+                todo.append(call)
+            elif earlier.is_overdue:
                 self._refuse(call, no_answer(call.name, self.deadline_seconds))
                 refused.append(call)
             else:
-                todo.append(call)
+                call.begin = partial(self._begin_after, earlier, partial(work, item), what)
+                late.append(call)
         row = _Row(todo, work, enough, lambda call: self._came_back(what, cast("Call[object, object]", call)))
-        late: list[Call[T, R]] = []
         try:
             while row.todo and not row.ended.is_set():
                 if not await self._room():
@@ -180,6 +199,11 @@ class FileThreads:
             if left is not None:  # the caller was cancelled
                 self._late[what, left.name] = cast("Call[object, object]", left)
         return Calls([*refused, *row.over], late, [call.item for call in row.todo])
+
+    async def _begin_after(self, earlier: Call[object, object], work: Callable[[], R], what: str) -> R:
+        """Make a call once an earlier one of the same has returned. Raises NoAnswer if either does not return."""
+        await earlier.until_over()
+        return await self.call(work, what=what, name=earlier.name)
 
     def _refuse_all(self, todo: deque[Call[T, R]]) -> list[Call[T, R]]:
         refused = list(todo)
