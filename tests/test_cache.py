@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from everos_engine.stores.database import Transaction
 
-HOWS = ["zeroed", "garbage", "truncated", "emptied", "inner pages", "removed"]
+HOWS = ["zeroed", "garbage", "truncated", "emptied", "inner pages", "removed", "a directory", "a pipe"]
 DAY = 86_400_000
 
 
@@ -60,6 +61,10 @@ def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "removed":
         path.unlink()
+        return
+    if how in {"a directory", "a pipe"}:
+        path.unlink()
+        path.mkdir() if how == "a directory" else os.mkfifo(path)
         return
     if how == "zeroed":
         content[:] = bytes(len(content))

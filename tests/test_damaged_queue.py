@@ -24,6 +24,8 @@ from trapped_disk import trapped_disk
 from writer import fact, facts, put
 
 DAMAGES = [how for how in HOWS if how not in {"emptied", "removed"}]
+REPLACED = ("a directory", "a pipe")
+"""A running engine keeps the file that it opened, as with one that was removed."""
 
 
 def quiet(root: Path) -> Settings:
@@ -59,7 +61,7 @@ async def test_a_start_sets_it_aside_and_embeds_nothing_again(how: str, root: Pa
     assert Path(f"{path}.damaged").exists() == (how in DAMAGES)
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", [how for how in DAMAGES if how not in REPLACED])
 async def test_damage_under_a_running_engine_opens_the_stores_again(how: str, root: Path) -> None:
     settings, fake = quiet(root), FakeEmbedder()
     path = settings.engine_directory / "engine.db"

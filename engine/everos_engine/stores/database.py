@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,9 @@ IN_MEMORY = ":memory:"
 """SQLite's name for a database without a file."""
 ASIDE = ".damaged"
 """What the name of a file that was set aside ends with."""
+REMEDY = "`everos-engine run` or `everos-engine sync` sets it aside and makes it again from markdown"
+FILES = ("", "-wal", "-shm")
+"""What the names of a database's files end with."""
 MOST_CHECKED_BYTES = 64 << 20
 """A database that is larger is checked at the start only if it is suspected: it would take longer than a second."""
 
@@ -82,6 +86,10 @@ class Database:
         self._limiter: trio.CapacityLimiter | None = None
         self._sweeping: trio.Lock | None = None
         self._copy: tempfile.TemporaryDirectory[str] | None = None
+        odd = [f"{path}{end}" for end in FILES if _is_no_file(f"{path}{end}")]
+        if odd:  # to open a pipe could take for ever
+            message = f"{path} is damaged ({odd[0]} is not a file): {REMEDY}"
+            raise Damaged(message)
         try:
             if readonly:
                 self._connection = self._opened_to_read()
@@ -292,8 +300,7 @@ class Database:
             return Locked(f"{path} stayed locked by another process")
         if _is_damage(error, code):
             suspect(path)
-            remedy = "`everos-engine run` or `everos-engine sync` sets it aside and makes it again from markdown"
-            self.damage = Damaged(f"{path} is damaged ({error}): {remedy}")
+            self.damage = Damaged(f"{path} is damaged ({error}): {REMEDY}")
             if self.on_damage is not None:
                 self.on_damage()
             return self.damage
@@ -332,6 +339,14 @@ def _is_damage(error: apsw.Error, code: int) -> bool:
     if code in {apsw.SQLITE_READONLY_DBMOVED, apsw.SQLITE_IOERR_CORRUPTFS, apsw.SQLITE_IOERR_DATA}:
         return True
     return isinstance(error, apsw.SQLError) and str(error).startswith("no such table")
+
+
+def _is_no_file(path: str) -> bool:
+    """Check for a directory, a pipe or a device in the place of a file."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _is_forbidden(error: apsw.Error, path: Path) -> bool:
@@ -389,11 +404,19 @@ def set_aside(path: Path) -> None:
     """Move a database's files out of the way; an earlier copy goes."""
     for end in ("", "-wal"):
         with suppress(FileNotFoundError):
-            Path(f"{path}{ASIDE}{end}").unlink()
+            _remove(f"{path}{ASIDE}{end}")
         with suppress(FileNotFoundError):
             Path(f"{path}{end}").rename(f"{path}{ASIDE}{end}")
-    Path(f"{path}-shm").unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        _remove(f"{path}-shm")
     _sign(path).unlink(missing_ok=True)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def _sign(path: Path) -> Path:
