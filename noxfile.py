@@ -10,6 +10,9 @@ import nox
 
 TYPED = "import everos_engine, pathlib; assert (pathlib.Path(everos_engine.__file__).parent / 'py.typed').exists()"
 
+PROCESSES = "2"
+"""Tests at a time. They measure time and count descriptors of their own processes, so more than there are cores would disturb them."""
+
 nox.options.sessions = ["lint", "types", "docs", "tests", "fuzz", "stress"]
 nox.options.reuse_existing_virtualenvs = True
 
@@ -30,6 +33,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
+    """Two tests at a time; `nox -s tests -- -n 0 tests/test_queue.py` runs some one by one."""
+    session.install("-q", "-e", ".[test]")
+    session.run("python", "-m", "pytest", "-n", PROCESSES, *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
     session.install("-q", "-e", ".[test]")
     session.run("coverage", "run", "-m", "pytest", *session.posargs)
     session.run("coverage", "report", "--skip-covered")
@@ -40,7 +50,15 @@ def surroundings(session: nox.Session) -> None:
     """Every command in every bad surrounding, some 500 processes; `nox -s tests` runs a part of the table."""
     session.install("-q", "-e", ".[test]")
     session.run(
-        "python", "-m", "pytest", "-q", "tests/test_surroundings.py", *session.posargs, env={"WHOLE_TABLE": "1"}
+        "python",
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        PROCESSES,
+        "tests/test_surroundings.py",
+        *session.posargs,
+        env={"WHOLE_TABLE": "1"},
     )
 
 
