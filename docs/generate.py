@@ -15,8 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from everos_engine.cli.main import parser
 from everos_engine.settings import choices, setters, table
-from everos_engine.surface.cli import parser
 from everos_engine.text.kinds import tables
 
 DOCS = Path(__file__).parent

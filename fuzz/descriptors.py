@@ -38,9 +38,9 @@ from threaded import Threaded
 
 from everos_engine.search import fuse
 from everos_engine.settings import DescriptorMode, LanceDBSettings
-from everos_engine.stores.generation import Generation
 from everos_engine.stores.index import Bridge, Index, open_index
 from everos_engine.stores.lance import Hit, Model, Row, uri_of
+from everos_engine.stores.session_pool import Generation
 from everos_engine.system.slope import Learner
 from everos_engine.text.kinds import Kind
 from everos_engine.text.kinds.tables import Field

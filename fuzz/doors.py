@@ -35,8 +35,8 @@ from tree_model import Account
 from everos_engine import supervise
 from everos_engine.embed.http import open_http_embedder
 from everos_engine.engine import Engine, open_engine
-from everos_engine.errors import EngineError, Fatal
-from everos_engine.loops import agree, watch
+from everos_engine.errors import EngineError, Fatal, unwrap
+from everos_engine.loops import recovery, watcher
 from everos_engine.settings import EmbedderSettings, load
 from everos_engine.system.asyncio_thread import AsyncioThread
 from everos_engine.testing import FakeEmbedder
@@ -133,7 +133,7 @@ def lance_door(_root: Path) -> Iterator[None]:
 
 @contextmanager
 def watch_door(_root: Path) -> Iterator[None]:
-    sound = watch.RustNotify
+    sound = watcher.RustNotify
 
     class Watches:
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -154,7 +154,7 @@ def watch_door(_root: Path) -> Iterator[None]:
         def __exit__(self, *args: object) -> None:
             self.inner.__exit__(*args)
 
-    with _replaced(watch, "RustNotify", Watches):
+    with _replaced(watcher, "RustNotify", Watches):
         yield
 
 
@@ -427,16 +427,16 @@ def main() -> int:
     arguments = parser.parse_args()
     supervise.FIRST_DELAY_SECONDS, supervise.MOST_DELAY_SECONDS = 0.01, 0.2
     supervise.FIRST_REST_SECONDS, supervise.MOST_REST_SECONDS = 0.01, 0.2
-    agree.REBUILD_MILLISECONDS = 0  # a table is made again as often as it is found damaged
-    agree.PROBE_REST_SECONDS = 0.0
-    watch.RETRY_SECONDS, watch.FIRST_PAUSE_SECONDS = 0.2, 0.01
+    recovery.REBUILD_MILLISECONDS = 0  # a table is made again as often as it is found damaged
+    recovery.PROBE_REST_SECONDS = 0.0
+    watcher.RETRY_SECONDS, watcher.FIRST_PAUSE_SECONDS = 0.2, 0.01
     for door in arguments.door or DOORS:
         started = time.monotonic()
         types = chosen(DOORS[door][1](), arguments.most)
         try:
             told = trio.run(partial(run, door, types, seconds=arguments.seconds, all_calls=arguments.all_calls))
         except Exception as error:
-            shown = supervise.alone(error)
+            shown = unwrap(error)
             print(f"doors: {door}: {shown}", file=sys.stderr)
             print(f"again: python fuzz/doors.py {door} --most {arguments.most}", file=sys.stderr)
             return 1

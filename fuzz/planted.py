@@ -10,7 +10,7 @@ from everos_engine.stores.index import Index
 if TYPE_CHECKING:
     import lancedb
 
-    from everos_engine.stores.generation import Generation
+    from everos_engine.stores.session_pool import Generation
 
 KEPT: list[Any] = []
 """What KeepsSessions never lets go of."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from scratch import SCRATCH
 
-from everos_engine.stores import census, queue, sweeps
+from everos_engine.stores import full_scan, queue, reports
 from everos_engine.stores.database import Database
 from everos_engine.stores.queue import Claim, Fingerprint4, Observation
 
@@ -199,12 +199,12 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         seen = [Observation(path, "note", known.disk) for path, known in self.paths.items() if known.disk]
-        self.write(lambda tx: sweeps.load_sweep(tx, seen))
+        self.write(lambda tx: full_scan.load_sweep(tx, seen))
 
         def both(tx: queue.Transaction) -> list[str]:
-            same = [(one, digest) for one, digest in sweeps.racy(tx) if self.is_same(one, digest)]
-            sweeps.trust(tx, [(one, digest) for one, digest in same if not self.paths[one.md_path].fresh])
-            compared = sweeps.record_sweep(
+            same = [(one, digest) for one, digest in full_scan.racy(tx) if self.is_same(one, digest)]
+            full_scan.trust(tx, [(one, digest) for one, digest in same if not self.paths[one.md_path].fresh])
+            compared = full_scan.record_sweep(
                 tx, source="scan", now_milliseconds=self.now, verified=frozenset(one for one, _ in same)
             )
             gone = [Observation(one.md_path, "note", self.paths[one.md_path].disk) for one in compared.vanished]
@@ -387,7 +387,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def numbers_agree(self) -> None:
-        counts = self.read(census.counts)
+        counts = self.read(reports.counts)
         paths = self.paths.values()
         assert counts.processing == sum(known.held for known in paths) == len(self.holds)
         assert counts.pending == sum(bool(known.open_lsns) and not known.held for known in paths)
@@ -397,7 +397,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_watermark_is_true(self) -> None:
-        counts = self.read(census.counts)
+        counts = self.read(reports.counts)
         waiting = [known for known in self.paths.values() if known.open_lsns]
         truth = min((known.open_lsns[0] for known in waiting), default=counts.lsn_max + 1) - 1
         bound = min((known.lower_bound for known in waiting), default=counts.lsn_max + 1) - 1
@@ -436,7 +436,7 @@ class QueueMachine(RuleBasedStateMachine):
                 known = self.paths[held.md_path]
                 known.applied = known.look()
                 self.write(lambda tx, h=held, r=known.applied: self.done(tx, h, r, 0))
-        counts = self.read(census.counts)
+        counts = self.read(reports.counts)
         assert counts.watermark == counts.lsn_max
         for path, known in self.paths.items():
             if known.failed is None:

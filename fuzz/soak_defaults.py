@@ -29,7 +29,7 @@ from results import RESULTS, Run, write_result
 from slope import NEEDS_SECONDS, Slope, crest, slope
 
 from everos_engine.settings import LanceDBSettings
-from everos_engine.system import fds
+from everos_engine.system import descriptors
 
 CHILD = Path(__file__).with_name("soak_engine.py")
 BEAT_SECONDS = 2.0
@@ -65,7 +65,7 @@ class Disk:
     def _sample(self) -> None:
         began = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
-            found = fds.tree_size(self.directory)
+            found = descriptors.tree_size(self.directory)
             if found is not None:
                 self.seconds.append(time.monotonic() - began)
                 self.files.append(found[0])
@@ -182,7 +182,7 @@ def _fresh(memory: Memory, copy: Path) -> tuple[int, int]:
     command = [sys.executable, "-m", "everos_engine", "--root", str(copy), "sync"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EVEROS_")}
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    found = fds.tree_size(copy / ".index" / "lancedb")
+    found = descriptors.tree_size(copy / ".index" / "lancedb")
     assert found is not None
     return found[2], found[0]
 

@@ -24,7 +24,7 @@ from everos_engine.engine import Engine
 from everos_engine.errors import Transient
 from everos_engine.search import Mode
 from everos_engine.settings import Settings
-from everos_engine.stores import census
+from everos_engine.stores import reports
 from everos_engine.system import files, memory
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
@@ -106,7 +106,7 @@ async def account(settings: Settings, engine: Engine, tally: Tally) -> dict[str,
     with trio.move_on_after(SETTLE_SECONDS):
         await engine.settle()
     status = await engine.status()
-    failed = await engine.desk.database.aread(census.failed)
+    failed = await engine.desk.database.aread(reports.failed)
     indexed: dict[tuple[str, str], str] = {}
     described: dict[tuple[str, str], str] = {}
     try:

@@ -22,7 +22,7 @@ from collections import Counter
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from everos_engine.stores import census, queue
+from everos_engine.stores import queue, reports
 from everos_engine.stores.database import Database, Transaction
 from everos_engine.stores.queue import Claim, Observation
 
@@ -127,7 +127,7 @@ def drain(directory: Path) -> dict[int, int]:
             number = int(held.md_path[1:-3])
             applied[number] = disk[number]
             database.write(lambda tx, h=held, v=disk[number]: mark(tx, h, v, "done"))  # type: ignore[misc]
-    counts = database.read(census.counts)
+    counts = database.read(reports.counts)
     if counts.pending + counts.processing + counts.failed_retryable or counts.watermark != counts.lsn_max:
         message = f"not worked off: {counts}"
         raise AssertionError(message)

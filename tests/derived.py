@@ -8,7 +8,7 @@ import trio
 
 from everos_engine.engine import Engine
 from everos_engine.settings import Settings
-from everos_engine.stores.census import Counts
+from everos_engine.stores.reports import Counts
 from everos_engine.system import files
 from everos_engine.text import kinds
 from patience import HANG_SECONDS

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from embedding_server import Handler, reply, serving
-from everos_engine.embed.batch import Batcher, open_batcher
-from everos_engine.embed.gate import RECHECK_SECONDS, WAITING, Gate
+from everos_engine.embed.batcher import Batcher, open_batcher
+from everos_engine.embed.circuit_breaker import RECHECK_SECONDS, WAITING, Gate
 from everos_engine.embed.http import open_http_embedder
 from everos_engine.embed.protocol import PROBE_SENTENCE, Embedder, check_embedder
 from everos_engine.errors import (

@@ -14,17 +14,17 @@ import pytest
 import trio
 
 from derived import described, indexed
+from everos_engine.cli.main import main
+from everos_engine.diagnose.doctor import examine
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Fatal, Transient
-from everos_engine.loops import brake
-from everos_engine.loops.agree import expect_root
-from everos_engine.loops.brake import without_moved
-from everos_engine.loops.maintain import _optimize
+from everos_engine.loops import deletion_guard
+from everos_engine.loops.compactor import _optimize
+from everos_engine.loops.deletion_guard import without_moved
+from everos_engine.loops.recovery import expect_root
 from everos_engine.settings import Settings, load
+from everos_engine.stores.full_scan import Vanished
 from everos_engine.stores.held import Reason
-from everos_engine.stores.sweeps import Vanished
-from everos_engine.surface.cli import main
-from everos_engine.surface.doctor import examine
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import fact, facts, put
@@ -154,7 +154,9 @@ async def test_a_renamed_directory_is_no_mass_delete_where_events_told_of_the_ne
 
 
 async def test_a_tree_removed_bit_by_bit_is_held_all_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brake, "WINDOW_SECONDS", HANG_SECONDS)  # all of it is within the window, on a slow machine too
+    monkeypatch.setattr(
+        deletion_guard, "WINDOW_SECONDS", HANG_SECONDS
+    )  # all of it is within the window, on a slow machine too
     paths = plant(root, 60)
     async with open_engine(quiet(root), embedder=FakeEmbedder()) as engine:
         await engine.settle()
@@ -324,7 +326,7 @@ import os, subprocess, sys, trio
 from pathlib import Path
 from everos_engine.engine import open_engine
 from everos_engine.settings import load
-from everos_engine.surface.paint import commands_in
+from everos_engine.diagnose.wording import commands_in
 from everos_engine.testing import FakeEmbedder
 root = Path({root!r})
 flags = {{"memory.root": str(root), "watch.mode": {mode!r}, "scan_interval_seconds": 3600}}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from everos_engine.diagnose import bundle, doctor
+from everos_engine.diagnose.checkup import Case, Check, open_case
 from everos_engine.engine import open_engine
 from everos_engine.errors import SettingsError
 from everos_engine.settings import Settings, load
-from everos_engine.surface import bundle, doctor
-from everos_engine.surface.checkup import Case, Check, open_case
 from everos_engine.testing import FakeEmbedder
 from writer import fact, facts, put
 

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from derived import described, indexed
-from everos_engine.embed.gate import Gate
+from everos_engine.embed.circuit_breaker import Gate
 from everos_engine.embed.protocol import PROBE_SENTENCE
 from everos_engine.engine import open_engine
 from everos_engine.loops import vectors as module

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from everos_engine.calibrate import experiment as calibrate_module
+from everos_engine.calibrate.benchmark_run import Plan, run
+from everos_engine.calibrate.experiment import MIB, UNBOUNDED, Line, as_text, offer, shape_of, slope_of
+from everos_engine.calibrate.experiment import calibrate as run_calibration
+from everos_engine.cli.main import main
 from everos_engine.errors import EngineError, Fatal
 from everos_engine.settings import LanceDBSettings, Settings, load
-from everos_engine.surface import calibrate as calibrate_module
-from everos_engine.surface.calibrate import MIB, UNBOUNDED, Line, as_text, offer, shape_of, slope_of
-from everos_engine.surface.calibrate import calibrate as run_calibration
-from everos_engine.surface.cli import main
-from everos_engine.surface.trial import Plan, run
 from everos_engine.system.ceiling import cap_of
 from everos_engine.text.kinds import KINDS
 from writer import put

@@ -15,16 +15,16 @@ import pytest
 import trio
 
 from derived import counted, described, indexed
+from everos_engine.cli.explain import as_text
+from everos_engine.diagnose.explain import explain
+from everos_engine.diagnose.status import snapshot
+from everos_engine.diagnose.wording import Paint
 from everos_engine.engine import Engine, open_engine, open_queue
 from everos_engine.errors import OutsideRoot, Transient
-from everos_engine.loops.asked import enqueue
+from everos_engine.loops.requests import enqueue
 from everos_engine.search import Filter
 from everos_engine.settings import Settings, load
 from everos_engine.stores import meta, queue
-from everos_engine.surface.explain import explain
-from everos_engine.surface.explain_text import as_text
-from everos_engine.surface.paint import Paint
-from everos_engine.surface.status import snapshot
 from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds

@@ -14,11 +14,11 @@ from loguru import logger
 
 from derived import described, indexed
 from everos_engine.engine import Engine, open_engine
-from everos_engine.loops import work
-from everos_engine.loops.notes import kept
+from everos_engine.loops import worker
 from everos_engine.settings import Settings, load
 from everos_engine.stores import database as door
 from everos_engine.stores import queue
+from everos_engine.stores.conditions import kept
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from trapped_disk import TrappedDisk, trapped_disk
@@ -83,7 +83,7 @@ def trouble(kind: str, engine: Engine) -> Iterator[None]:
 def _disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(door, "BUSY_RETRIES", 1)
     monkeypatch.setattr(door, "BUSY_TIMEOUT_MILLISECONDS", 10)
-    monkeypatch.setattr(work, "MOST_DELAY_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "MOST_DELAY_SECONDS", 0.2)
     with trapped_disk() as found:
         DISKS.append(found)
         yield
@@ -114,14 +114,14 @@ async def test_changes_held_while_sqlite_refuses_every_write_are_indexed_when_it
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.settle)
                 await embedder.asked.wait()
-                with event(work.UNAVAILABLE) as said, trouble(kind, engine):
+                with event(worker.UNAVAILABLE) as said, trouble(kind, engine):
                     embedder.go.set()
                     await said.wait()
-                    assert work.UNAVAILABLE in engine.desk.notes.now
+                    assert worker.UNAVAILABLE in engine.desk.notes.now
         with trio.fail_after(HANG_SECONDS):
             status = await engine.settle()
         assert (status.counts.pending, status.counts.processing, status.counts.done) == (0, 0, 5)
-        assert work.UNAVAILABLE not in engine.desk.notes.now
+        assert worker.UNAVAILABLE not in engine.desk.notes.now
         assert await indexed(engine) == described(quiet)
 
 
@@ -130,7 +130,7 @@ async def test_a_claim_that_no_task_holds_is_handed_back(
     count: int, quiet: Settings, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the COMMIT of a claim fails after it took effect."""
-    monkeypatch.setattr(work, "REAP_SECONDS", 0.02)
+    monkeypatch.setattr(worker, "REAP_SECONDS", 0.02)
     async with open_engine(quiet, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         desk = engine.desk
@@ -160,7 +160,7 @@ async def test_a_worker_that_starts_takes_back_what_the_one_before_it_held(quiet
                 await embedder.asked.wait()
                 assert len(await desk.database.aread(lambda tx: queue.claimed(tx, desk.owner))) == 3
                 async with trio.open_nursery() as second:  # the claims of the first are in no task's hands for this one
-                    second.start_soon(work.work, desk)
+                    second.start_soon(worker.work, desk)
                     with event("claims_taken_back count=3") as taken:
                         await taken.wait()
                     embedder.go.set()

@@ -263,7 +263,7 @@ async def test_a_task_that_blocks_again_and_again_is_logged_once_a_minute_under_
 
     async def loop() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(rude, 100, of_seconds=0.3), name="everos_engine.loops.work._Worker._prepare")
+            nursery.start_soon(partial(rude, 100, of_seconds=0.3), name="everos_engine.loops.worker._Worker._prepare")
 
     lines: list[str] = []
     monkeypatch.setattr(instrument, "time", SimpleNamespace(perf_counter=lambda: seconds))

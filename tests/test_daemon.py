@@ -16,7 +16,7 @@ from pathlib import Path
 import lancedb
 import pytest
 
-from everos_engine.surface.vitals import process_state
+from everos_engine.diagnose.engine_state import process_state
 from patience import HANG_SECONDS, heard, until
 from writer import FACTS, fact, facts, put
 
@@ -199,7 +199,7 @@ def test_a_signal_ends_the_engine_in_the_midst_of_work_and_nothing_is_lost(root:
 STUCK = """
 import os, signal, sys, trio
 from everos_engine import load, run, settings
-from everos_engine.surface import daemon
+from everos_engine.cli import run as daemon
 def interrupt(): os.kill(os.getpid(), signal.SIGINT)
 class Stuck:
     async def __aenter__(self): interrupt()
@@ -287,7 +287,7 @@ def test_a_command_that_writes_leaves_tables_whose_indexes_cover_them(root: Path
 
 SEARCHES = """
 import sys
-from everos_engine.surface.cli import main
+from everos_engine.cli.main import main
 status = main(["search", *sys.argv[1:]])
 sys.exit(100 if "lancedb" in sys.modules else status)
 """

@@ -11,12 +11,12 @@ import pytest
 import trio
 
 from derived import described, indexed
+from everos_engine.cli.main import main
 from everos_engine.embed.protocol import PROBE_SENTENCE
 from everos_engine.engine import open_engine
-from everos_engine.loops import work
+from everos_engine.loops import worker
 from everos_engine.settings import Settings, load
 from everos_engine.stores import database as door
-from everos_engine.surface.cli import main
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from test_cache import HOWS, damage
@@ -130,7 +130,7 @@ async def test_a_full_disk_is_named_in_one_line_and_never_called_damage(
 
 async def test_a_start_on_a_full_disk_waits_for_room(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, fake = quiet(root), FakeEmbedder()
-    monkeypatch.setattr(work, "MOST_DELAY_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "MOST_DELAY_SECONDS", 0.2)
     await in_step(settings, fake)
     put(root, "users/u1/.atomic_facts/new.md", facts(fact(1, "after")))
     with trio.fail_after(HANG_SECONDS), trapped_disk("engine.db") as disk:

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from derived import described, indexed
+from everos_engine.cli.main import main
 from everos_engine.engine import open_engine, open_queue
-from everos_engine.loops import asked, brake, observe
-from everos_engine.loops.asked import enqueue
-from everos_engine.loops.brake import Brake, is_too_much, to_hold
-from everos_engine.loops.observe import sweep
+from everos_engine.loops import deletion_guard, reconcile, requests
+from everos_engine.loops.deletion_guard import Brake, is_too_much, to_hold
+from everos_engine.loops.reconcile import sweep
+from everos_engine.loops.requests import enqueue
 from everos_engine.settings import Settings, load
 from everos_engine.stores import held, queue
 from everos_engine.stores.held import Passed
-from everos_engine.surface.cli import main
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from test_brake import held as held_by
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def long_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a test is within the window, on a slow machine too."""
-    monkeypatch.setattr(brake, "WINDOW_SECONDS", HANG_SECONDS)
+    monkeypatch.setattr(deletion_guard, "WINDOW_SECONDS", HANG_SECONDS)
 
 
 def remove(paths: list[Path]) -> None:
@@ -178,7 +178,7 @@ class Deletions(RuleBasedStateMachine):
         self.settings = notes(Path(self.directory.name), "notes/*.md")
         self.databases = [open_queue(self.settings) for _ in range(2)]
         self.patch = pytest.MonkeyPatch()
-        for module in (observe, asked):
+        for module in (reconcile, requests):
             self.patch.setattr(module, "now_milliseconds", lambda: self.now)
         self.now, self.made = 1_000_000, 0
         self.born: dict[str, int] = {}
@@ -212,7 +212,7 @@ class Deletions(RuleBasedStateMachine):
         {"sweep": self.sweep, "named": lambda at: self.named(at, chosen), "events": lambda at: self.events(at, chosen)}[
             way
         ](at)
-        window = [one for one in self.passed if self.now - one.at_milliseconds <= brake.WINDOW_SECONDS * 1000]
+        window = [one for one in self.passed if self.now - one.at_milliseconds <= deletion_guard.WINDOW_SECONDS * 1000]
         began = window[0].at_milliseconds if window else self.now
         count = sum(self.born[key] <= began for key in chosen)
         total = count + sum(one.files for one in window)
@@ -260,7 +260,7 @@ class Deletions(RuleBasedStateMachine):
         """As the watcher does: many, or too many, are left to a sweep."""
 
         def record(tx: Transaction) -> bool:
-            if len(keys) > brake.FEW or to_hold(tx, self.settings, keys, now_milliseconds=self.now):
+            if len(keys) > deletion_guard.FEW or to_hold(tx, self.settings, keys, now_milliseconds=self.now):
                 return False
             gone = [queue.Observation(key, "note", None) for key in keys]
             return bool(queue.record(tx, gone, source="watch", now_milliseconds=self.now))

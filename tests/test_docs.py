@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from everos_engine.cli.main import main, parser
 from everos_engine.settings import Settings, load
-from everos_engine.surface.cli import main, parser
 from everos_engine.text import kinds
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -58,7 +58,7 @@ def test_every_test_and_file_that_the_docs_name_exists() -> None:
     roots = [repository, repository / "engine" / "everos_engine"]
     files = set(
         re.findall(
-            r"`((?:docs|tests|fuzz|examples|engine/everos_engine|loops|stores|embed|system|surface|text)/[\w/.-]+\.\w+)`",
+            r"`((?:docs|tests|fuzz|examples|engine/everos_engine|loops|stores|embed|system|diagnose|cli|calibrate|text)/[\w/.-]+\.\w+)`",
             text,
         )
     )

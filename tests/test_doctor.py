@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 import trio
 
+from everos_engine.diagnose.wording import commands_in
 from everos_engine.engine import open_engine
-from everos_engine.loops.guard import LAW
+from everos_engine.loops.fd_guard import LAW
 from everos_engine.settings import load
 from everos_engine.stores import meta
-from everos_engine.stores.census import Outcome
 from everos_engine.stores.database import Database
-from everos_engine.surface.paint import commands_in
+from everos_engine.stores.reports import Outcome
 from patience import HANG_SECONDS, heard, until
 from writer import FACTS, fact, facts, put
 

@@ -20,7 +20,7 @@ from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import AlreadyRunning, BadQuestion, OutsideRoot
 from everos_engine.search import Filter
 from everos_engine.settings import MemorySettings, Settings, load
-from everos_engine.stores import census
+from everos_engine.stores import reports
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
@@ -29,7 +29,7 @@ CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 
 
 async def failures(engine: Engine) -> dict[str, str]:
-    listed = await engine.desk.database.aread(census.failed)
+    listed = await engine.desk.database.aread(reports.failed)
     return {outcome.md_path: str(outcome.error) for outcome in listed}
 
 

@@ -16,14 +16,14 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from everos_engine.cli.explain import as_text
+from everos_engine.diagnose.explain import Explanation, as_json, explain
+from everos_engine.diagnose.wording import Paint, commands_in
 from everos_engine.engine import open_engine, open_queue
-from everos_engine.loops.asked import key_of
-from everos_engine.loops.observe import observe_path
+from everos_engine.keys import key_of
+from everos_engine.loops.reconcile import observe_path
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
-from everos_engine.surface.explain import Explanation, as_json, explain
-from everos_engine.surface.explain_text import as_text
-from everos_engine.surface.paint import Paint, commands_in
 from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
@@ -180,7 +180,7 @@ async def test_explain_never_writes_and_imports_nothing_heavy(settings: Settings
 
     before = state()
     code = (
-        "import sys; from everos_engine.surface.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from everos_engine.cli.main import main; code = main(sys.argv[1:]);"
         "print(sorted({'lancedb', 'pyarrow', 'numpy', 'httpx'} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "--root", str(root), "explain", str(path)]

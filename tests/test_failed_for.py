@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from everos_engine.diagnose.explain import explain
 from everos_engine.engine import open_engine
 from everos_engine.errors import BadText
 from everos_engine.settings import Settings, load
-from everos_engine.surface.explain import explain
 from everos_engine.testing import FakeEmbedder
 from writer import put
 

@@ -16,14 +16,14 @@ import pytest
 
 from everos_engine.errors import EngineError, Exhausted, Transient, exhausted
 from everos_engine.stores.database import Database
-from everos_engine.system import fds
+from everos_engine.system import descriptors
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _at_rest() -> None:
     """What earlier tests let go of is closed on threads and by the collector: begin when nothing is any more."""
     gc.collect()
-    count, _ = fds.counter()
+    count, _ = descriptors.counter()
     before = -1
     while before != (before := count()):
         time.sleep(0.2)
@@ -50,7 +50,7 @@ def full(tmp_path: Path) -> Iterator[None]:
 
 
 def test_the_count_needs_no_descriptor_and_agrees_with_a_listing() -> None:
-    count, way = fds.counter()
+    count, way = descriptors.counter()
     assert way == "stat"
     before = count()
     with ExitStack() as stack:
@@ -62,19 +62,19 @@ def test_the_count_needs_no_descriptor_and_agrees_with_a_listing() -> None:
 
 @pytest.mark.usefixtures("full")
 def test_at_the_limit_it_still_counts_and_tells_apart(tmp_path: Path) -> None:
-    soft = fds.limits()[0]
-    found = fds.classify(soft, lancedb=tmp_path, engine=tmp_path)
+    soft = descriptors.limits()[0]
+    found = descriptors.classify(soft, lancedb=tmp_path, engine=tmp_path)
     assert sum(found.values()) >= soft - 1
-    assert fds.memory() is None
-    assert fds.tree_size(tmp_path) is None
-    assert not fds.Reserve().take()
+    assert descriptors.memory() is None
+    assert descriptors.tree_size(tmp_path) is None
+    assert not descriptors.Reserve().take()
 
 
 @pytest.mark.usefixtures("full")
 def test_a_database_that_cannot_be_opened_for_want_of_descriptors_says_so(tmp_path: Path) -> None:
     with pytest.raises(Exhausted, match="no file descriptor is left"):
         Database(tmp_path / "engine.db")
-    assert fds.none_left()
+    assert descriptors.none_left()
 
 
 def test_a_database_that_cannot_be_opened_for_another_reason_is_no_want_of_descriptors(tmp_path: Path) -> None:
@@ -82,14 +82,14 @@ def test_a_database_that_cannot_be_opened_for_another_reason_is_no_want_of_descr
         Database(tmp_path / "none" / "engine.db")
     assert isinstance(refused.value.__cause__, apsw.CantOpenError)
     assert not isinstance(refused.value, Exhausted)
-    assert not fds.none_left(wanted=8)
+    assert not descriptors.none_left(wanted=8)
 
 
 def test_every_class_is_told_apart(tmp_path: Path) -> None:
     lancedb, engine = tmp_path / "lancedb", tmp_path / "engine"
     names = ["lancedb/n.lance/_indices/u/part", "lancedb/n.lance/data/x.lance", "lancedb/n.lance/gone", "engine/q.db"]
     names += ["engine/q.db-wal", "engine/q.db-shm", "engine/engine.lock"]
-    before = fds.classify(1 << 20, lancedb=lancedb, engine=engine)
+    before = descriptors.classify(1 << 20, lancedb=lancedb, engine=engine)
     with ExitStack() as stack:
         for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,16 +99,16 @@ def test_every_class_is_told_apart(tmp_path: Path) -> None:
             stack.enter_context(end)
         for handle in os.pipe():
             stack.callback(os.close, handle)
-        after = fds.classify(1 << 20, lancedb=lancedb, engine=engine)
-    gained = {name: after[name] - before[name] for name in fds.CLASSES if after[name] != before[name]}
+        after = descriptors.classify(1 << 20, lancedb=lancedb, engine=engine)
+    gained = {name: after[name] - before[name] for name in descriptors.CLASSES if after[name] != before[name]}
     assert gained == {
         "lance_index": 1, "lance_data": 1, "deleted": 1, "sqlite": 3, "sockets": 2, "pipes": 2, "other": 1
     }  # fmt: skip
 
 
 def test_the_reserve_gives_one_descriptor_back_and_takes_it_again() -> None:
-    count, _ = fds.counter()
-    reserve, before = fds.Reserve(), count()
+    count, _ = descriptors.counter()
+    reserve, before = descriptors.Reserve(), count()
     assert reserve.take()
     assert reserve.take()
     assert count() == before + 1
@@ -130,9 +130,9 @@ def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
 def test_memory_and_the_size_of_a_tree_are_told(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"12345")
-    assert fds.tree_size(tmp_path) == (1, 1, 5)
-    assert fds.tree_size(tmp_path / "none") == (0, 0, 0)
-    found = fds.memory()
+    assert descriptors.tree_size(tmp_path) == (1, 1, 5)
+    assert descriptors.tree_size(tmp_path / "none") == (0, 0, 0)
+    found = descriptors.memory()
     assert found is not None
     assert found.rss_bytes > 10_000_000
     assert found.threads >= 1

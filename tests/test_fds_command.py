@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from everos_engine.cli import main
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
-from everos_engine.surface import cli
-from everos_engine.system.fds import CLASSES
+from everos_engine.system.descriptors import CLASSES
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 
@@ -65,11 +65,11 @@ async def test_it_watches_until_interrupted(settings: Settings, root: Path) -> N
 def test_without_an_engine_it_says_so_and_what_the_settings_imply(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["--root", os.fspath(root), "fds"]) == 0
+    assert main.main(["--root", os.fspath(root), "fds"]) == 0
     text = capsys.readouterr().out
     assert "no engine is running here: start one with `everos-engine --root " in text
     assert "mode: reopen, cap 16 MiB, ceiling 64" in text
-    assert cli.main(["--root", os.fspath(root), "fds", "--json"]) == 0
+    assert main.main(["--root", os.fspath(root), "fds", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["engine"] == {"state": "absent", "pid": None}
     assert told["implied"]["refusal"] is None
@@ -79,7 +79,7 @@ def test_without_an_engine_it_says_why_none_would_start(root: Path, capsys: pyte
     (root / "everos-engine.toml").write_text(
         '[lancedb]\ndescriptor_mode = "pinned"\nindex_cache_size_bytes = "1GB"\ndescriptors_per_mebibyte = 10000\n'
     )
-    assert cli.main(["--root", os.fspath(root), "fds"]) == 0
+    assert main.main(["--root", os.fspath(root), "fds"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "it would not start: lancedb.index_cache_size_bytes=1073741824" in text
     assert "or use descriptor_mode=reopen, which pins none" in text
@@ -110,7 +110,7 @@ def test_a_limit_too_low_for_the_engine_itself_is_refused(root: Path) -> None:
 
 def test_it_imports_neither_lancedb_nor_numpy(root: Path) -> None:
     script = (
-        "import sys; from everos_engine.surface.cli import main; main(sys.argv[1:]);"
+        "import sys; from everos_engine.cli.main import main; main(sys.argv[1:]);"
         "sys.exit(' '.join({'lancedb', 'pyarrow', 'numpy'} & set(sys.modules)))"
     )
     process = subprocess.run(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from everos_engine.loops.asked import key_of
+from everos_engine.keys import key_of
 from everos_engine.settings import Settings
 from everos_engine.system import files
 

@@ -11,13 +11,13 @@ import lancedb
 import pytest
 import trio
 
+from everos_engine.cli.main import main
 from everos_engine.engine import open_engine
 from everos_engine.errors import BadQuestion
 from everos_engine.loops import erase
 from everos_engine.settings import Settings, load
 from everos_engine.stores import embeddings
 from everos_engine.stores.lance import uri_of
-from everos_engine.surface.cli import main
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import fact, facts, put

@@ -23,13 +23,13 @@ from loguru import logger
 
 from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import SettingsError
-from everos_engine.loops.desk import HISTORY, History, Point
-from everos_engine.loops.guard import Guard, share_of_breadth
-from everos_engine.loops.law import prove
-from everos_engine.loops.resident import LEAST_SHARE
+from everos_engine.loops.context import HISTORY, History, Point
+from everos_engine.loops.fd_guard import Guard, share_of_breadth
+from everos_engine.loops.fd_self_test import prove
+from everos_engine.loops.memory_guard import LEAST_SHARE
 from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores import meta
-from everos_engine.system import ceiling, fds
+from everos_engine.system import ceiling, descriptors
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.system.control import ask
 from everos_engine.testing import FakeEmbedder
@@ -234,7 +234,7 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_once_in_a_while(se
 async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budget_too(
     settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("everos_engine.loops.guard.BYTES_REST_SECONDS", 0.0)
+    monkeypatch.setattr("everos_engine.loops.fd_guard.BYTES_REST_SECONDS", 0.0)
     tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
     put(root, day(1), facts(fact(1, "heron")))
     async with quiet(tight) as engine:
@@ -275,12 +275,12 @@ def test_budgets_lie_above_what_is_always_open_as_far_as_the_limit_has_room(
     assert soft >= min(int(limit * soft_share), limit - 8)
 
 
-@pytest.mark.skipif(fds.memory() is None, reason="needs /proc")
+@pytest.mark.skipif(descriptors.memory() is None, reason="needs /proc")
 async def test_memory_over_its_ceiling_slows_work_rotates_and_is_reported_until_it_is_free_again(
     settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("everos_engine.loops.resident.OVER_SECONDS", 0.0)
-    monkeypatch.setattr("everos_engine.loops.guard.TRIM_SECONDS", 0.0)
+    monkeypatch.setattr("everos_engine.loops.memory_guard.OVER_SECONDS", 0.0)
+    monkeypatch.setattr("everos_engine.loops.fd_guard.TRIM_SECONDS", 0.0)
     small = replace(settings, embedder=EmbedderSettings(kind="none"))
     put(root, day(1), facts(fact(1, "heron")))
     async with quiet(small) as engine:
@@ -328,7 +328,7 @@ async def test_memory_of_an_old_session_goes_back_once_its_last_reader_is_done(
     async with quiet(tight) as engine:
         guard, index = Guard(engine.desk), engine.desk.index
         await guard.look()
-        monkeypatch.setattr("everos_engine.loops.guard.TRIM_SECONDS", float("inf"))  # but for what growth asks
+        monkeypatch.setattr("everos_engine.loops.fd_guard.TRIM_SECONDS", float("inf"))  # but for what growth asks
         del trims[:]
         assert len(await engine.search("heron")) == 1
         with index._generations.using():

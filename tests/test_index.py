@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from everos_engine.errors import SettingsError, Transient, UnknownOutcome
 from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
-from everos_engine.stores.generation import Generations
 from everos_engine.stores.index import Index, open_index
 from everos_engine.stores.lance import Model, Row
-from everos_engine.system import fds
+from everos_engine.stores.session_pool import Generations
+from everos_engine.system import descriptors
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.system.ceiling import BASE_DESCRIPTORS, cap_of, ceiling_of, own_of, reads_of
 
@@ -55,7 +55,7 @@ def row(number: int, text: str) -> Row:
 async def pinned(directory: Path, expected: int) -> int:
     """Index descriptors that stay: a reader that is just being closed on a thread of Lance does not count."""
     for _ in range(500):
-        found = fds.classify(fds.limits()[0], lancedb=directory, engine=directory / "none")
+        found = descriptors.classify(descriptors.limits()[0], lancedb=directory, engine=directory / "none")
         if found["lance_index"] + found["deleted"] <= expected:
             break
         await trio.sleep(0.01)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from everos_engine.surface.cli import main
+from everos_engine.cli.main import main
 from everos_engine.text import kinds
 from everos_engine.text.kinds.layout import LAYOUTS, PLACES, nearest
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everos_engine.surface.live import BAR_CHARACTERS, CLEAR, Bar, Screen
+from everos_engine.cli.progress import BAR_CHARACTERS, CLEAR, Bar, Screen
 from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
 

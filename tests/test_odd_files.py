@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from everos_engine.surface.cli import main
+from everos_engine.cli.main import main
 from writer import put
 
 NOTES = {

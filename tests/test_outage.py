@@ -13,11 +13,11 @@ import trio
 from numpy.typing import NDArray
 
 from derived import counted
+from everos_engine.diagnose import status
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import BadText, Transient, Unavailable
 from everos_engine.settings import Settings, load
-from everos_engine.stores import census
-from everos_engine.surface import status
+from everos_engine.stores import reports
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
@@ -90,7 +90,7 @@ async def test_a_service_that_is_down_at_the_start_is_waited_for_and_status_says
         shown = status.snapshot(settings)
         assert "HTTP 503" in status.as_text(shown)
         assert "HTTP 503" in json.dumps(status.as_json(shown)["embedder"])
-        (outcome,) = await engine.desk.database.aread(lambda tx: census.outcomes(tx, ["a.md"]))
+        (outcome,) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["a.md"]))
         assert (outcome.status, outcome.retry_count) == ("pending", 0)
         assert str(outcome.error).startswith("waiting for the embedder: HTTP 503")
         fake.outage = None

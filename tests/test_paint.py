@@ -7,7 +7,7 @@ import subprocess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everos_engine.surface.paint import Paint, ago, commands_in, paint_for, printable, quoted, shown, size
+from everos_engine.diagnose.wording import Paint, ago, commands_in, paint_for, printable, quoted, shown, size
 
 
 class Terminal(io.StringIO):

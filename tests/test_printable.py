@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
+from everos_engine.cli import logs, terminal
+from everos_engine.cli.main import main
+from everos_engine.diagnose.wording import Paint, json_text, printable
 from everos_engine.settings import EmbedderSettings, Settings
-from everos_engine.surface import logs, terminal
-from everos_engine.surface.cli import main
-from everos_engine.surface.paint import Paint, json_text, printable
 from patience import HANG_SECONDS
 from writer import fact, facts, put
 
@@ -176,7 +176,7 @@ COMMANDS = [
 
 def test_no_command_prints_what_a_terminal_obeys(hostile: Path) -> None:
     files = {"FILE": next((hostile / "notes").iterdir()), "BAD": next((hostile / "users/u1/.atomic_facts").glob("b*"))}
-    program = "import sys\nfrom everos_engine.surface.cli import main\nfor line in {commands!r}:\n    try:\n        main(line)\n    except SystemExit:\n        pass\n"
+    program = "import sys\nfrom everos_engine.cli.main import main\nfor line in {commands!r}:\n    try:\n        main(line)\n    except SystemExit:\n        pass\n"
     commands = [
         ["--root", os.fspath(hostile), *(os.fspath(files.get(word, word)) for word in line)] for line in COMMANDS
     ]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from everos_engine.diagnose.doctor import examine
 from everos_engine.engine import open_engine
 from everos_engine.errors import Fatal
 from everos_engine.settings import Settings
-from everos_engine.surface.doctor import examine
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import fact, facts, put

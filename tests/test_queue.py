@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everos_engine.errors import EngineError
-from everos_engine.stores import census, queue
+from everos_engine.stores import queue, reports
 from everos_engine.stores.database import Database, Transaction
 from everos_engine.stores.queue import Observation
 from patience import HANG_SECONDS
@@ -57,7 +57,7 @@ def test_a_mark_of_an_old_claim_changes_nothing(database: Database) -> None:
     database.write(lambda tx: queue.recover(tx, ["me"]))
     (new,) = database.write(claim)
     database.write(lambda tx: queue.mark_done(tx, old, ONE, racy=False, now_milliseconds=2))
-    assert database.read(census.counts).processing == 1
+    assert database.read(reports.counts).processing == 1
     assert new.claim_no != old.claim_no
 
 
@@ -72,7 +72,7 @@ def test_a_deleted_file_is_forgotten_and_may_come_back_with_its_old_fingerprint(
     database.write(lambda tx: record(tx, "a", ONE))
     (held,) = database.write(claim)
     database.write(lambda tx: queue.mark_done(tx, held, None, racy=False, now_milliseconds=2))
-    assert database.read(lambda tx: census.outcomes(tx, ["a"]))[0].status is None
+    assert database.read(lambda tx: reports.outcomes(tx, ["a"]))[0].status is None
     assert database.write(lambda tx: record(tx, "a", ONE)) == ["a"]
 
 
@@ -159,7 +159,7 @@ def test_no_edit_is_ever_lost_whatever_the_order(steps: list[tuple[str, int]]) -
             database.write(lambda tx: queue.recover(tx, ["me"]))
         else:
             settle(name, which)
-        counts = database.read(census.counts)
+        counts = database.read(reports.counts)
         assert counts.watermark <= counts.lsn_max
     database.write(lambda tx: queue.recover(tx, ["me"]))
     database.write(lambda tx: queue.requeue_failed(tx, now_milliseconds=1))

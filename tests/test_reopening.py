@@ -14,8 +14,8 @@ from everos_engine import engine as engine_module
 from everos_engine import supervise
 from everos_engine.engine import REOPENED, Engine, open_engine
 from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError
-from everos_engine.loops import guard, maintain, scan, watch
-from everos_engine.loops.desk import Desk
+from everos_engine.loops import compactor, fd_guard, scanner, watcher
+from everos_engine.loops.context import Desk
 from everos_engine.settings import Settings, load
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
@@ -100,12 +100,12 @@ async def test_a_loop_that_keeps_dying_never_ends_the_engine(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (watch, "_record"),
-        (scan, "_sweep_once"),
-        (scan, "audit"),
-        (guard.Guard, "look"),
-        (maintain, "_optimize"),
-        (maintain, "_prune"),
+        (watcher, "_record"),
+        (scanner, "_sweep_once"),
+        (scanner, "audit"),
+        (fd_guard.Guard, "look"),
+        (compactor, "_optimize"),
+        (compactor, "_prune"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -130,7 +130,7 @@ async def test_a_bug_in_one_unit_of_a_loop_costs_that_unit(
     sink = logger.add(logged.append, format="{message}", level="ERROR", backtrace=False, diagnose=False)
     monkeypatch.setattr(module, name, failing)
     if name == "_prune":
-        monkeypatch.setattr(maintain, "LONG_SECONDS", 0.05)
+        monkeypatch.setattr(compactor, "LONG_SECONDS", 0.05)
     try:
         with trio.fail_after(HANG_SECONDS):
             async with open_engine(

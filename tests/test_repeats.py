@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loguru import logger
 
+from everos_engine.cli import logs
 from everos_engine.settings import Settings
-from everos_engine.surface import logs
 from everos_engine.system.repeats import MOST_KEYS, Repeats
 
 

@@ -9,9 +9,9 @@ import pytest
 import trio
 
 from everos_engine.engine import Engine, open_engine
-from everos_engine.loops import maintain
+from everos_engine.loops import compactor
 from everos_engine.settings import Settings
-from everos_engine.system import fds
+from everos_engine.system import descriptors
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import fact, facts, put
@@ -43,7 +43,7 @@ async def fresh_size(settings: Settings, elsewhere: Path) -> int:
 
 
 def size(settings: Settings) -> int:
-    found = fds.tree_size(settings.lancedb_directory)
+    found = descriptors.tree_size(settings.lancedb_directory)
     assert found is not None
     return found[2]
 
@@ -51,7 +51,7 @@ def size(settings: Settings) -> int:
 async def at_rest(engine: Engine) -> None:
     """Return once maintenance plans to sleep until something is written."""
     with trio.fail_after(HANG_SECONDS):
-        while (beat := engine.desk.beats.get("maintain")) is None or beat.within_seconds < maintain.LONG_SECONDS:
+        while (beat := engine.desk.beats.get("maintain")) is None or beat.within_seconds < compactor.LONG_SECONDS:
             await trio.sleep(0.05)
 
 
@@ -87,19 +87,19 @@ async def test_few_versions_take_as_many_passes_as_many(short: Settings, root: P
         for edit in range(3):
             write(root, edit)
             await engine.settle()
-        rest, folder = maintain.Rest(engine.desk), short.lancedb_directory / "atomic_fact.lance" / "_versions"
+        rest, folder = compactor.Rest(engine.desk), short.lancedb_directory / "atomic_fact.lance" / "_versions"
         with trio.fail_after(HANG_SECONDS):
             while rest.seconds() < float("inf"):
                 await trio.sleep(max(0.0, rest.seconds()))
                 await rest.compact()
-        assert len(list(folder.iterdir())) <= maintain.LEAST_VERSIONS
+        assert len(list(folder.iterdir())) <= compactor.LEAST_VERSIONS
 
 
 async def test_a_table_that_no_pass_makes_smaller_wakes_nobody_again(short: Settings, root: Path) -> None:
     write(root, 0)
     async with open_engine(short, embedder=FakeEmbedder(), watching=False) as engine:
         await engine.settle()
-        rest = maintain.Rest(engine.desk)
+        rest = compactor.Rest(engine.desk)
         folder = short.lancedb_directory / "atomic_fact.lance" / "_versions"
         for number in range(5):
             (folder / f"left-{number}").touch()  # nobody's: no optimize removes them
@@ -107,7 +107,7 @@ async def test_a_table_that_no_pass_makes_smaller_wakes_nobody_again(short: Sett
             while rest.seconds() < float("inf"):
                 await trio.sleep(max(0.0, rest.seconds()))
                 await rest.compact()
-        assert len(list(folder.iterdir())) > maintain.LEAST_VERSIONS
+        assert len(list(folder.iterdir())) > compactor.LEAST_VERSIONS
         assert rest.seconds() == float("inf")
         rest.wake()
         assert rest.seconds() <= KEEP_SECONDS

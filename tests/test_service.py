@@ -11,7 +11,7 @@ from derived import counted
 from embedding_server import Service, always, reserved_port, serving
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
-from everos_engine.stores import census
+from everos_engine.stores import reports
 from everos_engine.testing import FakeEmbedder
 from test_outage import HANGING, down, quick
 from writer import FACTS, fact, facts, put
@@ -37,7 +37,7 @@ async def test_a_tree_is_indexed_in_few_calls_and_the_poisoned_and_the_hanging_f
             counts = (await engine.settle()).counts
             assert (counts.done, counts.failed_permanent, counts.failed_retryable) == (300, 1, 1)
             assert {hit.md_path for hit in await engine.search("fine well", mode="fts")} == {"bad.md", "hang.md"}
-            (bad, hang) = await engine.desk.database.aread(lambda tx: census.outcomes(tx, ["bad.md", "hang.md"]))
+            (bad, hang) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["bad.md", "hang.md"]))
             assert "HTTP 400" in str(bad.error)
             assert "line 1" in str(bad.error)
             assert "did not answer within 3 s" in str(hang.error)
@@ -84,7 +84,7 @@ async def test_a_key_that_is_refused_waits_for_a_good_one_and_fails_nothing(root
             nursery.start_soon(engine.settle)
             await down(engine)
             await counted(engine, lambda counts: counts.delayed > 0)
-            (outcome,) = await engine.desk.database.aread(lambda tx: census.outcomes(tx, ["a.md"]))
+            (outcome,) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["a.md"]))
             assert "embedder.api_key" in str(outcome.error)
             assert "sk-secret" not in str(outcome.error)
             service.misbehave = None
@@ -117,7 +117,7 @@ async def test_a_file_of_ten_thousand_entries_goes_in_calls_of_64_and_one_too_la
     async with open_engine(settings, embedder=fake, watching=False) as engine:
         status = await engine.settle()
         assert status.rows["atomic_fact"] == 10_000
-        (outcome,) = await engine.desk.database.aread(lambda tx: census.outcomes(tx, ["big.md"]))
+        (outcome,) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["big.md"]))
         assert (outcome.status, outcome.retryable) == ("failed", False)
         assert "52428800 bytes, more than max_file_bytes=16777216" in str(outcome.error)
         assert engine.desk.progress.commits["atomic_fact"] == 1

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from loguru import logger
 
 from everos_engine import search
+from everos_engine.cli.logs import set_up
 from everos_engine.engine import open_engine
 from everos_engine.errors import (
     MOST_ERROR_CHARACTERS,
@@ -32,7 +33,6 @@ from everos_engine.loops.job import Job, complaint
 from everos_engine.search import MOST_WORDS, SNIPPET_WORDS, bounded, check_question, snippet, snippet_words
 from everos_engine.settings import Settings, load, parse_size
 from everos_engine.stores.queue import Claim
-from everos_engine.surface.logs import set_up
 from everos_engine.system import files
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import diff, kinds

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everos_engine.engine import open_engine, open_reader
-from everos_engine.loops.guard import Guard
+from everos_engine.loops.fd_guard import Guard
 from everos_engine.settings import LanceDBSettings, Settings
 from everos_engine.stores import meta
 from everos_engine.stores.lance import Row
@@ -84,7 +84,7 @@ def test_auto_takes_what_was_counted_and_the_setting_only_until_then() -> None:
 async def test_the_guard_learns_the_slope_lowers_a_cap_that_would_pin_too_much_and_keeps_what_it_learned(
     settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("everos_engine.loops.guard.CLASSIFY_SECONDS", 0.0)
+    monkeypatch.setattr("everos_engine.loops.fd_guard.CLASSIFY_SECONDS", 0.0)
     given_cap = 16 * MIB
     lancedb = replace(
         settings.lancedb, descriptor_mode="pinned", index_cache_size_bytes=given_cap, descriptors_per_mebibyte=1

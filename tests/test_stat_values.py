@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from derived import described, indexed
 from everos_engine.engine import open_engine, open_queue
-from everos_engine.loops.brake import Brake
-from everos_engine.loops.observe import sweep
+from everos_engine.loops.deletion_guard import Brake
+from everos_engine.loops.reconcile import sweep
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
 from everos_engine.system import files

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from everos_engine.diagnose import doctor, status
+from everos_engine.diagnose.wording import Paint
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings, load
-from everos_engine.surface import doctor, status
-from everos_engine.surface.paint import Paint
 from everos_engine.system.control import serve_control
 from everos_engine.system.locks import EngineLock
 from everos_engine.testing import FakeEmbedder
@@ -92,7 +92,7 @@ async def test_status_imports_nothing_heavy(settings: Settings, root: Path) -> N
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
     code = (
-        "import sys; from everos_engine.surface.cli import main; main(sys.argv[1:]);"
+        "import sys; from everos_engine.cli.main import main; main(sys.argv[1:]);"
         "print(sorted({'lancedb', 'pyarrow', 'numpy', 'httpx'} & set(sys.modules)), file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, "--root", str(root), "status"]

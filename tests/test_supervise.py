@@ -8,7 +8,16 @@ import pytest
 import trio
 import trio.testing
 
-from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected, exhausted
+from everos_engine.errors import (
+    Damaged,
+    EngineError,
+    Fatal,
+    KeepsDying,
+    SettingsError,
+    Transient,
+    Unexpected,
+    exhausted,
+)
 from everos_engine.supervise import (
     FIRST_DELAY_SECONDS,
     FIRST_REST_SECONDS,
@@ -18,7 +27,6 @@ from everos_engine.supervise import (
     ONE_SHOT_REOPENINGS,
     WITHIN_SECONDS,
     Health,
-    KeepsDying,
     keep,
     keep_open,
 )

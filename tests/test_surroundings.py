@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from everos_engine.surface.cli import BUG, parser
+from everos_engine.cli.main import BUG, parser
 from patience import HANG_SECONDS
 from test_readonly import MAY_MOUNT, UNSHARE
 from test_terminal import environment
@@ -56,7 +56,7 @@ COMMANDS: dict[str, list[str]] = {
     "--help": ["--help"],
 }
 INTERRUPTED = (
-    "import os, signal, sys, threading; from everos_engine.surface.cli import main;"
+    "import os, signal, sys, threading; from everos_engine.cli.main import main;"
     "timer = threading.Timer(float(os.environ['AFTER']), os.kill, (os.getpid(), signal.SIGINT));"
     "timer.daemon = True; timer.start(); sys.exit(main())"
 )

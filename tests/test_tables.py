@@ -16,7 +16,7 @@ from loguru import logger
 from derived import described, indexed
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Transient
-from everos_engine.loops import agree
+from everos_engine.loops import recovery
 from everos_engine.settings import Settings
 from everos_engine.stores import ledger, meta
 from everos_engine.stores.lance import TableDamaged
@@ -370,7 +370,7 @@ async def test_a_table_damaged_twice_within_an_hour_becomes_a_condition(root: Pa
         assert "index_damaged" in engine.desk.notes.now
         assert len(await engine.search("heron")) == 1
         long_ago = "1"
-        await engine.desk.database.awrite(lambda tx: meta.put(tx, agree.REBUILT + KIND, long_ago))
+        await engine.desk.database.awrite(lambda tx: meta.put(tx, recovery.REBUILT + KIND, long_ago))
         with trio.fail_after(HANG_SECONDS):
             await engine.settle()
         await in_step(engine)

@@ -220,7 +220,7 @@ def test_a_search_that_finds_nothing_says_what_is_not_indexed_yet(root: Path) ->
 STILL_BUSY = """
 import sys, threading
 threading.Thread(target=threading.Event().wait).start()
-from everos_engine.surface.cli import main
+from everos_engine.cli.main import main
 main()
 """
 

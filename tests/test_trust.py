@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everos_engine import trust
+from everos_engine.cli.main import main
 from everos_engine.errors import SettingsError
 from everos_engine.settings import (
     ROOT_SETTINGS_FILE,
@@ -26,7 +27,6 @@ from everos_engine.settings import (
     setters,
     table,
 )
-from everos_engine.surface.cli import main
 
 NAMES = [name for name, *_ in table()]
 DESTINATIONS = {

@@ -20,8 +20,8 @@ from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from derived import counted
 from everos_engine.engine import open_engine
-from everos_engine.loops import watch
-from everos_engine.loops.scan import STALL_BEAT_SECONDS, STALL_SECONDS
+from everos_engine.loops import watcher
+from everos_engine.loops.scanner import STALL_BEAT_SECONDS, STALL_SECONDS
 from everos_engine.settings import Settings, load
 from everos_engine.system import limits
 from everos_engine.system.control import ask
@@ -246,8 +246,8 @@ async def test_no_error_of_the_events_library_ends_the_engine(
         UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), MemoryError(), OverflowError(), OSError(5, "I/O"),
     ]  # fmt: skip
     del Failing.errors[3 if point == "close" else 99 :]
-    monkeypatch.setattr(watch, "RustNotify", Failing)
-    monkeypatch.setattr(watch, "RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(watcher, "RustNotify", Failing)
+    monkeypatch.setattr(watcher, "RETRY_SECONDS", 1.0)
     many = len(Failing.errors)
     async with open_engine(listening(root), embedder=FakeEmbedder()) as engine:
         for number in range(1, many + 2):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from everos_engine.settings import Settings, load
 
 if TYPE_CHECKING:
+    from everos_engine.cli.run import run
     from everos_engine.engine import Engine, open_engine
-    from everos_engine.surface.daemon import run
 
 __all__ = ["Engine", "Settings", "load", "open_engine", "run"]
-_LAZY = {"Engine": "everos_engine.engine", "open_engine": "everos_engine.engine", "run": "everos_engine.surface.daemon"}
+_LAZY = {"Engine": "everos_engine.engine", "open_engine": "everos_engine.engine", "run": "everos_engine.cli.run"}
 
 
 def __getattr__(name: str) -> object:

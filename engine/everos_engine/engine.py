@@ -14,27 +14,28 @@ import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
-from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected, split_end
-from everos_engine.loops.agree import agree, heal_reads, inspect
-from everos_engine.loops.asked import enqueue, key_of
-from everos_engine.loops.brake import lay_marker
-from everos_engine.loops.desk import READER, Base, Desk, base_now, now_milliseconds, wait_moved
+from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected, split_end, unwrap
+from everos_engine.keys import key_of
+from everos_engine.loops.acknowledge import retry_for_settings
+from everos_engine.loops.compactor import compact, maintain
+from everos_engine.loops.context import READER, Base, Desk, base_now, now_milliseconds, wait_moved
+from everos_engine.loops.deletion_guard import lay_marker
 from everos_engine.loops.erase import forget
-from everos_engine.loops.guard import guard
-from everos_engine.loops.maintain import compact, maintain
-from everos_engine.loops.marks import retry_for_settings
-from everos_engine.loops.observe import audit, sweep
-from everos_engine.loops.scan import AUDIT_FILES, scan
+from everos_engine.loops.fd_guard import guard
+from everos_engine.loops.reconcile import audit, sweep
+from everos_engine.loops.recovery import agree, heal_reads, inspect
+from everos_engine.loops.requests import enqueue
+from everos_engine.loops.scanner import AUDIT_FILES, scan
 from everos_engine.loops.vectors import Vectors, open_vectors
-from everos_engine.loops.watch import watch
-from everos_engine.loops.work import work
+from everos_engine.loops.watcher import watch
+from everos_engine.loops.worker import work
 from everos_engine.search import Filter, Mode, Result, check_question
 from everos_engine.search import search as search_index
-from everos_engine.stores import census, embeddings, held, ledger, meta, models, queue
+from everos_engine.stores import embeddings, held, ledger, meta, models, queue, reports
 from everos_engine.stores.database import Database, open_or_replace
 from everos_engine.stores.index import Index, open_index
-from everos_engine.supervise import WITHIN_SECONDS, Health, alone, keep, keep_open
-from everos_engine.system import ceiling, fds, files, locks, private, slope, wake
+from everos_engine.supervise import WITHIN_SECONDS, Health, keep, keep_open
+from everos_engine.system import ceiling, descriptors, files, locks, private, slope, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
 from everos_engine.system.instrument import watching_the_loop
@@ -43,9 +44,9 @@ from everos_engine.text import kinds
 if TYPE_CHECKING:
     from everos_engine.embed.protocol import Embedder
     from everos_engine.settings import Settings
-    from everos_engine.stores.census import Counts, Outcome
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Held
+    from everos_engine.stores.reports import Counts, Outcome
     from everos_engine.system.instrument import LoopBlocks
 
 T = TypeVar("T")
@@ -182,12 +183,12 @@ class Engine:
         async def work(desk: Desk) -> list[Outcome]:
             if not paths:
                 await _settle(desk)
-                return await desk.database.aread(census.troubled)
+                return await desk.database.aread(reports.troubled)
             if (not_in_step := await inspect(desk)) is not None:
                 raise not_in_step
             keys, lsn = await enqueue(desk.settings, desk.database, paths, threads=desk.threads)
             await _reach(desk, lsn)
-            return await desk.database.aread(lambda tx: census.standing(tx, keys))
+            return await desk.database.aread(lambda tx: reports.standing(tx, keys))
 
         return await self._call(work)
 
@@ -240,7 +241,7 @@ class Engine:
                 await desk.database.awrite(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
             )
             await _reach(desk, await desk.database.aread(queue.newest))
-            return await desk.database.aread(lambda tx: census.outcomes(tx, released))
+            return await desk.database.aread(lambda tx: reports.outcomes(tx, released))
 
         return await self._call(work)
 
@@ -293,7 +294,7 @@ class Engine:
                 await desk.database.awrite(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
             )
             await _reach(desk, await desk.database.aread(queue.newest))
-            return await desk.database.aread(lambda tx: census.outcomes(tx, tried))
+            return await desk.database.aread(lambda tx: reports.outcomes(tx, tried))
 
         return await self._call(work)
 
@@ -348,7 +349,7 @@ async def open_engine(
                 raise
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        ended_by = _of_block(group, of_block) or alone(group)
+        ended_by = _of_block(group, of_block) or unwrap(group)
         if ended_by is group:
             raise
     else:
@@ -457,7 +458,7 @@ async def _stores(
     is_first = before is None
     async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder, connecting=is_first) as vectors:
         with _databases(settings, may_replace=True) as database:
-            ceiling.check_limit(fds.limits()[1])
+            ceiling.check_limit(descriptors.limits()[1])
             index = _index(settings, bridge, database)
             if before is None:
                 desk = Desk(settings, database, index, vectors, owner, blocks=blocks, base=base)
@@ -555,7 +556,7 @@ def status_of(tx: Transaction) -> Status:
     """The status, from the queue's database alone."""
     last_scan = meta.get(tx, "last_scan")
     scanned = None if last_scan is None else int(last_scan)
-    return Status(census.counts(tx), ledger.rows_per_kind(tx), scanned, held.counts(tx))
+    return Status(reports.counts(tx), ledger.rows_per_kind(tx), scanned, held.counts(tx))
 
 
 @asynccontextmanager
@@ -601,8 +602,8 @@ def _databases(settings: Settings, *, may_replace: bool = False, readonly: bool 
 
 def _index(settings: Settings, bridge: AsyncioThread, database: Database) -> Index:
     """The index, its cap checked against the descriptor limit, and no more reads at once than that has room for."""
-    fds.raise_soft_limit()
-    limit, lancedb, directory = fds.limits()[1], settings.lancedb, settings.lancedb_directory
+    descriptors.raise_soft_limit()
+    limit, lancedb, directory = descriptors.limits()[1], settings.lancedb, settings.lancedb_directory
     learned = slope.kept(database.read(lambda tx: meta.get(tx, meta.SLOPE)))
     cap_bytes = ceiling.cap_of(lancedb, limit=limit, learned=learned)
     reads = ceiling.reads_of(lancedb, limit=limit)

@@ -140,6 +140,10 @@ class Damaged(Transient):
         super().__init__(message, counts_as_retry=False)
 
 
+class KeepsDying(EngineError):
+    """A loop ended with a bug too often. The stores are opened again, and all loops with them."""
+
+
 class BadFile(EngineError):
     """A file that only an edit can heal.
 
@@ -238,3 +242,17 @@ def _ends_the_task(error: BaseException) -> bool:
     if trio is not None and isinstance(error, trio.Cancelled):
         return True
     return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The one error inside nested groups, or the first that decides more than the others, or the group itself."""
+    while isinstance(error, BaseExceptionGroup):
+        deciding = next(filter(None, map(error.subgroup, _DECIDING)), None)
+        members = (deciding or error).exceptions
+        if len(members) > 1 and deciding is None:
+            return error
+        error = members[0]
+    return error
+
+
+_DECIDING: tuple[type[Exception] | tuple[type[Exception], ...], ...] = ((Fatal, SettingsError), Damaged, KeepsDying)

@@ -13,7 +13,17 @@ import trio
 from loguru import logger
 from trio_util import AsyncValue
 
-from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, exhausted, split_end
+from everos_engine.errors import (
+    Damaged,
+    EngineError,
+    Fatal,
+    KeepsDying,
+    SettingsError,
+    Transient,
+    exhausted,
+    split_end,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,10 +38,6 @@ ONE_SHOT_REOPENINGS = 3
 """A command that ends when its work is done opens damaged stores again only so often."""
 
 State = Literal["closed", "searching", "serving", "ended"]
-
-
-class KeepsDying(EngineError):
-    """A loop ended with a bug too often. The stores are opened again, and all loops with them."""
 
 
 @dataclass(slots=True)
@@ -141,21 +147,7 @@ async def _death(name: str, loop: Callable[[], Awaitable[None]]) -> BaseExceptio
         if rest is None:
             raise
         if end is None:
-            return alone(rest)
+            return unwrap(rest)
         logger.opt(exception=rest).warning("loop_died_at_the_end loop={}", name)
         raise end from None
     return None
-
-
-def alone(error: BaseException) -> BaseException:
-    """The one error inside nested groups, or the first that decides more than the others, or the group itself."""
-    while isinstance(error, BaseExceptionGroup):
-        deciding = next(filter(None, map(error.subgroup, _DECIDING)), None)
-        members = (deciding or error).exceptions
-        if len(members) > 1 and deciding is None:
-            return error
-        error = members[0]
-    return error
-
-
-_DECIDING: tuple[type[Exception] | tuple[type[Exception], ...], ...] = ((Fatal, SettingsError), Damaged, KeepsDying)

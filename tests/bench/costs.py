@@ -42,8 +42,8 @@ def settings_of(root: Path, **flags: object) -> Settings:
 def scan_of_20000_unchanged_files() -> Sequence[Figure]:
     """A sweep that finds nothing: CPU, and the longest time it kept other tasks from running."""
     from everos_engine.engine import open_queue
-    from everos_engine.loops.brake import Brake
-    from everos_engine.loops.observe import sweep
+    from everos_engine.loops.deletion_guard import Brake
+    from everos_engine.loops.reconcile import sweep
     from everos_engine.stores import queue
     from everos_engine.stores.database import Database
 
@@ -305,7 +305,7 @@ def _cpu_of(pid: int) -> float:
 def guard_at_500_descriptors() -> Sequence[Figure]:
     """The descriptor guard alone, with 500 descriptors open."""
     from everos_engine.engine import open_reader
-    from everos_engine.loops.guard import guard
+    from everos_engine.loops.fd_guard import guard
 
     async def measure(root: Path) -> float:
         async with open_reader(settings_of(root)) as engine:
@@ -324,7 +324,7 @@ def guard_at_500_descriptors() -> Sequence[Figure]:
 @BOOK.bench
 def self_test_of_the_descriptor_law() -> Sequence[Figure]:
     """What a start costs once for each version of the library."""
-    from everos_engine.loops.law import prove
+    from everos_engine.loops.fd_self_test import prove
     from everos_engine.settings import LanceDBSettings
     from everos_engine.system.asyncio_thread import open_asyncio_thread
 

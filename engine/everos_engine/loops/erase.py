@@ -18,8 +18,8 @@ import trio
 from loguru import logger
 
 from everos_engine.errors import BadQuestion, Transient
-from everos_engine.loops.agree import expect_root
-from everos_engine.loops.desk import now_milliseconds
+from everos_engine.loops.context import now_milliseconds
+from everos_engine.loops.recovery import expect_root
 from everos_engine.stores import embeddings, lance, ledger, meta
 from everos_engine.system import files
 from everos_engine.text import kinds
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from everos_engine.loops.desk import Desk
+    from everos_engine.loops.context import Desk
     from everos_engine.stores.database import Transaction
     from everos_engine.text.kinds import Kind
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from everos_engine.errors import BadFile, EngineError, Transient, clipped, quoted
-from everos_engine.loops.desk import now_milliseconds
+from everos_engine.loops.context import now_milliseconds
 from everos_engine.stores import ledger, queue
 from everos_engine.system import files
 from everos_engine.text import diff

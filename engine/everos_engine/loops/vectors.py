@@ -11,11 +11,11 @@ import numpy as np
 import trio
 from loguru import logger
 
-from everos_engine.embed.batch import open_batcher
-from everos_engine.embed.gate import Gate
+from everos_engine.embed.batcher import open_batcher
+from everos_engine.embed.circuit_breaker import Gate
 from everos_engine.embed.protocol import check_embedder, similar
 from everos_engine.errors import BadText, EngineError, Fatal, Transient, Unavailable
-from everos_engine.loops.desk import now_milliseconds
+from everos_engine.loops.context import now_milliseconds
 from everos_engine.stores import embeddings, models
 from everos_engine.stores.lance import Model
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from everos_engine.embed.batch import Batcher
+    from everos_engine.embed.batcher import Batcher
     from everos_engine.embed.protocol import Embedder
     from everos_engine.settings import EmbedderSettings
     from everos_engine.stores.database import Database, Transaction

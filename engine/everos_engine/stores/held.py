@@ -33,6 +33,28 @@ Reason = Literal[
     "root_empty",
     "marker_missing",
 ]
+WHY: dict[Reason, str] = {
+    "mass_delete": "so many files vanished within a minute that it may be an accident",
+    "unreadable": "the directory they are in cannot be read",
+    "unmounted": "the file system they are on is not mounted any more",
+    "root_missing": "the memory root is gone",
+    "root_unreadable": "the memory root cannot be read",
+    "root_replaced": "another directory lies where the memory root was",
+    "root_empty": "the memory root is empty",
+    "marker_missing": "the root's marker file is gone",
+}
+BLIND_REMEDY = "check the disk or the server it is on (`dmesg | tail` shows the kernel's word); every scan tries again"
+"""For a directory that cannot be read though permission is given."""
+REMEDY: dict[Reason, str] = {
+    "mass_delete": "bring the files back, or run `everos-engine release` if they are meant to be gone",
+    "unreadable": "have it readable again (permission, or the disk), or run `everos-engine release` if its files are meant to be gone",
+    "unmounted": "mount it again, or run `everos-engine release` if its files are meant to be gone",
+    "root_missing": "mount it or move it back; it is looked for without pause",
+    "root_unreadable": "give the engine's user read permission on it",
+    "root_replaced": "put the old one back, or restart the engine to index what lies there now",
+    "root_empty": "mount it or bring the files back, or run `everos-engine release` if they are meant to be gone",
+    "marker_missing": "check that this is the right disk, then run `everos-engine release`",
+}
 STICKY: Reason = "mass_delete"
 """The one reason that a later sweep does not judge anew: only the files' return or ``release`` ends it."""
 MOUNTS = "mounts"

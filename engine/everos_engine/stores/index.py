@@ -14,8 +14,8 @@ import trio
 
 from everos_engine.errors import Exhausted, Unexpected, UnknownOutcome
 from everos_engine.stores import lance, versions
-from everos_engine.stores.generation import Generation, Generations
 from everos_engine.stores.lance import Stranger, Unrecognised
+from everos_engine.stores.session_pool import Generation, Generations
 from everos_engine.stores.versions import Version
 
 if TYPE_CHECKING:

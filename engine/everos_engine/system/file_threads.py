@@ -19,7 +19,7 @@ import trio
 from trio_util import AsyncValue
 
 from everos_engine.errors import Transient
-from everos_engine.system import fds
+from everos_engine.system import descriptors
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -310,7 +310,7 @@ class _Row(Generic[T, R]):
 
 def open_threads(*, deadline_seconds: float) -> FileThreads:
     """Make threads for the calls of one process."""
-    most = max(LATE_LEAST, min(LATE_MOST, fds.limits()[0] // LATE_SHARE))
+    most = max(LATE_LEAST, min(LATE_MOST, descriptors.limits()[0] // LATE_SHARE))
     return FileThreads(deadline_seconds=deadline_seconds, late_most=most)
 
 

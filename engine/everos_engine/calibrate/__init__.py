@@ -1,0 +1,1 @@
+"""The descriptor experiment of `everos-engine fds calibrate`."""

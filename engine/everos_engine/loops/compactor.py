@@ -1,0 +1,200 @@
+"""Maintenance: keeps tables compact after they were written, and the SQLite files small. Never on a timer alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+from loguru import logger
+
+from everos_engine.errors import Transient
+from everos_engine.loops.context import now_milliseconds, wait_moved
+from everos_engine.loops.erase import erase_due
+from everos_engine.loops.recovery import expect_root
+from everos_engine.stores import embeddings, ledger
+from everos_engine.system.unit import unit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from everos_engine.loops.context import Desk
+    from everos_engine.stores.versions import Version
+
+LONG_SECONDS = 3600.0
+ERASE_LOOK_SECONDS = 600.0
+ALLOWANCE_SECONDS = 60.0
+LEAST_VERSIONS = 2
+"""The version in force, and the one before it: no pass of an optimize leaves fewer."""
+LEAST_REST_SECONDS = 0.05
+MOST_PASSES = 4
+EARLY_SHARE = 0.25
+"""Of the time for which versions are kept: a table in which so long nobody wrote is compacted, due or not. So one that is
+edited all the time is not, and one that is edited now and then costs one optimize in that time at most."""
+MANY = 4
+"""A table that is written without pause is optimized all the same once it is this many times over its threshold."""
+
+
+async def maintain(desk: Desk) -> None:
+    """After commits, once they pause, optimize each table that is due; then prune caches. Compact what has come to rest.
+
+    In a pause a table is optimized beside whatever comes, for an edit must not wait; where commits came in between and
+    voided that, or do not pause at all, they wait for it.
+    """
+    voided: set[str] = set()
+    rest = Rest(desk)
+    erase_at = trio.current_time()
+    while True:
+        seen = desk.applied.value
+        patience = _patience(desk)
+        wait = min(patience, rest.seconds())
+        desk.beat("maintain", within_seconds=wait + ALLOWANCE_SECONDS)
+        moved = await wait_moved(desk.applied, seen, at_most_seconds=wait)
+        if moved:
+            rest.wake()
+        quiet = not moved and wait >= patience
+        due = [kind for kind in desk.index.open_kinds() if desk.index.wants_optimize(kind)]
+        for kind in due:
+            if quiet or desk.index.unoptimized(kind) >= MANY * desk.settings.lancedb.optimize_after_commits:
+                desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+                is_compact = False
+                with unit("maintain", f"optimize {kind}"):
+                    is_compact = await _optimize(desk, kind, alone=kind in voided or not quiet)
+                (voided.discard if is_compact else voided.add)(kind)
+                rest.wake()
+        if quiet:
+            with unit("maintain", "prune caches"):
+                await _prune(desk)
+        if rest.seconds() <= 0:
+            await rest.compact()
+        if trio.current_time() >= erase_at:  # also without a pause: what was deleted may not wait for one
+            erase_at = trio.current_time() + ERASE_LOOK_SECONDS
+            desk.beat("maintain", within_seconds=3 * desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+            with unit("maintain", "erase"):
+                if await erase_due(desk):
+                    rest.wake()
+
+
+@dataclass(slots=True)
+class Rest:
+    """Compacts a table that nobody has written to for as long as old versions are kept, until nothing is left to prune.
+
+    An optimize leaves the versions before it for ``keep_versions_seconds``, so the last one before a pause leaves many files.
+    The folder of versions says when it was last written to, and how many there are, after a restart too. Two passes are
+    needed: one to compact what was written last, early, after ``EARLY_SHARE`` of that time, and one to prune what that
+    replaced. After ``MOST_PASSES`` it is left alone until somebody writes to it, so an idle engine is not woken for ever.
+    """
+
+    desk: Desk
+    _look_at: float | None = field(init=False)
+    _passes: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Kind -> when its folder was last written to by us, and our passes since somebody else did."""
+
+    def __post_init__(self) -> None:
+        self._look_at = time.monotonic() + EARLY_SHARE * self._keep_seconds
+
+    @property
+    def _keep_seconds(self) -> float:
+        return self.desk.settings.lancedb.keep_versions_seconds
+
+    def seconds(self) -> float:
+        """Return how long until the tables should be looked at; for ever where nothing is left to prune."""
+        return float("inf") if self._look_at is None else self._look_at - time.monotonic()
+
+    def wake(self) -> None:
+        """Something was written: look when it may be pruned, unless a look is planned."""
+        if self._look_at is None:
+            self._look_at = time.monotonic() + EARLY_SHARE * self._keep_seconds
+
+    async def compact(self) -> None:
+        """Compact the tables whose old versions may go now, and plan the next look."""
+        waits = []
+        for kind in self.desk.index.open_kinds():
+            wait: float | None = self._keep_seconds
+            with unit("maintain", f"compact {kind} at rest"):
+                wait = await self._compact(kind)
+            if wait is not None:
+                waits.append(wait)
+        self._look_at = time.monotonic() + max(LEAST_REST_SECONDS, min(waits)) if waits else None
+
+    async def _compact(self, kind: str) -> float | None:
+        """Seconds until this table should be looked at again; None where nothing is left to prune."""
+        desk, folder = self.desk, self.desk.index.directory / f"{kind}.lance" / "_versions"
+        written, count = await trio.to_thread.run_sync(_versions, folder)
+        ours, passes = self._passes.get(kind, (written, 0))
+        passes = passes if ours == written else 0
+        if count <= LEAST_VERSIONS or passes >= MOST_PASSES:
+            return None
+        age = max(0.0, time.time() - written)  # a clock that was ahead makes it new
+        is_early = desk.index.unoptimized(kind) > 0
+        rest_seconds = self._keep_seconds * (EARLY_SHARE if is_early else 1.0)
+        if age < rest_seconds:
+            return rest_seconds - age
+        desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+        await _optimize(desk, kind, alone=not is_early)  # early on an edit may come, and does not wait
+        written, count = await trio.to_thread.run_sync(_versions, folder)
+        self._passes[kind] = written, passes + 1
+        return self._keep_seconds if count > LEAST_VERSIONS else None
+
+
+def _versions(folder: Path) -> tuple[float, int]:
+    """When a table's folder of versions last changed (seconds since the epoch), and how many there are."""
+    try:
+        return folder.stat().st_mtime, len(os.listdir(folder))
+    except OSError:
+        return 0.0, 0
+
+
+async def compact(desk: Desk) -> None:
+    """Optimize every table that is due, once: for commands that write and end."""
+    for kind in desk.index.open_kinds():
+        if desk.index.wants_optimize(kind):
+            await _optimize(desk, kind, alone=True)
+    await erase_due(desk)
+
+
+def _patience(desk: Desk) -> float:
+    due = any(desk.index.wants_optimize(kind) for kind in desk.index.open_kinds())
+    return desk.settings.lancedb.optimize_idle_seconds if due else LONG_SECONDS
+
+
+async def _optimize(desk: Desk, kind: str, *, alone: bool) -> bool:
+    """Whether the table is compact now."""
+    try:
+        await expect_root(desk)
+        known = (await desk.database.aread(ledger.incarnations)).get(kind)
+        before = None if known is None else await desk.index.recognise(kind, known.version)
+        await desk.index.optimize(kind, alone=alone)
+        if before is not None:
+            await _move_on(desk, kind, before)
+    except Transient as error:
+        desk.starved(error)
+        level = "WARNING" if alone else "INFO"
+        logger.log(level, "cascade_lancedb_optimize_failed kind={} error={!r}", kind, str(error))
+        return False
+    logger.debug("optimized kind={}", kind)
+    return True
+
+
+async def _move_on(desk: Desk, kind: str, before: Version) -> None:
+    """Note the version that an optimize left, if nothing but it came after what is noted. Else the next commit's look finds it."""
+    async with desk.table(kind):
+        known = (await desk.database.aread(ledger.incarnations)).get(kind)
+        if known is None or known.incarnation != desk.index.incarnation_of(kind):
+            return
+        start = before if before.number > known.number else known.version
+        reached = await desk.index.advance(kind, start)
+        if reached is not None:
+            await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, known.incarnation, version=reached))
+
+
+async def _prune(desk: Desk) -> None:
+    most = desk.settings.embedder.cache_max_bytes
+    dropped = await desk.vectors.cache.use(
+        lambda tx: embeddings.prune(tx, max_bytes=most, now_milliseconds=now_milliseconds()), otherwise=0
+    )
+    if dropped:
+        logger.info("embedding_cache_pruned dropped={}", dropped)
+    await trio.to_thread.run_sync(desk.database.checkpoint, limiter=desk.database.limiter)

@@ -1,0 +1,110 @@
+"""Resident memory: held against its documented ceiling, a part of the descriptor guard's look."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from everos_engine.errors import Transient
+from everos_engine.stores import ledger
+from everos_engine.system import ceiling
+
+if TYPE_CHECKING:
+    from everos_engine.loops.context import Desk
+
+LEAST_SHARE = 0.25
+"""What the worker keeps of its breadth however much memory is resident: work that stops does not free any."""
+COUNT_SECONDS = 10.0
+OVER_SECONDS = 30.0
+"""How long memory must be over its ceiling, after trims and a rotation, before that is reported."""
+FIRST_REST_SECONDS, MOST_REST_SECONDS = 10.0, 600.0
+"""A rotation for memory's sake is done again after a rest that doubles while memory stays over its soft part."""
+OVER = "memory_over_ceiling"
+OVER_REMEDY = (
+    "see `everos-engine fds` for the parts; a file with very many entries may be in work, then wait; else lower "
+    "lancedb.session_most_bytes or worker_batch_max, or restart the engine and report what `everos-engine bundle` writes"
+)
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """What is known of resident memory from one look of the guard to the next."""
+
+    desk: Desk
+    rows: int = 0
+    dimension: int = 0
+    _over_since: float | None = None
+    _rest_seconds: float = FIRST_REST_SECONDS
+    _rotate_after: float = float("-inf")
+
+    @property
+    def bounds(self) -> ceiling.MemoryCeiling:
+        """The ceiling for the settings in force and the rows there are."""
+        desk = self.desk
+        return ceiling.memory_ceiling(
+            desk.settings, base_bytes=desk.base.rss_bytes, rows=self.rows, dimension=self.dimension
+        )
+
+    async def keep_counting(self) -> None:
+        """Count the rows after changes were applied, once in ``COUNT_SECONDS`` at most. Never returns."""
+        while True:
+            seen = self.desk.applied.value
+            await self.count_rows()
+            await trio.sleep(COUNT_SECONDS)
+            await self.desk.applied.wait_value(lambda now, seen=seen: now != seen)
+
+    async def count_rows(self) -> None:
+        """Count the rows, by the ledger; a database that is busy is asked again at the next time."""
+        index = self.desk.index
+        with suppress(Transient):
+            self.rows = sum((await self.desk.database.aread(ledger.rows_per_kind)).values())
+        self.dimension = max((index.dimension_of(kind) for kind in index.open_kinds()), default=0)
+
+    def is_over(self, rss_bytes: int) -> bool:
+        """Return whether memory is over the soft part of its ceiling."""
+        return rss_bytes > self.bounds.soft_bytes
+
+    def wants_rotation(self, rss_bytes: int, now: float) -> bool:
+        """Return whether the Session should be let go for memory's sake. Asked once a look; a yes begins a rest."""
+        if not self.is_over(rss_bytes):
+            self._rest_seconds = FIRST_REST_SECONDS
+            return False
+        if now < self._rotate_after or not self.desk.index.session_bytes():
+            return False
+        self._rotate_after = now + self._rest_seconds
+        self._rest_seconds = min(2 * self._rest_seconds, MOST_REST_SECONDS)
+        return True
+
+    def share(self, rss_bytes: int) -> float:
+        """Return the share of its breadth that the worker may use: 1 up to the soft part, falling to ``LEAST_SHARE`` at the ceiling."""
+        bounds = self.bounds
+        over = (rss_bytes - bounds.soft_bytes) / max(1, bounds.ceiling_bytes - bounds.soft_bytes)
+        return min(1.0, max(LEAST_SHARE, 1.0 - (1.0 - LEAST_SHARE) * over))
+
+    async def report(self, rss_bytes: int, now: float) -> None:
+        """Report memory that stays over its ceiling, and that it is over no more."""
+        bounds = self.bounds
+        if rss_bytes <= bounds.ceiling_bytes:
+            self._over_since = None
+            if not self.is_over(rss_bytes):
+                await self.desk.notes.over(OVER)
+            return
+        self._over_since = now if self._over_since is None else self._over_since
+        if now - self._over_since >= OVER_SECONDS:
+            most = bounds.ceiling_bytes >> 20
+            message = f"more than {most} MiB are resident, the ceiling for these settings and {self.rows} rows: new work is slowed"
+            await self.desk.notes.say(OVER, message, OVER_REMEDY)
+
+    def as_data(self, rss_bytes: int) -> dict[str, object]:
+        """What `fds` and `status` show."""
+        bounds = self.bounds
+        return {
+            "rss_bytes": rss_bytes,
+            "soft_bytes": bounds.soft_bytes,
+            "ceiling_bytes": bounds.ceiling_bytes,
+            "parts": asdict(bounds),
+            "rows": self.rows,
+        }

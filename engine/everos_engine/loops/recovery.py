@@ -1,0 +1,331 @@
+"""Makes ledger and tables agree, at the start and in each sweep: whatever happened to the tables heals by itself.
+
+Two stores without a common transaction need an order. A table's identity is noted in SQLite before the table is created, and the
+files of a table that is lost are queued before it is forgotten in memory. If the second half fails, SQLite speaks of a table that
+is not there, which every look at the tables finds, and puts right.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import trio
+from loguru import logger
+
+from everos_engine.errors import Damaged, RootAway, Transient, Unexpected
+from everos_engine.loops.context import now_milliseconds
+from everos_engine.loops.reconcile import is_root_lost
+from everos_engine.stores import lance, ledger, meta, queue
+from everos_engine.stores.lance import PROBE_WORD, Model, Stranger, TableDamaged, Unrecognised
+from everos_engine.stores.versions import Version
+from everos_engine.text import kinds
+
+if TYPE_CHECKING:
+    from everos_engine.loops.context import Desk
+    from everos_engine.stores.database import Transaction
+    from everos_engine.stores.index import Found
+    from everos_engine.stores.ledger import Remembered
+
+PROBES = 2
+PROBE_PAUSE_SECONDS = 0.3
+PROBE_REST_SECONDS = 30.0
+"""A probe reads the whole table: searches that fail although it is sound ask for no other one so soon."""
+START_PATIENCE_SECONDS = 5.0
+"""How long a start waits for the embedder to say which model it is; the worker sees to it later."""
+REBUILD_MILLISECONDS = 3_600_000
+"""A table is made again by itself at most once in so long: a disk that damages what is written to it needs a person."""
+REBUILT = "table_rebuilt:"
+CONDITION = "index_damaged"
+
+
+async def agree(desk: Desk) -> None:
+    """Make every kind's ledger and table agree, before the loops start. A kind that cannot be looked at now is left to the sweeps.
+
+    Raises Fatal for a table of somebody else's.
+    """
+    desk.unchecked.update(kinds.KINDS)
+    await inspect(desk)
+
+
+async def inspect(desk: Desk) -> Transient | None:
+    """Look at every kind's table: one that is gone, replaced, restored, damaged or written by somebody else heals by itself.
+
+    Costs some system calls a kind, and a whole read of a table whose files were changed. Nothing is done while the root is away.
+    Returns why a kind is not in step, the first reason there is.
+    """
+    if await is_root_lost(desk.brake, desk.threads):
+        return None
+    model, first = None, None
+    for kind in kinds.KINDS:
+        if kind in desk.unchecked and model is None and os.path.lexists(desk.index.place_of(kind)):
+            model = await _model_now(desk)
+        async with desk.table(kind):
+            try:
+                await agree_on(desk, kind, model)
+            except Damaged:  # the database's: the stores are opened again
+                raise
+            except Transient as error:
+                first = first or error
+                if not isinstance(error, TableDamaged):  # that one has a condition
+                    desk.starved(error)
+                    logger.warning("index_not_checked kind={} error={!r}", kind, str(error))
+    return first
+
+
+async def agree_on(desk: Desk, kind: str, model: Model | None = None) -> None:
+    """Make one kind's ledger and table agree. Hold ``desk.table(kind)``.
+
+    ``model`` is the one that answers today, None if it is not known. Raises Transient if the table cannot be looked at now.
+    """
+    await expect_root(desk)
+    known = (await desk.database.aread(ledger.incarnations)).get(kind)
+    tampered = await desk.index.tampered(kind)
+    doubtful = tampered or kind in desk.unchecked or kind in desk.index.shunned
+    if doubtful and await _set_aside_if_damaged(desk, kind, PROBE_WORD):
+        known = None
+    try:
+        found = await desk.index.found(kind)
+    except Unexpected as error:
+        if not await _set_aside_if_damaged(desk, kind, PROBE_WORD):
+            raise error from None
+        known = found = None
+    except Stranger as error:
+        if known is None:
+            raise
+        # its manifest may be damaged, or somebody put it in the place of ours: either way a copy is kept
+        await _set_aside(desk, kind, str(error))
+        known = found = None
+    if found is None and known is None:
+        pass
+    elif found is None and known is not None and known.number == 0 and not await _has_rows(desk, kind):
+        pass  # its birth did not come to an end, and nothing is missing
+    elif (
+        found is None
+        or known is None
+        or found.incarnation != known.incarnation
+        or (model is not None and found.model != model.name)
+    ):
+        await _void(desk, kind, found, model)
+    elif known.version != found.version and await desk.index.recognise(kind, known.version) is None:
+        await _reconcile(desk, kind, known)
+    elif known.version != found.version:
+        await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, found.incarnation, version=found.version))
+    if kind in desk.unchecked:
+        await desk.index.tampered(kind)  # what it is compared with from now on
+        desk.unchecked.discard(kind)
+
+
+async def heal(desk: Desk, kind: str, error: Transient, *, words: str = PROBE_WORD) -> bool:
+    """Do what a failed commit or search of a kind calls for. Hold ``desk.table(kind)``. Returns whether the table is another now.
+
+    Only an error that is on no list casts doubt on a table; a deadline, a lack of descriptors or a lost race proves nothing.
+    Raises Transient while the root is out of reach, and TableDamaged if the table may not be made again yet.
+    """
+    if isinstance(error, Unrecognised):
+        await agree_on(desk, kind)
+        return True
+    if not isinstance(error, Unexpected):
+        return False
+    await expect_root(desk)
+    if await _is_lost(desk, kind):
+        await agree_on(desk, kind)
+        return True
+    return await _set_aside_if_damaged(desk, kind, words)
+
+
+async def heal_reads(desk: Desk, words: str) -> bool:
+    """Look into the tables that could not be searched. Returns whether one of them was damaged and is made again."""
+    healed = False
+    for kind in sorted(desk.index.doubted):
+        desk.index.doubted.discard(kind)
+        if time.monotonic() - desk.probed.get(kind, float("-inf")) < PROBE_REST_SECONDS:
+            continue
+        async with desk.table(kind):
+            try:
+                changed = await heal(desk, kind, Unexpected("a search of it failed"), words=words)
+            except TableDamaged:
+                changed = True
+        if not changed:
+            desk.probed[kind] = time.monotonic()
+        healed = healed or changed
+    return healed
+
+
+async def begin_life(desk: Desk, kind: str, model: Model) -> int:
+    """Give a kind a new table for ``model``, and queue its files again. Returns how many. Hold ``desk.table(kind)``.
+
+    SQLite first: an identity of which there is no table is found by the next look, a table that SQLite does not know would be
+    refused by every commit.
+    """
+    incarnation = lance.new_incarnation()
+
+    def note(tx: Transaction) -> int:
+        filled = ledger.has_rows(tx, kind)
+        ledger.void(tx, kind)
+        ledger.remember(tx, kind, incarnation, version=Version(0, b""), model=model.name)
+        return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds()) if filled else 0
+
+    count = await desk.database.awrite(note)
+    version = await desk.index.create(kind, model, incarnation)
+    await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, incarnation, version=version))
+    desk.wake_up()
+    return count
+
+
+async def expect_root(desk: Desk) -> None:
+    """Raises Transient where the root is not the one we began with.
+
+    LanceDB makes the directories of what it writes: a root that was moved away would lie there again, empty, in the way of
+    the one that is moved back.
+    """
+    if await is_root_lost(desk.brake, desk.threads):
+        message = "the memory root is not there: its index is written when it is back"
+        raise RootAway(message)
+
+
+def _begin_again(tx: Transaction, kind: str) -> int:
+    """The ledger of a kind whose table is gone: nothing is indexed, everything is queued. Returns how many changes."""
+    ledger.void(tx, kind)
+    ledger.forget(tx, kind)
+    return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds())
+
+
+async def _has_rows(desk: Desk, kind: str) -> bool:
+    return await desk.database.aread(lambda tx: ledger.has_rows(tx, kind))
+
+
+async def _is_lost(desk: Desk, kind: str) -> bool:
+    return await desk.index.newest(kind) is None
+
+
+async def _set_aside_if_damaged(desk: Desk, kind: str, words: str) -> bool:
+    """Set a table aside if it is proven damaged. Returns whether that was so.
+
+    Raises TableDamaged if that was done by itself less than an hour ago: then nobody reads the table, and a condition says so.
+    """
+    reason = await _damage(desk, kind, words)
+    if reason is None:
+        if desk.index.shunned.pop(kind, None) is not None:
+            await _end_condition(desk)
+        return False
+    rebuilt = await desk.database.aread(lambda tx: meta.get(tx, REBUILT + kind))
+    since = now_milliseconds() - int(rebuilt or 0)
+    if rebuilt is not None and 0 <= since < REBUILD_MILLISECONDS:
+        desk.index.shunned[kind] = reason
+        minutes = (REBUILD_MILLISECONDS - since) // 60_000 + 1
+        await desk.notes.say(
+            CONDITION,
+            f"the table {kind!r} was made again within the last hour, and is damaged once more: {reason}",
+            f"check the disk; it is made again in {minutes} minutes, or, with the engine stopped, after "
+            f"`rm -r {desk.index.place_of(kind)}` by `everos-engine sync`",
+        )
+        message = f"the table {kind!r} is damaged: {reason}"
+        raise TableDamaged(message)
+    await _set_aside(desk, kind, reason)
+    return True
+
+
+async def _set_aside(desk: Desk, kind: str, reason: str) -> None:
+    kept = await desk.index.set_aside(kind)
+
+    def note(tx: Transaction) -> int:
+        meta.put(tx, REBUILT + kind, str(now_milliseconds()))
+        return _begin_again(tx, kind)
+
+    count = await desk.database.awrite(note)
+    logger.warning("index_damaged kind={} requeued={} kept={!r} error={!r}", kind, count, str(kept), reason)
+    await _end_condition(desk)
+    desk.wake_up()
+
+
+async def _end_condition(desk: Desk) -> None:
+    if not desk.index.shunned:
+        await desk.notes.over(CONDITION)
+
+
+async def _damage(desk: Desk, kind: str, words: str) -> str | None:
+    """Return why a kind's table cannot be read, probed again before it is believed. None if it can, or if nothing is proven."""
+    for tries_left in range(PROBES - 1, -1, -1):
+        try:
+            await desk.index.probe(kind, words)
+        except Stranger as error:  # a damaged manifest may name nobody; a table that we did not make stays
+            if (await desk.database.aread(ledger.incarnations)).get(kind) is None:
+                raise
+            return str(error)
+        except Unexpected as error:
+            if not tries_left:
+                return str(error)
+            await trio.sleep(PROBE_PAUSE_SECONDS)
+        except Transient:
+            return None  # a deadline, or no descriptor: it says nothing of the table
+        else:
+            break
+    return None
+
+
+async def _model_now(desk: Desk) -> Model | None:
+    """The model that answers today; None while it does not answer, then the first commit will tell."""
+    try:
+        with trio.move_on_after(START_PATIENCE_SECONDS):
+            return await desk.vectors.model()
+    except Transient as error:
+        logger.warning("embedder_silent error={!r}", str(error))
+    return None
+
+
+async def _void(desk: Desk, kind: str, found: Found | None, model: Model | None) -> None:
+    """The ledger speaks of another table than the one there is: start the kind again from markdown."""
+    if found is None:
+        count = await desk.database.awrite(lambda tx: _begin_again(tx, kind))
+        desk.index.forget(kind)
+        logger.warning("index_removed kind={} requeued={}", kind, count)
+    else:
+        await desk.database.awrite(lambda tx: _begin_again(tx, kind))
+        count = await begin_life(desk, kind, model or Model(found.model, desk.index.dimension_of(kind)))
+        logger.warning("index_replaced kind={} requeued={}", kind, count)
+    desk.wake_up()
+
+
+async def _reconcile(desk: Desk, kind: str, known: Remembered) -> None:
+    """Put right a table with a version that is not our own: compare every key and content hash, and queue what differs.
+
+    If somebody else committed, all files of the kind are queued, since a row can be altered with its content hash kept: their
+    rows are written again with cached vectors. A commit of our own that was cut off, by a crash or by its deadline, left keys
+    unknown and altered nothing else. Rows of a key that the table has twice, or that belong to no file of the kind, are deleted.
+    """
+    desk.index.reopen(kind)
+    left = await desk.index.newest(kind)
+    if left is None:
+        message = f"the table {kind!r} is not there any more: it is made again from markdown"
+        raise Unrecognised(message)
+    (rows, twice), hashes = await desk.index.keys(kind), await desk.database.aread(lambda tx: ledger.hashes(tx, kind))
+    differing = {key for key in rows.keys() | hashes.keys() if rows.get(key) != hashes.get(key)} | twice
+    globs = desk.settings.note.globs
+    strays = {key for key in differing - hashes.keys() if not _is_of(kind, key[0], globs)}
+    doubted = differing - strays
+    may_be_ours = desk.index.may_have_cut_off(kind) or (
+        kind in desk.unchecked and not all(hashes.values())  # a crash left the intention of a commit
+    )
+
+    def note(tx: Transaction) -> int:
+        ledger.doubt(tx, [(path, entry_id, kind) for path, entry_id in doubted])
+        now, paths, count = now_milliseconds(), {path for path, _ in doubted}, 0
+        if not may_be_ours:
+            count = queue.requeue_kind(tx, kind, now_milliseconds=now)
+            paths -= {path for path, _ in hashes}
+        return count + queue.requeue_paths(tx, sorted(paths), kind, now_milliseconds=now)
+
+    count = await desk.database.awrite(note)
+    if twice or strays:
+        left = await desk.index.commit(kind, [], sorted(twice | strays), left=left)
+    await desk.database.awrite(lambda tx: ledger.remember(tx, kind, known.incarnation, version=left, model=known.model))
+    desk.wake_up()
+    if differing or not may_be_ours:
+        logger.warning("index_reconciled kind={} keys={} requeued={}", kind, len(differing), count)
+
+
+def _is_of(kind: str, path: str, globs: tuple[str, ...]) -> bool:
+    place = kinds.recognise(path, note_globs=globs)
+    return place is not None and place.kind == kind and place.md_path == path

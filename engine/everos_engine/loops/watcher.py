@@ -1,0 +1,463 @@
+"""The watcher: file events, gathered for a moment, become changes. Events are a hint; the scan is the truth."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+from loguru import logger
+from watchfiles._rust_notify import RustNotify
+
+from everos_engine.errors import Exhausted, Transient, exhausted
+from everos_engine.keys import key_in_root
+from everos_engine.loops.context import Desk, now_milliseconds
+from everos_engine.loops.deletion_guard import FEW, to_hold
+from everos_engine.loops.reconcile import observe, root_trouble, verify_racy
+from everos_engine.stores import full_scan, queue
+from everos_engine.system import descriptors, files, limits
+from everos_engine.system.file_threads import NoAnswer
+from everos_engine.system.unit import unit
+from everos_engine.text import kinds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from everos_engine.settings import Settings
+    from everos_engine.stores.database import Transaction
+    from everos_engine.stores.queue import Observation
+
+STEP_MILLISECONDS = 20
+WATCHER_DESCRIPTORS = 4
+"""What laying the watches opens: inotify, two polls and their wake-up."""
+INDEX_DIRECTORY = ".index"
+LOOK_SECONDS = 2.0
+"""How often the root's identity is checked, and the watching thread's life."""
+RETRY_SECONDS = 300.0
+STOP_SECONDS = 2.0
+"""A watching thread that is asked to end does so within its step of 20 ms, unless a directory hangs it."""
+FIRST_PAUSE_SECONDS = 0.2
+FAILURES = 6
+"""So many failures of the events' library within RETRY_SECONDS are waited out, each twice as long as the last; then the scan polls."""
+CHECK_SECONDS = 60.0
+BURST = 500
+"""Events of one batch above which a sweep looks after what the kernel's queue may have dropped."""
+ALLOWANCE_SECONDS = 30.0
+POLL_REMEDY = "until then changes are found by polling"
+REMEDIES = {
+    "watch_limit": "`echo fs.inotify.max_user_watches=524288 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
+    "watch_failed": "if a file or directory is named here, rename it so that its name is UTF-8; ",
+    "watch_hung": "see whether the server of this directory answers, or remove the link to it; ",
+    "instance_limit": "`echo fs.inotify.max_user_instances=1024 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
+}
+
+
+class WatcherFailed(Transient):
+    """The library of file events raised an error: its watches give nothing any more, and new ones are needed.
+
+    It does so when a name in a batch is not UTF-8, and goes on doing so.
+    """
+
+
+class DirectoryHangs(WatcherFailed):
+    """A directory that would be watched does not answer. The library would stop the whole process in it."""
+
+
+async def watch(desk: Desk) -> None:
+    """Record events until cancelled, and lay the watches anew whenever they may be stale.
+
+    Where events cannot be had, or do not tell of every change, it says so and has the scan poll instead.
+    """
+    mode = desk.settings.watch.mode
+    desk.progress.polling = mode == "poll"
+    if mode in {"poll", "off"}:
+        await _idle(desk)
+    if mode == "auto":
+        await _judge_mount(desk)
+    failures: deque[float] = deque(maxlen=FAILURES)
+    while True:
+        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        try:
+            await _listen(desk)
+            logger.warning("watch_laid_anew root={}", desk.settings.root)
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENOTDIR}:
+                await trio.sleep(LOOK_SECONDS)  # the root is gone: the scan says so
+                continue
+            await _degraded(desk, error)
+        except WatcherFailed as error:
+            await _again(desk, failures, error)
+
+
+async def _again(desk: Desk, failures: deque[float], error: WatcherFailed) -> None:
+    """Wait before new watches, longer after each failure; after too many of them let the scan poll for a while."""
+    now = time.monotonic()
+    while failures and now - failures[0] > RETRY_SECONDS:
+        failures.popleft()
+    if len(failures) == FAILURES or isinstance(error, DirectoryHangs):
+        await _degraded(desk, error)
+        return
+    pause = FIRST_PAUSE_SECONDS * 2 ** len(failures)
+    failures.append(now)
+    logger.warning("watch_restarted in_seconds={:.1f} error={!r}", pause, str(error))
+    desk.look_again()  # what its batch held has no other event
+    await trio.sleep(pause)
+
+
+async def _idle(desk: Desk) -> None:
+    while True:
+        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        await trio.sleep(ALLOWANCE_SECONDS / 2)
+
+
+async def _judge_mount(desk: Desk) -> None:
+    """Poll where the root, or a file system mounted in it, does not tell of every change; of layers only say so."""
+    root, seconds = os.fspath(desk.settings.root), desk.settings.watch.poll_interval_seconds
+    every = await trio.to_thread.run_sync(limits.mounts)
+    own = limits.mount_below(root, every)
+    silent = [mount for mount in (own, *limits.mounts_inside(root, every)) if limits.silence(mount)]
+    told = [mount for mount in silent if not limits.delivers_events(mount)]
+    for mount in silent:
+        if mount not in told:
+            logger.info("mount_layered point={!r} message={!r}", mount.point, limits.silence(mount))
+    if told:
+        desk.progress.polling = True
+        what = "the memory root is" if told[0] is own else f"{told[0].point!r} in the memory root is"
+        remedy = f"the engine sweeps every {seconds:g} s instead (watch.poll_interval_seconds); `everos-engine sync` finds everything now"
+        await desk.notes.say("mount_silent", f"{what} on {limits.silence(told[0])}", remedy)
+
+
+async def _degraded(desk: Desk, error: OSError | WatcherFailed) -> None:
+    """No events for now: name the limit and its remedy, poll, and try again later."""
+    code = "watch_failed"
+    if isinstance(error, DirectoryHangs):
+        code = "watch_hung"
+    if isinstance(error, OSError):
+        code = "watch_limit" if error.errno == errno.ENOSPC or "limit" in str(error) else code
+        if error.errno in {errno.EMFILE, errno.ENFILE} or "open files" in str(error):
+            code = "instance_limit"
+    desk.progress.polling = True
+    remedy = _raise(code) + POLL_REMEDY + f" every {desk.settings.watch.poll_interval_seconds:g} s"
+    reason = str(error).partition(" about ")[0].rstrip(".")
+    await desk.notes.say(code, f"file events cannot be had: {reason}", remedy)
+    desk.look_again()
+    with trio.move_on_after(RETRY_SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_idle, desk)
+            await desk.threads.returned.wait_transition()  # what hung may answer again
+            nursery.cancel_scope.cancel()
+
+
+def _raise(code: str) -> str:
+    """What raises the bound that was hit: of the system, or of the user namespace where that one is the smaller."""
+    bounds = limits.inotify()
+    least = {"watch_limit": bounds.watches_name, "instance_limit": bounds.instances_name}.get(code, "")
+    remedy = REMEDIES.get(code, "")
+    if not least.startswith("user."):
+        return remedy
+    wanted = remedy.partition("=")[2].partition(" ")[0]
+    return f"this user namespace has a bound of its own, raise it there: `echo {wanted} | tee /proc/sys/{least.replace('.', '/')}`; the system's: {remedy}"
+
+
+async def _listen(desk: Desk) -> None:
+    """Lay the watches, and record what they tell until they are stale.
+
+    Raises OSError where they cannot be laid, and WatcherFailed for whatever else their library raises.
+    """
+    laid_on, stop = await _identity(desk), threading.Event()
+    silent = await _silent_directory(desk)
+    if silent is not None:
+        message = f"the directory {silent!r} does not answer"
+        raise DirectoryHangs(message)
+    send, receive = trio.open_memory_channel[set[str]](64)
+    thread = trio.CancelScope(shield=True)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_when_cancelled, stop, thread)
+            nursery.start_soon(_receive, desk, receive)
+            nursery.start_soon(_in_thread, thread, partial(_run, desk, stop, send))
+            await _until_stale(desk, laid_on)
+            nursery.cancel_scope.cancel()
+    except* (OSError, WatcherFailed) as group:
+        raise group.exceptions[0] from None
+    finally:
+        desk.progress.watching = False
+        stop.set()
+
+
+def _run(desk: Desk, stop: threading.Event, send: trio.MemorySendChannel[set[str]]) -> None:
+    """In a thread of its own: laying thousands of watches takes its time, and waiting for events blocks."""
+    settings = desk.settings
+    with _lay(settings) as watches:
+        if stop.is_set():
+            return
+        trio.from_thread.run_sync(_laid, desk)
+        while True:
+            with _translated():
+                found = watches.watch(settings.watch.debounce_milliseconds, STEP_MILLISECONDS, 0, stop)
+            if found == "stop":
+                return
+            if isinstance(found, set):
+                trio.from_thread.run(send.send, {path for _, path in found})
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise WatcherFailed for anything that the library raises, but for an OSError, which says what is the matter."""
+    try:
+        yield
+    except (OSError, trio.Cancelled):
+        raise
+    except BaseException as error:  # a door: the library raises its own error, and a panic of Rust is no Exception
+        message = f"the library of file events failed: {error}"
+        raise WatcherFailed(message) from error
+
+
+@contextmanager
+def _lay(settings: Settings) -> Iterator[RustNotify]:
+    """Watch the root until the end of the block."""
+    watches = _new_watches(settings)
+    try:
+        yield watches
+    finally:
+        with _translated():
+            watches.close()
+
+
+def _new_watches(settings: Settings) -> RustNotify:
+    paths, debug, polling, delay, recursive = [os.fspath(settings.root)], False, False, 300, True
+
+    def lay(*, ignore_permission_denied: bool) -> RustNotify:
+        with _translated():
+            return RustNotify(
+                paths, debug, polling, delay, recursive, ignore_permission_denied=ignore_permission_denied
+            )
+
+    try:
+        return lay(ignore_permission_denied=False)
+    except WatcherFailed as error:
+        if not exhausted(error):
+            raise
+        if descriptors.none_left(wanted=WATCHER_DESCRIPTORS):
+            message = f"no file descriptor is left to watch with: {error}"
+            raise Exhausted(message) from error
+        raise OSError(errno.EMFILE, str(error.__cause__)) from error  # the user's share of inotify instances
+    except (
+        PermissionError
+    ):  # a blind directory, which the scan names; ignoring it hides a watch limit, which _until_stale finds
+        return lay(ignore_permission_denied=True)
+
+
+def _laid(desk: Desk) -> None:
+    desk.progress.watching = True
+    desk.progress.watched_since_seconds = time.monotonic()
+    desk.look_again()  # what changed before the watches were laid has no event
+
+
+async def _silent_directory(desk: Desk) -> str | None:
+    """The first directory that does not answer, None if all do. Links are followed, as the library does.
+
+    It holds the interpreter's lock while it goes through the tree: a directory that hangs would stop every thread.
+    """
+    todo, known = [os.fspath(desk.settings.root)], set[tuple[int, int]]()
+    while todo:
+        found = await desk.threads.all(todo, files.directories_in, what="list", name=str)
+        todo = []
+        for directory, below in found:
+            if isinstance(below, NoAnswer):
+                return directory
+            new = {identity: path for path, identity in below if identity not in known}
+            known.update(new)
+            todo += new.values()
+    return None
+
+
+async def _in_thread(scope: trio.CancelScope, run: Callable[[], None]) -> None:
+    with scope:
+        await trio.to_thread.run_sync(run, abandon_on_cancel=True)
+
+
+async def _stop_when_cancelled(stop: threading.Event, thread: trio.CancelScope) -> None:
+    """The watching thread cannot be cancelled, only asked to end. One that hangs in a directory is left behind."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        stop.set()
+        thread.deadline = trio.current_time() + STOP_SECONDS
+
+
+async def _until_stale(desk: Desk, laid_on: tuple[int, int]) -> None:
+    """Return once the root is not the one the watches were laid on; meanwhile see that there is one for each directory."""
+    due, added = time.monotonic() + LOOK_SECONDS, 0
+    short_before, exhausted_before = 0, desk.exhaustion.value
+    began = time.monotonic()
+    while True:
+        await trio.sleep(LOOK_SECONDS)
+        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        if await _identity(desk) != laid_on:
+            return
+        if not desk.progress.watching and time.monotonic() - began > desk.settings.file_deadline_seconds:
+            await _poll_meanwhile(desk)
+        if desk.exhaustion.value != exhausted_before:
+            if desk.pressure.value <= 0:
+                continue  # there is no descriptor to look with
+            return  # directories that appeared meanwhile may have got no watch
+        if time.monotonic() < due and added == desk.progress.directories_added:
+            continue
+        added = desk.progress.directories_added
+        due = time.monotonic() + CHECK_SECONDS
+        short = await _directories_unwatched(desk)
+        if short and short_before:
+            if not desk.progress.polling:
+                desk.progress.polling = True
+                desk.look_again()  # the scan may be in the midst of a long pause
+            seconds = desk.settings.watch.poll_interval_seconds
+            message = (
+                f"file events cannot be had of about {short} directories: the kernel's limit of watches is reached"
+            )
+            await desk.notes.say("watch_limit", message, f"{_raise('watch_limit')}{POLL_REMEDY} every {seconds:g} s")
+        elif not short:
+            await _well(desk)
+        else:
+            due = time.monotonic() + LOOK_SECONDS  # directories come and go: look twice before saying anything
+        short_before = short
+
+
+async def _poll_meanwhile(desk: Desk) -> None:
+    """The watches are still being made: a very large tree, or a directory that does not answer."""
+    seconds = desk.settings.watch.poll_interval_seconds
+    message = "file events cannot be had yet: the watches are still being made, and a directory may not answer"
+    await desk.notes.say("watch_failed", message, f"{POLL_REMEDY} every {seconds:g} s")
+    if not desk.progress.polling:
+        desk.progress.polling = True
+        desk.look_again()
+
+
+async def _well(desk: Desk) -> None:
+    """Every directory is watched: no limit holds, and polling ends unless the mount asks for it."""
+    await desk.notes.over("watch_limit", "instance_limit", "watch_failed", "watch_hung")
+    desk.progress.polling = "mount_silent" in desk.notes.now
+
+
+async def _directories_unwatched(desk: Desk) -> int:
+    """About how many directories have no watch; 0 if it cannot be known."""
+    watched, root = limits.own_watches(), os.fspath(desk.settings.root)
+    if watched is None:
+        return 0
+    try:
+        there = await desk.threads.call(partial(files.directories_below, root), what="list all", name=root)
+    except NoAnswer:
+        return 0
+    return max(0, there - watched)
+
+
+async def _identity(desk: Desk) -> tuple[int, int]:
+    """Which directory the root is. Raises OSError, and NoAnswer."""
+    root = desk.settings.root
+    found = await desk.threads.call(lambda: os.stat(root), what="stat", name=os.fspath(root))
+    return found.st_dev, found.st_ino
+
+
+async def _receive(desk: Desk, batches: trio.MemoryReceiveChannel[set[str]]) -> None:
+    async for batch in batches:
+        if len(batch) > BURST:
+            desk.progress.burst = max(desk.progress.burst, len(batch))
+            desk.look_again()
+        paths = {path for path in batch if not _ours(desk.settings, path)}
+        if paths:
+            with unit("watch", f"{len(paths)} events") as done:
+                await _record(desk, paths)
+            if done.error is not None:
+                desk.look_again()
+
+
+async def _record(desk: Desk, paths: set[str]) -> None:
+    """Look at what a batch of events names, and queue it. What cannot be looked at is left to a sweep, which names it."""
+    settings = desk.settings
+    try:
+        observations, again = await _observe(desk, paths)
+        verified = await verify_racy(settings, desk.database, desk.threads, [seen.md_path for seen in observations])
+        observations = [seen for seen in observations if seen not in verified]
+        gone = [seen for seen in observations if seen.fingerprint is None]
+        there = [seen for seen in observations if seen.fingerprint is not None]
+        if gone and (len(gone) > FEW or await root_trouble(desk.brake, desk.threads) is not None):
+            gone, again = [], True
+        now, settle = now_milliseconds(), settings.settle_milliseconds
+
+        def record(tx: Transaction) -> tuple[list[Observation], list[str]]:
+            found = partial(queue.record, tx, source="watch", now_milliseconds=now, settle_milliseconds=settle)
+            queued = found(there)  # first, so that a file that got another name is known under it
+            if to_hold(tx, settings, [seen.md_path for seen in gone], now_milliseconds=now):
+                return there, queued  # a sweep sees the whole, and holds them
+            return there + gone, queued + found(gone)
+
+        observations, queued = await desk.database.awrite(record)
+        again = again or len(observations) < len(there) + len(gone)
+    except Transient as error:
+        desk.starved(error)
+        logger.warning("events_left_to_scan count={} error={!r}", len(paths), str(error))
+        desk.look_again()
+        return
+    for seen in observations:
+        desk.progress.unseen.pop(seen.md_path, None)
+    desk.progress.told += len(queued)
+    if again:
+        desk.look_again()
+    if queued:
+        desk.wake_up()
+
+
+class _Named(NamedTuple):
+    """What one event names: its change, or the changes below a directory, or a key that may have been a directory."""
+
+    changes: Sequence[str]
+    is_directory: bool
+    gone: str | None
+
+
+async def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
+    """A look at every path named, at all below a directory that appeared, and at all known below one that went.
+
+    True with it if a sweep should look again: files made in a new directory before its watch have no event.
+    """
+    named = await desk.threads.all(sorted(paths), partial(_named, desk.settings), what="stat", name=str)
+    found = [seen for _, seen in named if isinstance(seen, _Named)]
+    directories = sum(seen.is_directory for seen in found)
+    desk.progress.directories_added += directories
+    keys = dict.fromkeys(key for seen in found for key in seen.changes)
+    gone = [seen.gone for seen in found if seen.gone is not None]
+    if gone:
+        known = await desk.database.aread(lambda tx: [path for key in gone for path in full_scan.known_below(tx, key)])
+        keys.update(dict.fromkeys(known))
+    observations, unseen = await observe(desk.settings, desk.threads, list(keys))
+    return observations, bool(directories or unseen or len(found) < len(named))
+
+
+def _named(settings: Settings, event: str) -> _Named:
+    path = files.without_links(settings.root, event)
+    key = key_in_root(settings, path)
+    if key is None:
+        return _Named((), is_directory=False, gone=None)
+    place = kinds.recognise(key, note_globs=settings.note.globs)
+    changes = [] if place is None else [place.md_path]
+    if os.path.isdir(path) and not os.path.islink(path):  # noqa: PTH112, PTH114 - str in, str out
+        return _Named([*changes, *_below(settings, path)], is_directory=True, gone=None)
+    return _Named(changes, is_directory=False, gone=key if place is None else None)
+
+
+def _below(settings: Settings, directory: str) -> list[str]:
+    def recognise(key: str) -> kinds.Place | None:
+        return kinds.recognise(key, note_globs=settings.note.globs)
+
+    return list(files.walk(settings.root, recognise, below=directory).found)
+
+
+def _ours(settings: Settings, path: str) -> bool:
+    below = os.path.relpath(path, settings.root)
+    return below == INDEX_DIRECTORY or below.startswith(INDEX_DIRECTORY + os.sep)
