@@ -1,4 +1,4 @@
-"""Writes the pages that are made from the code: settings, commands, columns, log events and notes.
+"""Writes the pages that are made from the code: settings, commands, columns, log events and conditions.
 
 python docs/generate.py [--check]
 """
@@ -23,7 +23,9 @@ DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "engine" / "everos_engine"
 MEANINGS = DOCS / "events.toml"
 LEVELS = ("debug", "info", "warning", "error")
-NOTE_WORDS = "every note is logged as a warning with its code when it begins, and as `<code>_over` when it ends"
+CONDITION_WORDS = (
+    "every condition is logged as a warning with its code when it begins, and as `<code>_over` when it ends"
+)
 
 
 def main() -> int:
@@ -218,13 +220,13 @@ def _mark(given: bool) -> str:  # noqa: FBT001 - one word
 
 
 def events_page() -> str:
-    """Every log event and note with its level, its fields and its meaning."""
+    """Every log event and condition with its level, its fields and its meaning."""
     meanings = tomllib.loads(MEANINGS.read_text(encoding="utf-8"))
-    events, notes = found()
+    events, conditions = found()
     _complete("events", events, meanings["events"])
-    _complete("notes", notes, meanings["notes"])
+    _complete("conditions", conditions, meanings["conditions"])
     lines = [
-        "# Log events and notes",
+        "# Log events and conditions",
         "",
         "The log goes to standard error. A line is a time, a level, the event's name, and `field=value` pairs; `--log-format json` writes one",
         "JSON object a line, the same text in `text`. On a terminal only warnings show, above the status line.",
@@ -241,19 +243,19 @@ def events_page() -> str:
         "",
         "## Notes",
         "",
-        f"A note is a condition that lasts: `status` and `doctor` show it until it is over, with its message and its remedy; {NOTE_WORDS}.",
+        f"A condition lasts: `status` and `doctor` show it until it is over, with its message and its remedy; {CONDITION_WORDS}.",
         "",
         "| code | meaning |",
         "|---|---|",
     ]
-    lines += [f"| `{code}` | {meanings['notes'][code]} |" for code in sorted(notes)]
+    lines += [f"| `{code}` | {meanings['conditions'][code]} |" for code in sorted(conditions)]
     return "\n".join(lines) + "\n"
 
 
 def found() -> tuple[dict[str, tuple[set[str], set[str]]], set[str]]:
-    """({event: (levels, fields)}, note codes) of all that the package logs and says."""
+    """({event: (levels, fields)}, condition codes) of all that the package logs and says."""
     events: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
-    notes: set[str] = set()
+    conditions: set[str] = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         constants = _constants(tree)
@@ -264,13 +266,13 @@ def found() -> tuple[dict[str, tuple[set[str], set[str]]], set[str]]:
                 by_level = call.func.attr == "log"
                 (text,) = _words(call.args[int(by_level)], constants, path)
                 name = text.split(" ", 1)[0]
-                if not name.startswith("{"):  # forwards another library's record, or a note
+                if not name.startswith("{"):  # forwards another library's record, or a condition
                     levels = _words(call.args[0], constants, path) if by_level else [call.func.attr]
                     events[name][0].update(level.lower() for level in levels)
                     events[name][1].update(re.findall(r"(\w+)=", text))
-            elif call.func.attr == "say" and ast.unparse(call.func.value).endswith("notes"):
-                notes.update(_words(call.args[0], constants, path))
-    return events, notes
+            elif call.func.attr == "say" and ast.unparse(call.func.value).endswith("conditions"):
+                conditions.update(_words(call.args[0], constants, path))
+    return events, conditions
 
 
 def _is_logger(node: ast.expr) -> bool:

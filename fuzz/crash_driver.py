@@ -45,7 +45,7 @@ class Service:
 
     def __init__(self, delay_seconds: float) -> None:
         self.delay_seconds = delay_seconds
-        self.life = 0
+        self.epoch = 0
         self.asked: dict[str, int] = {}
         """Text -> the engine's life that asked for it last."""
         self.lost: Counter[int] = Counter()
@@ -89,7 +89,7 @@ class Service:
                 if text != PROBE_SENTENCE:
                     if text in self.asked:
                         self.lost[self.asked[text]] += 1
-                    self.asked[text] = self.life
+                    self.asked[text] = self.epoch
             self.moved.notify_all()
 
     def wait_for(self, texts: int) -> bool:
@@ -154,7 +154,7 @@ class Driver:
             process.kill()
             process.wait()
             with self.service.moved:
-                self.service.life += 1
+                self.service.epoch += 1
 
     def first_index(self, files: int, kills: int) -> None:
         texts = 2 * files
@@ -233,7 +233,7 @@ def main() -> int:
         driver.write_tree(arguments.files)
         driver.first_index(arguments.files, arguments.kills)
         wrong = driver.verdict()
-        again = [service.lost[life] for life in range(service.life)]
+        again = [service.lost[epoch] for epoch in range(service.epoch)]
         print(f"crash_driver: first index of {len(service.asked)} texts; of each life embedded again: {again}")
         if arguments.edits and not wrong:
             driver.under_edits(arguments.edits, arguments.kills)

@@ -80,7 +80,7 @@ WAYS: Mapping[str, Callable[[Path], None]] = {
 }
 
 
-class Case(NamedTuple):
+class Facts(NamedTuple):
     """What is damaged, how, and when; ``path`` is relative to .index."""
 
     state: str
@@ -124,7 +124,7 @@ async def build(root: Path) -> Rows:
     )
     async with open_engine(settings_of(root), embedder=FakeEmbedder(), watching=False) as engine:
         await engine.settle()
-        await engine.desk.index.optimize("note")
+        await engine.context.index.optimize("note")
         for number in (0, 2):
             _put(root, f"notes/{number}.md", f"# Heading {number}\nheron number {number} at the lake\n")
             await engine.settle()
@@ -137,16 +137,16 @@ async def build(root: Path) -> Rows:
             return await rows_of(engine)
 
 
-def cases(template: Path) -> list[Case]:
+def cases(template: Path) -> list[Facts]:
     """Every case, for the files that are there at rest, and those of a running engine."""
     at_rest = sorted(str(path.relative_to(template / ".index")) for path in _files(template / ".index"))
     open_too = [f"engine/{name}.db-{part}" for name in ("engine", "embeddings") for part in ("wal", "shm")]
     own = ["engine/owners/*"]
     paths = {"stopped": at_rest, "running": [*at_rest, *(name for name in open_too if name not in at_rest), *own]}
-    return [Case(state, way, path) for state in STATES for path in paths[state] for way in WAYS]
+    return [Facts(state, way, path) for state in STATES for path in paths[state] for way in WAYS]
 
 
-async def once(template: Path, expected: Rows, case: Case) -> Outcome:
+async def once(template: Path, expected: Rows, case: Facts) -> Outcome:
     """One damage, and what came of it. Raises Mismatch if the engine does not get in step, or shows a traceback."""
     with tempfile.TemporaryDirectory(prefix="everos-damage-", dir=SCRATCH) as name:
         root = Path(os.path.realpath(name)) / "root"
@@ -205,8 +205,8 @@ async def _searched(engine: Engine) -> None:
 
 async def rows_of(engine: Engine) -> Rows:
     found: dict[tuple[str, str, str], tuple[tuple[str, object], ...]] = {}
-    for kind in engine.desk.index.open_kinds():
-        for row in await engine.desk.index.rows(kind):
+    for kind in engine.context.index.open_kinds():
+        for row in await engine.context.index.rows(kind):
             key = (kind, str(row["md_path"]), str(row["entry_id"]))
             if key in found:
                 message = f"{key} is there twice"
@@ -225,7 +225,7 @@ def _recorded() -> Iterator[list[Message]]:
         logger.remove(sink)
 
 
-def _damage(root: Path, case: Case) -> None:
+def _damage(root: Path, case: Facts) -> None:
     """Damage what matches; a file that is not there in this state needs no damage."""
     for path in sorted((root / ".index").glob(case.path)):
         if stat.S_ISREG(path.lstat().st_mode):
@@ -249,12 +249,12 @@ def _files(directory: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _chosen(every: Sequence[Case], count: int, seed: int) -> list[Case]:
+def _chosen(every: Sequence[Facts], count: int, seed: int) -> list[Facts]:
     """``count`` cases, with as many different folders and ways among them as there can be; all if it is 0."""
     if not count:
         return list(every)
     chance = random.Random(seed)  # noqa: S311 - a choice of cases
-    groups: dict[tuple[str, str, str], list[Case]] = {}
+    groups: dict[tuple[str, str, str], list[Facts]] = {}
     for case in every:
         groups.setdefault((case.state, case.way, _role(case.path)), []).append(case)
     first = [chance.choice(group) for group in groups.values()]
@@ -268,7 +268,7 @@ def _role(path: str) -> str:
     return parts[2] if parts[0] == "lancedb" and len(parts) > 2 else parts[-1]  # noqa: PLR2004 - table, part, file
 
 
-def _in_a_process(template: Path, case: Case) -> str:
+def _in_a_process(template: Path, case: Facts) -> str:
     """Run a case in a process of its own. Returns what it printed; a SIGBUS is accepted if a new process gets in step."""
     command = [sys.executable, __file__, "--at", str(case), "--template", str(template)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * SETTLE_SECONDS)
@@ -279,7 +279,7 @@ def _in_a_process(template: Path, case: Case) -> str:
     return done.stdout
 
 
-def _say(case: Case, outcome: Outcome) -> str:
+def _say(case: Facts, outcome: Outcome) -> str:
     if outcome.same_rows:
         return ""
     if case.way == "flipped" and not outcome.noticed:
@@ -304,7 +304,7 @@ def main() -> int:
         if not arguments.template:
             _keep_expected(template, expected)
         if arguments.at:
-            chosen = [Case(*arguments.at.split("/", 2))]
+            chosen = [Facts(*arguments.at.split("/", 2))]
         else:
             every = [case for case in cases(template) if arguments.only in str(case)]
             chosen = _chosen(every, arguments.cases, arguments.seed)

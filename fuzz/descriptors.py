@@ -40,7 +40,7 @@ from everos_engine.search import fuse
 from everos_engine.settings import DescriptorMode, LanceDBSettings
 from everos_engine.stores.index import Bridge, Index, open_index
 from everos_engine.stores.lance import Hit, Model, Row, uri_of
-from everos_engine.stores.session_pool import Generation
+from everos_engine.stores.session_pool import PooledSession
 from everos_engine.system.slope import Learner
 from everos_engine.text.kinds import Kind
 from everos_engine.text.kinds.tables import Field
@@ -80,12 +80,12 @@ class Table:
     kind: Kind
     rows: dict[tuple[str, str], bytes] = field(default_factory=dict)
     built: bool = False
-    generations: int = 0
+    sessions: int = 0
     past: list[int] = field(default_factory=list)
 
     def most_pinned(self) -> int:
         """The law: 4n - 1 per column after n generations, of this life of the table and of those dropped before."""
-        return len(self.kind.fts_columns) * sum(max(0, 4 * count - 1) for count in (*self.past, self.generations))
+        return len(self.kind.fts_columns) * sum(max(0, 4 * count - 1) for count in (*self.past, self.sessions))
 
 
 class DescriptorMachine(RuleBasedStateMachine):
@@ -188,7 +188,7 @@ class DescriptorMachine(RuleBasedStateMachine):
         if sum(table.most_pinned() for table in self.tables.values()) > BUDGET:
             self.rotate()  # as the guard does
         self.threaded.call(self.index.optimize, name)
-        table.generations += 1
+        table.sessions += 1
         table.built = True
         if query:
             self.query(pick, "fts", 2)
@@ -222,8 +222,8 @@ class DescriptorMachine(RuleBasedStateMachine):
         """A new life of the table, its rows written again."""
         name, table = self.table(pick)
         self.threaded.call(self.index.create, name, MODEL)
-        table.past.append(table.generations)
-        table.generations, table.built = 0, False
+        table.past.append(table.sessions)
+        table.sessions, table.built = 0, False
         keys, table.rows = list(table.rows), {}
         if keys:
             self.commit(name, [self.row(table, key) for key in keys], [])
@@ -253,13 +253,13 @@ class DescriptorMachine(RuleBasedStateMachine):
         self.began_a_session()
 
     def has_something_to_drop(self) -> bool:
-        return sum(table.generations + sum(table.past) for table in self.tables.values()) >= MOST_TABLES
+        return sum(table.sessions + sum(table.past) for table in self.tables.values()) >= MOST_TABLES
 
     def began_a_session(self) -> None:
         """The new Session opens what each table has on disk as its first generation."""
         for table in self.tables.values():
             table.past.clear()
-            table.generations = int(table.built)
+            table.sessions = int(table.built)
 
     async def search(self, name: str, how: str, text: str) -> list[Hit]:
         rankings: dict[str, list[Hit]] = {}
@@ -336,14 +336,14 @@ class DescriptorMachine(RuleBasedStateMachine):
 class Weighed(Index):
     """With no metadata cache, so that the Session's bytes are those of the index cache alone."""
 
-    async def _connect(self, generation: Generation) -> lancedb.AsyncConnection:
-        if generation.connection is None:
+    async def _connect(self, session: PooledSession) -> lancedb.AsyncConnection:
+        if session.connection is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             session = lancedb.Session(index_cache_size_bytes=self.cap_bytes, metadata_cache_size_bytes=0)
             uri = uri_of(self.directory, self.settings.descriptor_mode)
-            generation.connection = await lancedb.connect_async(uri, session=session)
-            generation.session = session
-        return generation.connection
+            session.connection = await lancedb.connect_async(uri, session=session)
+            session.session = session
+        return session.connection
 
 
 async def warm_up(bridge: Bridge) -> None:

@@ -303,7 +303,7 @@ class Run:
         raise Mismatch(message)
 
     async def check(self, engine: Engine) -> None:
-        standing = await engine.desk.database.aread(
+        standing = await engine.context.database.aread(
             lambda tx: dict(tx.execute("SELECT md_path, status FROM md_change_state"))  # type: ignore[arg-type]
         )
         wrong = self.account.check(await rows_of(engine), standing)

@@ -183,7 +183,7 @@ class _Bridge:
 
 @contextmanager
 def _bridge(engine: Engine, *, after: bool) -> Iterator[None]:
-    index = engine.desk.index
+    index = engine.context.index
     inner = index.bridge
     index.bridge = _Bridge(inner, after=after)  # type: ignore[assignment]
     try:
@@ -277,7 +277,7 @@ async def once(door: str, at: int) -> bool:
                 await _settled(engine)
                 sprung, TRAP.at = TRAP.sprung, 0
             await _settled(engine)
-            standing = await engine.desk.database.aread(
+            standing = await engine.context.database.aread(
                 lambda tx: dict(tx.execute("SELECT md_path, status FROM md_change_state"))  # type: ignore[arg-type]
             )
             wrong = account.check(await rows_of(engine), standing)

@@ -10,7 +10,7 @@ from everos_engine.stores.index import Index
 if TYPE_CHECKING:
     import lancedb
 
-    from everos_engine.stores.session_pool import Generation
+    from everos_engine.stores.session_pool import PooledSession
 
 KEPT: list[Any] = []
 """What KeepsSessions never lets go of."""
@@ -35,11 +35,11 @@ class NeverRotates(Index):
 class PinsWhatItClaimsToReopen(Index):
     """The plain path stands where the mode ``reopen`` promises its URI."""
 
-    async def _connect(self, generation: Generation) -> lancedb.AsyncConnection:
+    async def _connect(self, session: PooledSession) -> lancedb.AsyncConnection:
         claimed = self.settings
         self.settings = dataclasses.replace(claimed, descriptor_mode="pinned")
         try:
-            return await super()._connect(generation)
+            return await super()._connect(session)
         finally:
             self.settings = claimed
 

@@ -199,12 +199,12 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         seen = [Observation(path, "note", known.disk) for path, known in self.paths.items() if known.disk]
-        self.write(lambda tx: full_scan.load_sweep(tx, seen))
+        self.write(lambda tx: full_scan.load_full_scan(tx, seen))
 
         def both(tx: queue.Transaction) -> list[str]:
             same = [(one, digest) for one, digest in full_scan.racy(tx) if self.is_same(one, digest)]
             full_scan.trust(tx, [(one, digest) for one, digest in same if not self.paths[one.md_path].fresh])
-            compared = full_scan.record_sweep(
+            compared = full_scan.record_full_scan(
                 tx, source="scan", now_milliseconds=self.now, verified=frozenset(one for one, _ in same)
             )
             gone = [Observation(one.md_path, "note", self.paths[one.md_path].disk) for one in compared.vanished]

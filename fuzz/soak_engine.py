@@ -106,7 +106,7 @@ async def account(settings: Settings, engine: Engine, tally: Tally) -> dict[str,
     with trio.move_on_after(SETTLE_SECONDS):
         await engine.settle()
     status = await engine.status()
-    failed = await engine.desk.database.aread(reports.failed)
+    failed = await engine.context.database.aread(reports.failed)
     indexed: dict[tuple[str, str], str] = {}
     described: dict[tuple[str, str], str] = {}
     try:
@@ -125,8 +125,8 @@ async def account(settings: Settings, engine: Engine, tally: Tally) -> dict[str,
             :SHOWN
         ],
         "changes": status.counts.lsn_max,
-        "fds": engine.desk.fds,
-        "notes": [note.code for note in engine.desk.notes.now.values()],
+        "fds": engine.context.fds,
+        "notes": [note.code for note in engine.context.conditions.now.values()],
         "latency": quantiles(tally.milliseconds),
     }
 
@@ -156,8 +156,8 @@ async def search(engine: Engine, tally: Tally, chance: random.Random) -> None:
 async def rows_of(engine: Engine) -> dict[tuple[str, str], str]:
     """Key -> content hash of every row there is."""
     found = {}
-    for kind in engine.desk.index.open_kinds():
-        rows, twice = await engine.desk.index.keys(kind)
+    for kind in engine.context.index.open_kinds():
+        rows, twice = await engine.context.index.keys(kind)
         found |= {key: "twice" if key in twice else content_hash.hex() for key, content_hash in rows.items()}
     return found
 

@@ -470,7 +470,7 @@ class _Run:
             message = f"not settled within {SETTLE_SECONDS} s: {await engine.status()}"
             raise Mismatch(message)
         index = await rows_of(engine)
-        standing = await engine.desk.database.aread(
+        standing = await engine.context.database.aread(
             lambda tx: dict(tx.execute("SELECT md_path, status FROM md_change_state"))  # type: ignore[arg-type]
         )
         wrong = self.account.check(index, standing)
@@ -507,8 +507,8 @@ class _Run:
 async def rows_of(engine: Engine) -> dict[str, dict[str, Row]]:
     """Key -> entry id -> row, of the whole index. Raises Mismatch for a key that is there twice."""
     found: dict[str, dict[str, Row]] = {}
-    for kind in engine.desk.index.open_kinds():
-        for row in await engine.desk.index.rows(kind):
+    for kind in engine.context.index.open_kinds():
+        for row in await engine.context.index.rows(kind):
             key, name = str(row.pop("md_path")), str(row.pop("entry_id"))
             for column in ("content_hash", "vector"):
                 row.pop(column, None)

@@ -17,8 +17,8 @@ from patience import HANG_SECONDS
 async def indexed(engine: Engine) -> dict[tuple[str, str], str]:
     """Key -> content hash of every row; no key twice."""
     found = {}
-    for kind in engine.desk.index.open_kinds():
-        rows = await engine.desk.index.rows(kind)
+    for kind in engine.context.index.open_kinds():
+        rows = await engine.context.index.rows(kind)
         keys = [(str(row["md_path"]), str(row["entry_id"])) for row in rows]
         assert len(set(keys)) == len(keys)
         found.update(dict(zip(keys, (str(row["content_hash"]) for row in rows), strict=True)))
@@ -40,8 +40,8 @@ async def counted(engine: Engine, wanted: Callable[[Counts], bool]) -> Counts:
     """The queue's counts once they are as wanted. A mark that is made while they are read is not waited for again."""
     with trio.fail_after(HANG_SECONDS):
         while True:
-            seen = engine.desk.applied.value
+            seen = engine.context.applied.value
             counts = (await engine.status()).counts
             if wanted(counts):
                 return counts
-            await engine.desk.applied.wait_value(lambda now, seen=seen: now != seen)
+            await engine.context.applied.wait_value(lambda now, seen=seen: now != seen)

@@ -117,8 +117,8 @@ async def main(flags: dict[str, object]) -> None:
             pending=status.counts.pending,
             rows=sum(status.rows.values()),
             agrees=await indexed(engine) == described(settings),
-            exhaustions=engine.desk.exhaustion.value,
-            rotations=engine.desk.index.rotations,
+            exhaustions=engine.context.exhaustion.value,
+            rotations=engine.context.index.rotations,
             peak=peak.count,
         )
 

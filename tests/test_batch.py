@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from embedding_server import Handler, reply, serving
 from everos_engine.embed.batcher import Batcher, open_batcher
-from everos_engine.embed.circuit_breaker import RECHECK_SECONDS, WAITING, Gate
+from everos_engine.embed.circuit_breaker import RECHECK_SECONDS, WAITING, CircuitBreaker
 from everos_engine.embed.http import open_http_embedder
 from everos_engine.embed.protocol import PROBE_SENTENCE, Embedder, check_embedder
 from everos_engine.errors import (
@@ -104,19 +104,19 @@ async def forget(_life: int, _vectors: Mapping[str, NDArray[np.float32]]) -> Non
 
 
 @asynccontextmanager
-async def batching(embedder: Embedder, **more: float) -> AsyncIterator[tuple[Batcher, Gate]]:
+async def batching(embedder: Embedder, **more: float) -> AsyncIterator[tuple[Batcher, CircuitBreaker]]:
     chosen = EmbedderSettings(**(SHORT | more))  # type: ignore[arg-type]
-    gate = Gate(embedder, chosen)
-    async with open_batcher(gate, chosen, forget) as batcher:
-        yield batcher, gate
+    breaker = CircuitBreaker(embedder, chosen)
+    async with open_batcher(breaker, chosen, forget) as batcher:
+        yield batcher, breaker
 
 
 @asynccontextmanager
-async def over_http(**more: float) -> AsyncIterator[tuple[Any, Batcher, Gate]]:
+async def over_http(**more: float) -> AsyncIterator[tuple[Any, Batcher, CircuitBreaker]]:
     with serving() as service:
         chosen = EmbedderSettings(kind="http", url=service.url, model="m", **(LONG | more))  # type: ignore[arg-type]
-        async with open_http_embedder(chosen) as embedder, batching(embedder, **(LONG | more)) as (batcher, gate):
-            yield service, batcher, gate
+        async with open_http_embedder(chosen) as embedder, batching(embedder, **(LONG | more)) as (batcher, breaker):
+            yield service, batcher, breaker
 
 
 def same(found: Sequence[object], embedder: FakeEmbedder, texts: Sequence[str]) -> bool:
@@ -125,8 +125,8 @@ def same(found: Sequence[object], embedder: FakeEmbedder, texts: Sequence[str]) 
 
 
 async def test_texts_of_many_files_share_calls_of_64_with_8_in_flight_over_kept_connections() -> None:
-    async with over_http() as (service, batcher, gate):
-        await gate.identify()
+    async with over_http() as (service, batcher, breaker):
+        await breaker.identify()
         service.full_at = 8
         results: dict[int, list[object]] = {}
 
@@ -147,8 +147,8 @@ async def test_texts_of_many_files_share_calls_of_64_with_8_in_flight_over_kept_
 
 
 async def test_a_poisoned_text_is_found_in_two_rounds_and_harms_nobody() -> None:
-    async with over_http() as (service, batcher, gate):
-        await gate.identify()
+    async with over_http() as (service, batcher, breaker):
+        await breaker.identify()
         texts = [f"text {number}" for number in range(63)]
         *found, refused = await batcher.embed([*texts, "POISON"])
         assert same(found, service.model, texts)
@@ -168,15 +168,15 @@ async def test_a_text_that_crashes_the_service_is_alone_to_blame() -> None:
             return True
         return False
 
-    async with over_http() as (service, batcher, gate):
-        await gate.identify()
+    async with over_http() as (service, batcher, breaker):
+        await breaker.identify()
         service.misbehave = crash
         texts = [f"text {number}" for number in range(63)]
         *found, crashed = await batcher.embed([*texts, "CRASH"])
         assert same(found, service.model, texts)
         assert type(crashed) is Transient
         assert crashed.counts_as_retry
-        assert gate.down.value is None
+        assert breaker.down.value is None
 
 
 async def test_a_429_pauses_every_call_for_as_long_as_it_asks(autojump_clock: trio.testing.MockClock) -> None:
@@ -188,8 +188,8 @@ async def test_a_429_pauses_every_call_for_as_long_as_it_asks(autojump_clock: tr
             return found
 
     fake = Throttling()
-    async with batching(fake, outage_probe_seconds=0.01) as (batcher, gate):
-        await gate.identify()
+    async with batching(fake, outage_probe_seconds=0.01) as (batcher, breaker):
+        await breaker.identify()
         began, asked = trio.current_time(), len(fake.calls) + 1
         (outcome,) = await batcher.embed(["much"])
         assert isinstance(outcome, Unavailable)
@@ -197,7 +197,7 @@ async def test_a_429_pauses_every_call_for_as_long_as_it_asks(autojump_clock: tr
         assert isinstance(other, Unavailable)
         assert str(other).startswith(WAITING)
         assert other.retry_after_seconds == THROTTLED.retry_after_seconds
-        await gate.down.wait_value(lambda reason: reason is None)
+        await breaker.down.wait_value(lambda reason: reason is None)
         assert trio.current_time() - began == THROTTLED.retry_after_seconds
         assert fake.calls[asked:] == [(PROBE_SENTENCE,)]
         assert same(await batcher.embed(["another file's"]), fake, ["another file's"])
@@ -214,7 +214,7 @@ async def test_no_more_calls_begin_in_a_second_than_allowed(autojump_clock: trio
 
 async def test_an_outage_costs_one_probe_at_a_time_ever_more_rarely(autojump_clock: trio.testing.MockClock) -> None:
     fake = FakeEmbedder()
-    async with batching(fake, outage_probe_seconds=1, outage_probe_max_seconds=30) as (batcher, gate):
+    async with batching(fake, outage_probe_seconds=1, outage_probe_max_seconds=30) as (batcher, breaker):
         await batcher.embed(["warm"])
         fake.outage = DOWN
         outcomes = await batcher.embed([str(number) for number in range(1000)])
@@ -228,7 +228,7 @@ async def test_an_outage_costs_one_probe_at_a_time_ever_more_rarely(autojump_clo
         assert set(fake.calls[asked:]) == {(PROBE_SENTENCE,)}
         fake.outage = None
         await trio.sleep(38)
-        assert gate.down.value is None
+        assert breaker.down.value is None
         assert same(await batcher.embed(["waiting"]), fake, ["waiting"])
 
 
@@ -250,7 +250,7 @@ async def test_a_service_that_refuses_everything_is_down_and_no_text_is_to_blame
 
 async def test_a_hanging_text_fails_alone_and_is_asked_alone_ever_after(autojump_clock: trio.testing.MockClock) -> None:
     fake = FakeEmbedder()
-    async with batching(fake) as (batcher, gate):
+    async with batching(fake) as (batcher, breaker):
         texts = [str(number) for number in range(63)]
         began = trio.current_time()
         results: list[object] = []
@@ -267,7 +267,7 @@ async def test_a_hanging_text_fails_alone_and_is_asked_alone_ever_after(autojump
         assert results[-1] <= 2 * 2 + 0.1  # two rounds of patience at most
         assert isinstance(hung, Transient)
         assert hung.counts_as_retry
-        assert gate.down.value is None
+        assert breaker.down.value is None
         asked = len(fake.calls)
         began = trio.current_time()
         results.clear()
@@ -283,8 +283,8 @@ async def test_edits_of_a_few_files_at_once_share_no_call_and_so_no_trouble(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     fake = FakeEmbedder()
-    async with batching(fake) as (batcher, gate), trio.open_nursery() as nursery:
-        await gate.identify()
+    async with batching(fake) as (batcher, breaker), trio.open_nursery() as nursery:
+        await breaker.identify()
         nursery.start_soon(batcher.embed, ["HANG"])
         began = trio.current_time()
         assert same(await batcher.embed(["one", "two"]), fake, ["one", "two"])
@@ -314,9 +314,9 @@ async def test_a_slow_service_is_given_more_time_instead_of_more_calls(autojump_
 
     slow = Slow()
     async with batching(slow) as (batcher, _):
-        for turn in range(12):
-            assert same(await batcher.embed([f"{turn}/0"]), slow, [f"{turn}/0"])
-            texts = [f"{turn}/{number}" for number in range(1, 64)]
+        for acquire in range(12):
+            assert same(await batcher.embed([f"{acquire}/0"]), slow, [f"{acquire}/0"])
+            texts = [f"{acquire}/{number}" for number in range(1, 64)]
             assert same(await batcher.embed(texts), slow, texts)
         assert max(len(call) for call in slow.calls) == 63
 
@@ -365,14 +365,14 @@ async def test_the_same_text_in_many_files_is_asked_once(autojump_clock: trio.te
 
 async def test_a_model_swapped_without_a_pause_is_noticed_by_the_clock(autojump_clock: trio.testing.MockClock) -> None:
     fake = FakeEmbedder()
-    async with batching(fake) as (batcher, gate):
+    async with batching(fake) as (batcher, breaker):
         await batcher.embed(["one"])
-        assert gate.life == 1
+        assert breaker.epoch == 1
         fake.model = "another"
         await trio.sleep(RECHECK_SECONDS)
         await batcher.embed(["two"])
-        assert gate.life == 2
-        assert gate.unsure_seconds >= RECHECK_SECONDS
+        assert breaker.epoch == 2
+        assert breaker.unsure_seconds >= RECHECK_SECONDS
 
 
 class Moody(FakeEmbedder):
@@ -474,9 +474,9 @@ async def test_whatever_an_embedder_does_for_one_text_is_the_trouble_of_that_tex
 ) -> None:
     embedder = Sick(trouble, word="sick")
     texts = [f"text {number}" for number in range(20)]
-    async with batching(embedder) as (batcher, gate):
+    async with batching(embedder) as (batcher, breaker):
         *well, sick = await batcher.embed([*texts, "sick"])
-        assert gate.down.value is None
+        assert breaker.down.value is None
     assert same(well, embedder, texts)
     assert type(sick) is Transient
     assert sick.counts_as_retry
@@ -491,14 +491,14 @@ async def test_an_embedder_that_fails_for_every_text_is_down_and_no_text_is_to_b
     trouble: object, autojump_clock: trio.testing.MockClock
 ) -> None:
     embedder = Sick(trouble, word="")
-    async with batching(embedder) as (batcher, gate):
+    async with batching(embedder) as (batcher, breaker):
         found = await batcher.embed(["one", "two"])
         assert all(isinstance(one, Unavailable) for one in found)
         if isinstance(trouble, BaseException):
             assert [one.__cause__ for one in found if isinstance(one, Unavailable)] == [trouble] * 2
-        assert gate.down.value is not None
+        assert breaker.down.value is not None
         embedder.word = "nobody"
-        await gate.down.wait_value(lambda reason: reason is None)
+        await breaker.down.wait_value(lambda reason: reason is None)
         assert same(await batcher.embed(["one", "two"]), embedder, ["one", "two"])
 
 

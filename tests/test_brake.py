@@ -216,11 +216,11 @@ async def test_nothing_makes_a_root_that_was_moved_away_anew(root: Path) -> None
     async with open_engine(quiet(root), embedder=FakeEmbedder(), watching=False) as engine:
         await engine.settle()
         rename(root)
-        engine.desk.index.rotate()  # the next Session connects
+        engine.context.index.rotate()  # the next Session connects
         assert await engine.search("word1") == []
         with pytest.raises(Transient, match="the memory root is not there"):
-            await expect_root(engine.desk)
-        assert not await _optimize(engine.desk, "atomic_fact", alone=True)
+            await expect_root(engine.context)
+        assert not await _optimize(engine.context, "atomic_fact", alone=True)
         assert not root.exists()
         (root.parent / "elsewhere").rename(root)
         assert len(await engine.search("word1")) == 1
@@ -280,12 +280,12 @@ async def test_a_table_removed_under_the_engine_is_made_again(root: Path) -> Non
     settings, fake = quiet(root), FakeEmbedder()
     async with open_engine(settings, embedder=fake) as engine:
         await engine.settle()
-        calls, commits = len(fake.calls), engine.desk.progress.commits["atomic_fact"]
+        calls, commits = len(fake.calls), engine.context.progress.commits["atomic_fact"]
         shutil.rmtree(settings.lancedb_directory)
-        engine.desk.look_again()
+        engine.context.look_again()
         with trio.fail_after(HANG_SECONDS):
-            while engine.desk.progress.commits["atomic_fact"] <= commits:
-                await engine.desk.applied.wait_transition()
+            while engine.context.progress.commits["atomic_fact"] <= commits:
+                await engine.context.applied.wait_transition()
         await engine.settle()
         assert await indexed(engine) == described(settings)
         assert len(fake.calls) == calls
@@ -439,7 +439,7 @@ async def test_an_unmounted_root_keeps_every_row(tmp_path: Path) -> None:
             status = await engine.status()
             assert (status.counts.done, status.rows) == (12, {"atomic_fact": 12})
             plant(root, 1, user="u9")  # somebody writes below the mount point
-            engine.desk.look_again()
+            engine.context.look_again()
             with trio.fail_after(HANG_SECONDS):
                 while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
                     await trio.sleep(0.05)

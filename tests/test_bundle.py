@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from everos_engine.diagnose import bundle, doctor
-from everos_engine.diagnose.checkup import Case, Check, open_case
+from everos_engine.diagnose.checkup import Check, Facts, gather
 from everos_engine.engine import open_engine
 from everos_engine.errors import SettingsError
 from everos_engine.settings import Settings, load
@@ -75,11 +75,11 @@ def test_a_dead_embedder_and_a_damaged_database_are_bundled_without_their_words(
 
 
 def test_a_crash_of_a_check_is_a_failed_check_and_quotes_nothing_in_a_bundle(private: Settings) -> None:
-    def crash(_: Case) -> Check:
+    def crash(_: Facts) -> Check:
         message = "marzipan"
         raise ValueError(message)
 
-    case = open_case(private, program="everos-engine", offline=True)
+    case = gather(private, program="everos-engine", offline=True)
     checks = (("first", crash), *doctor.CHECKS[:1])
     first, second = doctor.run(case, checks=checks)
     assert (first.name, first.verdict, second.name) == ("first", "fail", "versions")

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from derived import described, indexed
-from everos_engine.embed.circuit_breaker import Gate
+from everos_engine.embed.circuit_breaker import CircuitBreaker
 from everos_engine.embed.protocol import PROBE_SENTENCE
 from everos_engine.engine import open_engine
 from everos_engine.loops import vectors as module
@@ -129,7 +129,7 @@ async def test_a_cache_that_cannot_be_written_is_left_out_and_comes_back(
             assert await engine.search("word3")
             disk.error = None
             monkeypatch.setattr(embeddings, "REST_SECONDS", 0.0)
-            engine.desk.vectors.cache._rests_until = 0.001  # noqa: SLF001 - as if the rest were over
+            engine.context.vectors.cache._rests_until = 0.001  # noqa: SLF001 - as if the rest were over
             write(root, "other", files=5)
             await engine.settle()
         found = Cache(settings.engine_directory / "embeddings.db")
@@ -150,7 +150,7 @@ async def test_a_lost_cache_never_gives_a_table_s_model_to_another_model(root: P
             (settings.engine_directory / "embeddings.db").unlink()
         async with open_engine(settings, embedder=service, watching=False) as engine:
             await engine.settle()
-            rows = await engine.desk.index.rows("atomic_fact")
+            rows = await engine.context.index.rows("atomic_fact")
             found = sorted(np.asarray(row["vector"], dtype=np.float32).tolist() for row in rows)
         assert np.allclose(found, sorted(service.real.vector(f"word{number}").tolist() for number in range(3)))
         assert len(texts_of(service)) == wanted, (real, remove)
@@ -165,19 +165,19 @@ async def test_what_a_replaced_model_may_have_made_is_distrusted_however_the_clo
     now = [50 * DAY + 5]
     monkeypatch.setattr(module, "now_milliseconds", lambda: now[0])
     service = Renamed("one")
-    gate = Gate(service, EmbedderSettings())
+    gate = CircuitBreaker(service, EmbedderSettings())
     vectors = Vectors(Cache(tmp_path / "embeddings.db"), gate)
     await vectors.model()
     texts = []
     for number, jump in enumerate(jumps):
         texts.append(f"text {number}")
-        await vectors.keep(vectors.life, {texts[-1]: service.real.vector(texts[-1])})
+        await vectors.keep(vectors.epoch, {texts[-1]: service.real.vector(texts[-1])})
         now[0] += jump
     service.real = FakeEmbedder(model="two")
-    gate.probe_vector, gate.life, gate.unsure_seconds = service.vector(PROBE_SENTENCE), gate.life + 1, 600.0
+    gate.probe_vector, gate.epoch, gate.unsure_seconds = service.vector(PROBE_SENTENCE), gate.epoch + 1, 600.0
     await vectors.model()
     service.real = FakeEmbedder(model="one")
-    gate.probe_vector, gate.life, gate.unsure_seconds = service.vector(PROBE_SENTENCE), gate.life + 1, 0.0
+    gate.probe_vector, gate.epoch, gate.unsure_seconds = service.vector(PROBE_SENTENCE), gate.epoch + 1, 0.0
     assert await vectors.cached(texts) == {}
     vectors.cache.close()
 

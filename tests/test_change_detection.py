@@ -18,7 +18,7 @@ from derived import counted, described, indexed
 from everos_engine.cli.explain import as_text
 from everos_engine.diagnose.explain import explain
 from everos_engine.diagnose.status import snapshot
-from everos_engine.diagnose.wording import Paint
+from everos_engine.diagnose.wording import Style
 from everos_engine.engine import Engine, open_engine, open_queue
 from everos_engine.errors import OutsideRoot, Transient
 from everos_engine.loops.requests import enqueue
@@ -150,10 +150,10 @@ async def test_a_touched_file_costs_no_embedding_and_no_commit(root: Path) -> No
     settings, fake = quiet(root), FakeEmbedder()
     async with open_engine(settings, embedder=fake) as engine:
         await engine.settle()
-        commits, calls = dict(engine.desk.progress.commits), len(fake.calls)
+        commits, calls = dict(engine.context.progress.commits), len(fake.calls)
         path.touch()
         await engine.settle()
-        assert (engine.desk.progress.commits, len(fake.calls)) == (commits, calls)
+        assert (engine.context.progress.commits, len(fake.calls)) == (commits, calls)
 
 
 async def test_an_audit_finds_what_no_fingerprint_tells(root: Path) -> None:
@@ -173,7 +173,7 @@ async def test_an_audit_finds_what_no_fingerprint_tells(root: Path) -> None:
                 )
             )
 
-        await engine.desk.database.awrite(forge)
+        await engine.context.database.awrite(forge)
         await engine.settle()
         assert await engine.search("xyz") == []
         assert await engine.audit() == [FACTS]
@@ -187,7 +187,7 @@ async def test_the_rolling_audit_reads_the_whole_tree_by_itself(root: Path) -> N
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         with trio.fail_after(HANG_SECONDS):
-            while await engine.desk.database.aread(lambda tx: meta.get(tx, "last_audit")) is None:  # noqa: ASYNC110
+            while await engine.context.database.aread(lambda tx: meta.get(tx, "last_audit")) is None:  # noqa: ASYNC110
                 await trio.sleep(0.2)
 
 
@@ -269,7 +269,7 @@ async def test_a_file_that_vanishes_after_it_was_queued_leaves_no_rows(root: Pat
     database.close()
     path.unlink()
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
-        await engine.reach(await engine.desk.database.aread(queue.newest))
+        await engine.reach(await engine.context.database.aread(queue.newest))
         assert await indexed(engine) == described(settings)
         assert len(await engine.search("otter")) == 1
         assert await engine.search("heron") == []
@@ -306,7 +306,7 @@ def test_a_file_rewritten_while_it_is_read_is_never_torn(tmp_path: Path) -> None
 
 async def watching(engine: Engine) -> None:
     with trio.fail_after(HANG_SECONDS):
-        while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
+        while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
             await trio.sleep(0.01)
 
 
@@ -348,7 +348,7 @@ async def test_an_edit_by_a_link_to_a_directory_is_seen_by_events(root: Path) ->
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         with trio.fail_after(HANG_SECONDS):
-            while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
+            while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
                 await trio.sleep(0.01)
         await engine.settle()
         put(root, "real/b.md", "# B\nthe otter")
@@ -375,7 +375,7 @@ async def test_renaming_an_owners_folder_moves_its_rows_and_warns(root: Path) ->
         assert found is not None
         assert found.warnings is not None
         assert found.warnings[0] == 2
-        assert "is not the folder's owner, 'u2'" in as_text(explain(settings, FACTS.replace("u1", "u2")), Paint())
+        assert "is not the folder's owner, 'u2'" in as_text(explain(settings, FACTS.replace("u1", "u2")), Style())
         put(root, FACTS.replace("u1", "u2"), facts(fact(1, "the heron", owner="u2"), owner="u2"))
         (root / "users/u2/user.md").unlink()
         await engine.settle()

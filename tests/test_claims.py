@@ -117,11 +117,11 @@ async def test_changes_held_while_sqlite_refuses_every_write_are_indexed_when_it
                 with event(worker.UNAVAILABLE) as said, trouble(kind, engine):
                     embedder.go.set()
                     await said.wait()
-                    assert worker.UNAVAILABLE in engine.desk.notes.now
+                    assert worker.UNAVAILABLE in engine.context.conditions.now
         with trio.fail_after(HANG_SECONDS):
             status = await engine.settle()
         assert (status.counts.pending, status.counts.processing, status.counts.done) == (0, 0, 5)
-        assert worker.UNAVAILABLE not in engine.desk.notes.now
+        assert worker.UNAVAILABLE not in engine.context.conditions.now
         assert await indexed(engine) == described(quiet)
 
 
@@ -133,15 +133,15 @@ async def test_a_claim_that_no_task_holds_is_handed_back(
     monkeypatch.setattr(worker, "REAP_SECONDS", 0.02)
     async with open_engine(quiet, embedder=FakeEmbedder()) as engine:
         await engine.settle()
-        desk = engine.desk
+        context = engine.context
         seen = [queue.Observation(f"users/u1/.atomic_facts/{n}.md", "atomic_fact", (1, 1, 1, 1)) for n in range(count)]
 
         def lose(tx: queue.Transaction) -> int:
             queue.record(tx, seen, source="watch", now_milliseconds=1)
-            return len(queue.claim(tx, desk.owner, limit=10, now_milliseconds=1))
+            return len(queue.claim(tx, context.owner, limit=10, now_milliseconds=1))
 
         with trio.fail_after(HANG_SECONDS), event("cascade_recovered_orphan_processing count=") as recovered:
-            assert await desk.database.awrite(lose) == count
+            assert await context.database.awrite(lose) == count
             await recovered.wait()
             status = await engine.settle()
         assert (status.counts.pending, status.counts.processing) == (0, 0)
@@ -153,14 +153,14 @@ async def test_a_worker_that_starts_takes_back_what_the_one_before_it_held(quiet
         put(root, f"users/u1/.atomic_facts/{number}.md", facts(fact(number, f"word{number}")))
     embedder = HeldUp()
     async with open_engine(quiet, embedder=embedder, watching=False) as engine:
-        desk = engine.desk
+        context = engine.context
         with trio.fail_after(HANG_SECONDS):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.settle)
                 await embedder.asked.wait()
-                assert len(await desk.database.aread(lambda tx: queue.claimed(tx, desk.owner))) == 3
+                assert len(await context.database.aread(lambda tx: queue.claimed(tx, context.owner))) == 3
                 async with trio.open_nursery() as second:  # the claims of the first are in no task's hands for this one
-                    second.start_soon(worker.work, desk)
+                    second.start_soon(worker.work, context)
                     with event("claims_taken_back count=3") as taken:
                         await taken.wait()
                     embedder.go.set()
@@ -172,13 +172,13 @@ async def test_a_worker_that_starts_takes_back_what_the_one_before_it_held(quiet
 @pytest.mark.usefixtures("_disk")
 async def test_a_condition_that_sqlite_refuses_is_kept_when_it_takes_it(quiet: Settings) -> None:
     async with open_engine(quiet, embedder=FakeEmbedder(), watching=False) as engine:
-        notes = engine.desk.notes
+        notes = engine.context.conditions
         with trouble("full", engine):
             await notes.say("watch_failed", "a message", "a remedy")
-        assert [note.code for note in await engine.desk.database.aread(kept)] == []
+        assert [note.code for note in await engine.context.database.aread(kept)] == []
         await notes.keep()
-        assert [note.code for note in await engine.desk.database.aread(kept)] == ["watch_failed"]
+        assert [note.code for note in await engine.context.database.aread(kept)] == ["watch_failed"]
         with trouble("full", engine):
             await notes.over("watch_failed")
         await notes.keep()
-        assert await engine.desk.database.aread(kept) == []
+        assert await engine.context.database.aread(kept) == []

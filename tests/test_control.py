@@ -214,15 +214,15 @@ async def test_the_pulse_of_an_engine_tells_of_every_loop(settings: Settings) ->
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         await listening(settings.control_socket)
-        pulse = await asked(settings.control_socket, "pulse")
-        assert pulse is not None
-        assert pulse["pid"] == os.getpid()
-        loops = pulse["loops"]
+        snapshot = await asked(settings.control_socket, "pulse")
+        assert snapshot is not None
+        assert snapshot["pid"] == os.getpid()
+        loops = snapshot["loops"]
         assert isinstance(loops, dict)
         assert {"work", "scan", "watch", "maintain"} <= set(loops)
         assert not any(loop["stalled"] for loop in loops.values())
-        engine.desk.beat("work", within_seconds=-1.0)
-        assert engine.desk.pulse()["loops"]["work"]["stalled"]  # type: ignore[index]
+        engine.context.beat("work", within_seconds=-1.0)
+        assert engine.context.snapshot()["loops"]["work"]["stalled"]  # type: ignore[index]
         answer = await asked(settings.control_socket, "weather")
         assert answer == {"error": "unknown question 'weather': ask one of pulse, history, look"}
     assert ask(settings.control_socket, "pulse") is None

@@ -103,7 +103,7 @@ async def test_damage_done_under_the_running_engine_is_healed_by_the_next_edit(r
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         remove_data(settings.lancedb_directory / "atomic_fact.lance")
-        engine.desk.index.rotate()
+        engine.context.index.rotate()
         put(root, "users/u1/.atomic_facts/0.md", facts(fact(0, "edited")))
         with trio.fail_after(HANG_SECONDS):
             await engine.settle()
@@ -122,7 +122,7 @@ async def test_damage_done_under_the_running_engine_is_healed_by_the_search_that
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         damage(settings.lancedb_directory / "atomic_fact.lance")
-        engine.desk.index.rotate()
+        engine.context.index.rotate()
         await engine.search("word3")
         with trio.fail_after(HANG_SECONDS):
             await engine.settle()

@@ -56,7 +56,7 @@ async def test_a_start_sets_it_aside_and_embeds_nothing_again(how: str, root: Pa
         async with open_engine(settings, embedder=fake) as engine:
             await engine.settle()
             assert await indexed(engine) == described(settings)
-            assert ("database_recreated" in engine.desk.notes.now) == (how in DAMAGES)
+            assert ("database_recreated" in engine.context.conditions.now) == (how in DAMAGES)
     assert texts_of(fake) == set()
     assert Path(f"{path}.damaged").exists() == (how in DAMAGES)
 
@@ -69,12 +69,12 @@ async def test_damage_under_a_running_engine_opens_the_stores_again(how: str, ro
     with trio.fail_after(HANG_SECONDS):
         async with open_engine(settings, embedder=fake) as engine:
             await engine.settle()
-            first = engine.desk
+            first = engine.context
             first.database.checkpoint()
             first.database._connection.execute("PRAGMA shrink_memory")  # noqa: SLF001 - read from the disk again
             damage(path, how)
             put(root, "users/u1/.atomic_facts/new.md", facts(fact(1, "after")))
-            while engine.desk is first or "database_recreated" not in engine.desk.notes.now:
+            while engine.context is first or "database_recreated" not in engine.context.conditions.now:
                 with trio.move_on_after(0.1):
                     await engine.settle()
                 await trio.lowlevel.checkpoint()

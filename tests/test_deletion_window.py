@@ -16,8 +16,8 @@ from derived import described, indexed
 from everos_engine.cli.main import main
 from everos_engine.engine import open_engine, open_queue
 from everos_engine.loops import deletion_guard, reconcile, requests
-from everos_engine.loops.deletion_guard import Brake, is_too_much, to_hold
-from everos_engine.loops.reconcile import sweep
+from everos_engine.loops.deletion_guard import DeletionGuard, is_too_much, to_hold
+from everos_engine.loops.reconcile import reconcile_tree
 from everos_engine.loops.requests import enqueue
 from everos_engine.settings import Settings, load
 from everos_engine.stores import held, queue
@@ -149,12 +149,12 @@ async def test_files_that_vanish_between_being_queued_and_being_read_are_held_to
     for number, path in enumerate(paths):
         path.write_text(facts(fact(number, f"edited{number} and longer")))
     database = open_queue(settings)
-    await sweep(settings, database, source="scan", brake=Brake(settings))
+    await reconcile_tree(settings, database, source="scan", deletion_guard=DeletionGuard(settings))
     database.close()
     contents = [path.read_bytes() for path in paths]
     (root / "users" / "u1" / ".atomic_facts").rename(root / "aside")
     async with open_engine(settings, embedder=fake, watching=False) as engine:
-        await engine.reach(await engine.desk.database.aread(queue.newest))
+        await engine.reach(await engine.context.database.aread(queue.newest))
         assert await held_by(engine) == {"mass_delete": 60}
         assert await indexed(engine) == before
         (root / "aside").rename(root / "users" / "u1" / ".atomic_facts")
@@ -173,8 +173,8 @@ class Deletions(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory(prefix="everos-deletions-")
-        self.notes = Path(self.directory.name) / "notes"
-        self.notes.mkdir()
+        self.conditions = Path(self.directory.name) / "notes"
+        self.conditions.mkdir()
         self.settings = notes(Path(self.directory.name), "notes/*.md")
         self.databases = [open_queue(self.settings) for _ in range(2)]
         self.patch = pytest.MonkeyPatch()
@@ -198,7 +198,7 @@ class Deletions(RuleBasedStateMachine):
     def appear(self, count: int) -> None:
         for _ in range(count):
             self.made += 1
-            (self.notes / f"{self.made}.md").write_text("x" * self.made)
+            (self.conditions / f"{self.made}.md").write_text("x" * self.made)
             self.born[f"notes/{self.made}.md"] = self.now
         self.sweep(0)
 
@@ -208,7 +208,7 @@ class Deletions(RuleBasedStateMachine):
         chosen = there[: int(share * len(there)) + 1]
         known = self.known()
         for key in chosen:
-            (self.notes.parent / key).unlink()
+            (self.conditions.parent / key).unlink()
         {"sweep": self.sweep, "named": lambda at: self.named(at, chosen), "events": lambda at: self.events(at, chosen)}[
             way
         ](at)
@@ -229,7 +229,7 @@ class Deletions(RuleBasedStateMachine):
         key = self.there()[0]
         self.made += 1
         new = f"notes/renamed{self.made}.md"
-        (self.notes.parent / key).rename(self.notes.parent / new)
+        (self.conditions.parent / key).rename(self.conditions.parent / new)
         self.sweep(at)
         assert key not in self.known()
         assert new in self.known()
@@ -245,13 +245,17 @@ class Deletions(RuleBasedStateMachine):
         self.passed.clear()
 
     def there(self) -> list[str]:
-        return sorted(f"notes/{path.name}" for path in self.notes.iterdir())
+        return sorted(f"notes/{path.name}" for path in self.conditions.iterdir())
 
     def known(self) -> set[str]:
         return {str(path) for (path,) in self.databases[0].read(lambda tx: list(tx.execute(KNOWN)))}
 
     def sweep(self, at: int) -> None:
-        trio.run(lambda: sweep(self.settings, self.databases[at], source="sync", brake=Brake(self.settings)))
+        trio.run(
+            lambda: reconcile_tree(
+                self.settings, self.databases[at], source="sync", deletion_guard=DeletionGuard(self.settings)
+            )
+        )
 
     def named(self, at: int, keys: list[str]) -> None:
         trio.run(lambda: enqueue(self.settings, self.databases[at], keys))

@@ -29,7 +29,7 @@ CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
 
 
 async def failures(engine: Engine) -> dict[str, str]:
-    listed = await engine.desk.database.aread(reports.failed)
+    listed = await engine.context.database.aread(reports.failed)
     return {outcome.md_path: str(outcome.error) for outcome in listed}
 
 
@@ -166,7 +166,7 @@ async def test_another_model_never_shares_a_table(settings: Settings, root: Path
     async with open_engine(settings, embedder=FakeEmbedder(model="other", dimension=8)) as engine:
         put(root, FACTS, facts(fact(1, "one"), fact(2, "two")))
         await engine.settle()
-        rows = await engine.desk.index.rows("atomic_fact")
+        rows = await engine.context.index.rows("atomic_fact")
         assert [len(row["vector"]) for row in rows] == [8, 8]  # type: ignore[arg-type]
 
 
@@ -316,7 +316,7 @@ async def test_the_sample_corpus_indexes_whole(settings: Settings, root: Path) -
         assert status.rows == manifest["rows"]
         assert status.counts.failed_permanent + status.counts.failed_retryable == 0
         for kind in manifest["rows"]:
-            rows = {(row["md_path"], row["entry_id"]): row for row in await engine.desk.index.rows(kind)}
+            rows = {(row["md_path"], row["entry_id"]): row for row in await engine.context.index.rows(kind)}
             for entry in (entry for entry in manifest["entries"] if entry["kind"] == kind and "entry_id" in entry):
                 row = rows[entry["md_path"], entry["entry_id"]]
                 assert row["parent_id"] == entry["parent_id"]

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from everos_engine.cli.explain import as_text
 from everos_engine.diagnose.explain import Explanation, as_json, explain
-from everos_engine.diagnose.wording import Paint, commands_in
+from everos_engine.diagnose.wording import Style, commands_in
 from everos_engine.engine import open_engine, open_queue
 from everos_engine.keys import key_of
-from everos_engine.loops.reconcile import observe_path
+from everos_engine.loops.reconcile import probe_path
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
 from everos_engine.system import files
@@ -41,15 +41,15 @@ def plain(root: Path) -> Settings:
 
 def told(settings: Settings, path: str | Path) -> tuple[str, str]:
     found = explain(settings, str(path))
-    assert as_text(found, Paint()).startswith("\x1b") is False
+    assert as_text(found, Style()).startswith("\x1b") is False
     assert json.loads(json.dumps(as_json(found)))["version"] == 1
-    return found.judgement.verdict, found.judgement.code
+    return found.diagnosis.verdict, found.diagnosis.code
 
 
 def followed(found: Explanation) -> None:
     """Do literally what the remedy says, in a shell, where it names commands of the system."""
-    commands = commands_in(found.judgement.remedy)
-    assert commands, found.judgement
+    commands = commands_in(found.diagnosis.remedy)
+    assert commands, found.diagnosis
     for command in commands:
         subprocess.run(["bash", "-c", command], check=True, timeout=30)
 
@@ -57,7 +57,7 @@ def followed(found: Explanation) -> None:
 async def test_a_file_is_followed_from_unseen_to_searchable(settings: Settings, root: Path) -> None:
     path = put(root, FACTS, GOOD)
     assert told(settings, FACTS) == ("waiting", "not_seen")
-    assert "no engine is running" in explain(settings, FACTS).judgement.cause
+    assert "no engine is running" in explain(settings, FACTS).diagnosis.cause
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         assert told(settings, path) == ("searchable", "ok")
@@ -156,17 +156,17 @@ async def test_a_bad_entry_and_a_damaged_file_are_told_apart(settings: Settings,
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         found = explain(settings, FACTS)
-        assert (found.judgement.verdict, found.judgement.code) == ("partly", "bad_entries")
-        assert "line 10" in found.judgement.cause
+        assert (found.diagnosis.verdict, found.diagnosis.code) == ("partly", "bad_entries")
+        assert "line 10" in found.diagnosis.cause
         path.write_text("---\nbad: [\n---\n" + GOOD)
         await engine.settle()
         found = explain(settings, FACTS)
-        assert (found.judgement.verdict, found.judgement.code) == ("failed", "damaged")
-        assert "still searchable: 1 last good row" in found.judgement.cause
-        assert "line" in found.judgement.cause
-        assert found.judgement.remedy.endswith(", and save")
+        assert (found.diagnosis.verdict, found.diagnosis.code) == ("failed", "damaged")
+        assert "still searchable: 1 last good row" in found.diagnosis.cause
+        assert "line" in found.diagnosis.cause
+        assert found.diagnosis.remedy.endswith(", and save")
         path.write_bytes(b"\xff\xfe")
-        assert explain(settings, FACTS).judgement.remedy == "save the file as UTF-8"
+        assert explain(settings, FACTS).diagnosis.remedy == "save the file as UTF-8"
 
 
 async def test_explain_never_writes_and_imports_nothing_heavy(settings: Settings, root: Path) -> None:
@@ -205,14 +205,14 @@ async def test_a_file_that_was_saved_again_at_once_has_time_to_settle(settings: 
     path.write_text(GOOD + "\n")
     database = open_queue(settings)
     now = time.time_ns() // 1_000_000
-    observations = [observe_path(settings, FACTS)]
+    observations = [probe_path(settings, FACTS)]
     database.write(
         lambda tx: queue.record(tx, observations, source="watch", now_milliseconds=now, settle_milliseconds=60_000)
     )
     database.close()
     found = explain(settings, FACTS)
-    assert (found.judgement.verdict, found.judgement.code) == ("waiting", "settling")
-    assert "may still be being written" in found.judgement.cause
+    assert (found.diagnosis.verdict, found.diagnosis.code) == ("waiting", "settling")
+    assert "may still be being written" in found.diagnosis.cause
 
 
 def test_a_root_that_is_gone_is_said_to_be_gone(settings: Settings, root: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_root_that_is_gone_is_said_to_be_gone(settings: Settings, root: Path) 
 def test_odd_names_are_explained_and_their_commands_are_for_them(plain: Settings, root: Path, name: str) -> None:
     path = put(root, f"users/u1/episode/{name}", GOOD)
     found = explain(plain, str(path))
-    text = as_text(found, Paint())
+    text = as_text(found, Style())
     assert all(ord(letter) >= 32 or letter == "\n" for letter in text)
     text.encode()
     followed(found)
@@ -260,9 +260,9 @@ PARTS = st.sampled_from(
 def test_whatever_is_asked_there_is_an_answer(plain: Settings, root: Path, parts: list[str], *, absolute: bool) -> None:
     asked = os.path.join(root, *parts) if absolute else os.path.join(*parts)
     found = explain(plain, asked)
-    assert found.judgement.verdict in {"excluded", "missing", "waiting", "unknown"}
+    assert found.diagnosis.verdict in {"excluded", "missing", "waiting", "unknown"}
     assert json.loads(json.dumps(as_json(found)))["cause"]
-    as_text(found, Paint()).encode()
+    as_text(found, Style()).encode()
     assert list(root.iterdir()) == []
 
 
@@ -288,7 +288,9 @@ async def test_the_verdict_agrees_with_the_index(settings: Settings, root: Path,
             for key, entries in tree.items():
                 put(root, key, facts(*(written(number, sort) for number, sort in entries)))
             await engine.settle()
-        rows = await engine.desk.index.rows("atomic_fact") if "atomic_fact" in engine.desk.index.open_kinds() else []
+        rows = (
+            await engine.context.index.rows("atomic_fact") if "atomic_fact" in engine.context.index.open_kinds() else []
+        )
         indexed = {(row["md_path"], row["entry_id"]): row["content_hash"] for row in rows}
     for key in before | after:
         place = kinds.recognise(key)
@@ -296,7 +298,7 @@ async def test_the_verdict_agrees_with_the_index(settings: Settings, root: Path,
         document = kinds.parse(place, {key: (root / key).read_bytes()})
         said = {(key, entry.entry_id): entry.content_hash.hex() for entry in document.entries}
         held = {at: indexed[at] for at in indexed if at[0] == key}
-        verdict = explain(settings, key).judgement.verdict
+        verdict = explain(settings, key).diagnosis.verdict
         assert (verdict == "searchable") == (bool(said) and not document.problems and said == held)
         assert (verdict == "excluded") == (not said and not document.problems)
         assert (verdict in {"partly", "failed"}) == bool(document.problems)
@@ -313,7 +315,7 @@ def written(number: int, sort: str) -> str:
 def test_what_is_no_text_is_not_to_be_renamed(content: bytes, settings: Settings, root: Path) -> None:
     path = put(root, "users/u1/episodes/scan.pdf", "")
     path.write_bytes(content)
-    found = explain(settings, str(path)).judgement
+    found = explain(settings, str(path)).diagnosis
     assert found.code == "not_markdown"
     assert not commands_in(found.remedy)
     assert "other formats are not read" in found.remedy
@@ -322,7 +324,7 @@ def test_what_is_no_text_is_not_to_be_renamed(content: bytes, settings: Settings
 def test_a_remedy_moves_nothing_over_another_file(settings: Settings, root: Path) -> None:
     put(root, "notes/a.md", "# A\ntext")
     path = put(root, "notes/a.txt", "# A\nanother")
-    assert not commands_in(explain(settings, str(path)).judgement.remedy)
+    assert not commands_in(explain(settings, str(path)).diagnosis.remedy)
 
 
 @given(st.text(alphabet="aé\u00fcö\u1e9b\ud55c\uac00", min_size=1, max_size=6), st.permutations(["NFC", "NFD"]))

@@ -45,7 +45,7 @@ async def vectors_of(settings: Settings, embedder: FakeEmbedder) -> tuple[int, i
     """Bring the root in step: rows with a vector, rows without, changes failed."""
     async with open_engine(settings, embedder=embedder, watching=False) as engine:
         failed = (await engine.settle()).counts.failed_permanent
-        rows = await engine.desk.index.rows("note")
+        rows = await engine.context.index.rows("note")
         found = await engine.search("heron", mode="fts")
         assert [result.md_path for result in found] == ["a.md"]
     return sum(row["vector"] is not None for row in rows), sum(row["vector"] is None for row in rows), failed
@@ -55,7 +55,7 @@ async def test_a_refused_text_is_found_by_words_and_listed(root: Path) -> None:
     settings = chosen(root)
     put(root, "a.md", LONG)
     assert await vectors_of(settings, Limited(100)) == (1, 1, 1)
-    found = explain(settings, "a.md").judgement
+    found = explain(settings, "a.md").diagnosis
     assert (found.verdict, found.code) == ("partly", "words_only")
     assert "found by words only" in found.cause
     assert "too many tokens" in found.cause
@@ -93,4 +93,4 @@ async def test_a_file_too_large_is_tried_again_when_the_bound_is_raised(root: Pa
         assert (await engine.settle()).counts.failed_permanent == 1
     async with open_engine(chosen(root, max_file_bytes=10_000), embedder=FakeEmbedder(), watching=False) as engine:
         assert (await engine.settle()).counts.failed_permanent == 0
-        assert len(await engine.desk.index.rows("note")) == 3
+        assert len(await engine.context.index.rows("note")) == 3

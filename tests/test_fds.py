@@ -112,7 +112,7 @@ def test_the_reserve_gives_one_descriptor_back_and_takes_it_again() -> None:
     assert reserve.take()
     assert reserve.take()
     assert count() == before + 1
-    with reserve.lend() as had:
+    with reserve.borrow() as had:
         assert had
         assert count() == before
     assert count() == before + 1

@@ -74,7 +74,7 @@ async def test_a_deleted_text_stays_and_forgetting_it_leaves_no_byte(root: Path,
     plant(root, secret)
     async with open_engine(lasting, embedder=fake) as engine:
         await engine.settle()
-        vector = (await engine.desk.vectors.cached([f"the {secret} is here"])).popitem()[1].tobytes()
+        vector = (await engine.context.vectors.cached([f"the {secret} is here"])).popitem()[1].tobytes()
         with pytest.raises(BadQuestion, match="still in the memory"):
             await engine.forget(text=secret)
         unplant(root, secret)
@@ -131,18 +131,18 @@ async def test_a_plain_deletion_is_erased_within_the_stated_time(root: Path, las
     secret = marker()
     plant(root, secret)
     async with open_engine(lasting, embedder=FakeEmbedder()) as engine:
-        desk = engine.desk
+        context = engine.context
         await engine.settle()
-        await erase.erase_due(desk)  # notes when the time began
+        await erase.erase_due(context)  # notes when the time began
         unplant(root, secret)
         await engine.settle()
-        await erase.erase_due(desk)
+        await erase.erase_due(context)
         assert await found_in(lasting, secret), "the time is not over"
         rewind(lasting, hours=13)
-        await erase.erase_due(desk)
-        kinds = desk.index.open_kinds()
+        await erase.erase_due(context)
+        kinds = context.index.open_kinds()
         for kind in kinds:
-            await desk.index.erase(kind, keep_seconds=0)  # what the next time does, once the versions are old enough
+            await context.index.erase(kind, keep_seconds=0)  # what the next time does, once the versions are old enough
         rows = await found_in(lasting, secret)
         assert not [name for name in rows if "version" in name or name.endswith((".lance", ".txn", ".manifest"))]
 

@@ -24,8 +24,8 @@ from loguru import logger
 from everos_engine.engine import Engine, open_engine, open_reader
 from everos_engine.errors import SettingsError
 from everos_engine.loops.context import HISTORY, History, Point
-from everos_engine.loops.fd_guard import Guard, share_of_breadth
-from everos_engine.loops.fd_self_test import prove
+from everos_engine.loops.fd_guard import Guard, share_of_descriptors
+from everos_engine.loops.fd_self_test import self_test
 from everos_engine.loops.memory_guard import LEAST_SHARE
 from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores import meta
@@ -77,14 +77,14 @@ def starving(root: Path, *, limit: int, **flags: object) -> Iterator[Starving]:
     assert process.returncode == 0
 
 
-def pulse(root: Path) -> dict[str, Any]:
+def snapshot(root: Path) -> dict[str, Any]:
     found = ask(root / ".index/engine/control.sock", "pulse", deadline_seconds=HANG_SECONDS)
     assert found is not None
     return found
 
 
 def notes(root: Path) -> set[str]:
-    return {note["code"] for note in pulse(root)["watch"]["notes"]}
+    return {note["code"] for note in snapshot(root)["watch"]["notes"]}
 
 
 def day(number: int) -> str:
@@ -94,13 +94,13 @@ def day(number: int) -> str:
 def edit(root: Path, *, seconds: float, turns: int = 40) -> None:
     """Edits, new files, deletions and renames, spread over so many seconds."""
     chance = random.Random(0)
-    for turn in range(turns):
+    for acquire in range(turns):
         words = " ".join(chance.choices(WORDS, k=200))
-        put(root, day(1 + turn % 20), facts(fact(1, f"heron {turn} {words}"), fact(2, f"otter {turn}")))
-        if turn % 7 == 6:
-            (root / day(1 + (turn * 3) % 20)).unlink(missing_ok=True)
-        if turn % 11 == 10:
-            (root / day(1 + turn % 20)).rename(root / day(25))
+        put(root, day(1 + acquire % 20), facts(fact(1, f"heron {acquire} {words}"), fact(2, f"otter {acquire}")))
+        if acquire % 7 == 6:
+            (root / day(1 + (acquire * 3) % 20)).unlink(missing_ok=True)
+        if acquire % 11 == 10:
+            (root / day(1 + acquire % 20)).rename(root / day(25))
         time.sleep(seconds / turns)
 
 
@@ -144,7 +144,7 @@ def test_at_a_limit_of_64_all_is_indexed_and_searched_under_edits_below_48_descr
         engine.tell(f"search {SEARCHES}")
         edit(root, seconds=5)
         assert engine.hear("searched")["hits"] > SEARCHES
-        seen = pulse(root)
+        seen = snapshot(root)
         engine.tell("end")
         end = engine.hear("end")
     assert (end["failures"], end["pending"], end["agrees"], end["exhaustions"]) == ({}, 0, True, 0)
@@ -166,7 +166,7 @@ def test_pinned_indexes_are_kept_under_budget_by_rotation(root: Path, capfd: pyt
             engine.tell("search 20")
             edit(root, seconds=4, turns=60)
             engine.hear("searched")
-            if pulse(root)["fds"]["rotations"]:
+            if snapshot(root)["fds"]["rotations"]:
                 break
         engine.tell("end")
         end = engine.hear("end")
@@ -184,7 +184,7 @@ async def test_the_self_test_tells_whether_the_law_of_the_mode_holds(
 ) -> None:
     (tmp_path / "self-test-stale").mkdir()
     async with open_asyncio_thread() as bridge:
-        law = await prove(bridge, LanceDBSettings(descriptor_mode=mode), directory=tmp_path, claimed=claimed)
+        law = await self_test(bridge, LanceDBSettings(descriptor_mode=mode), directory=tmp_path, claimed=claimed)
     assert (law.holds, law.bound) == (holds, 0 if claimed == "reopen" else 11)
     assert law.pinned in ({0} if mode == "reopen" else range(7, 12))  # 7 stay; a reader may be closing beside them
     assert list(tmp_path.iterdir()) == []
@@ -192,22 +192,22 @@ async def test_the_self_test_tells_whether_the_law_of_the_mode_holds(
 
 async def test_a_broken_law_is_said_and_a_proven_one_is_proven_once(settings: Settings) -> None:
     async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
-        desk, index = engine.desk, engine.desk.index
+        context, index = engine.context, engine.context.index
         index.settings = replace(
             index.settings, descriptor_mode="pinned"
         )  # as if the library pinned in spite of the URI
-        await Guard(desk).learn_law()
-        note = desk.notes.now["descriptor_law_broken"]
+        await Guard(context).learn_slope()
+        note = context.conditions.now["descriptor_law_broken"]
         assert "pins 7 index descriptors where lancedb.descriptor_mode=reopen allows 0" in note.message
         index.settings = settings.lancedb
-        guard = Guard(desk)
-        await guard.learn_law()
+        guard = Guard(context)
+        await guard.learn_slope()
         await guard.look()
-        assert "descriptor_law_broken" not in desk.notes.now
-        assert desk.fds["law"]["holds"]  # type: ignore[index]
-        kept = await desk.database.aread(lambda tx: meta.get(tx, "descriptor_law"))
-        await Guard(desk).learn_law()
-        assert await desk.database.aread(lambda tx: meta.get(tx, "descriptor_law")) == kept
+        assert "descriptor_law_broken" not in context.conditions.now
+        assert context.fds["law"]["holds"]  # type: ignore[index]
+        kept = await context.database.aread(lambda tx: meta.get(tx, "descriptor_law"))
+        await Guard(context).learn_slope()
+        assert await context.database.aread(lambda tx: meta.get(tx, "descriptor_law")) == kept
 
 
 @asynccontextmanager
@@ -223,11 +223,11 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_once_in_a_while(se
     tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
     put(root, day(1), facts(fact(1, "heron")))
     async with quiet(tight) as engine:
-        guard = Guard(engine.desk)
+        guard = Guard(engine.context)
         for _ in range(3):
             assert len(await engine.search("heron")) == 1
             await guard.look()
-        assert engine.desk.index.rotations == 1
+        assert engine.context.index.rotations == 1
         assert len(await engine.search("heron")) == 1
 
 
@@ -238,16 +238,16 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budg
     tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
     put(root, day(1), facts(fact(1, "heron")))
     async with quiet(tight) as engine:
-        guard = Guard(engine.desk)
+        guard = Guard(engine.context)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         held = [os.open(os.devnull, os.O_RDONLY) for _ in range(100)]
         resource.setrlimit(resource.RLIMIT_NOFILE, (guard.count() * 3 // 2, hard))
         try:
-            for turn in range(1, 5):  # none of them frees a descriptor, and none has to
+            for acquire in range(1, 5):  # none of them frees a descriptor, and none has to
                 assert len(await engine.search("heron")) == 1
                 await guard.look()
-                assert guard.count() > engine.desk.fds["soft_budget"]
-                assert engine.desk.index.rotations == turn
+                assert guard.count() > engine.context.fds["soft_budget"]
+                assert engine.context.index.rotations == acquire
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             for handle in held:
@@ -284,11 +284,11 @@ async def test_memory_over_its_ceiling_slows_work_rotates_and_is_reported_until_
     small = replace(settings, embedder=EmbedderSettings(kind="none"))
     put(root, day(1), facts(fact(1, "heron")))
     async with quiet(small) as engine:
-        desk, guard = engine.desk, Guard(engine.desk)
+        context, guard = engine.context, Guard(engine.context)
         assert len(await engine.search("heron")) == 1
         await guard.look()
-        shown = desk.fds["memory"]
-        assert (desk.pressure.value, desk.index.rotations) == (1, 0)
+        shown = context.fds["memory"]
+        assert (context.pressure.value, context.index.rotations) == (1, 0)
         assert shown["rss_bytes"] < shown["soft_bytes"] < shown["ceiling_bytes"]  # type: ignore[index]
         assert sum(shown["parts"].values()) == shown["ceiling_bytes"]  # type: ignore[index]
         hoard = mmap.mmap(-1, shown["ceiling_bytes"])  # type: ignore[index]
@@ -296,15 +296,15 @@ async def test_memory_over_its_ceiling_slows_work_rotates_and_is_reported_until_
             hoard[page] = 1
         for _ in range(3):
             await guard.look()
-        assert desk.pressure.value == LEAST_SHARE  # slow, and never at a stop
-        assert desk.index.rotations == 1
-        assert "MiB are resident" in desk.notes.now["memory_over_ceiling"].message
+        assert context.pressure.value == LEAST_SHARE  # slow, and never at a stop
+        assert context.index.rotations == 1
+        assert "MiB are resident" in context.conditions.now["memory_over_ceiling"].message
         assert len(await engine.search("heron")) == 1
         hoard.close()
         for _ in range(2):
             await guard.look()
-        assert desk.pressure.value == 1
-        assert "memory_over_ceiling" not in desk.notes.now
+        assert context.pressure.value == 1
+        assert "memory_over_ceiling" not in context.conditions.now
 
 
 @given(rows=st.integers(0, 10**6), dimension=st.integers(0, 2048), budget=st.integers(0, 1 << 30))
@@ -326,30 +326,30 @@ async def test_memory_of_an_old_session_goes_back_once_its_last_reader_is_done(
     tight = replace(settings, lancedb=replace(settings.lancedb, session_most_bytes=1))
     put(root, day(1), facts(fact(1, "heron")))
     async with quiet(tight) as engine:
-        guard, index = Guard(engine.desk), engine.desk.index
+        guard, index = Guard(engine.context), engine.context.index
         await guard.look()
         monkeypatch.setattr("everos_engine.loops.fd_guard.TRIM_SECONDS", float("inf"))  # but for what growth asks
         del trims[:]
         assert len(await engine.search("heron")) == 1
         with index._generations.using():
             await guard.look()
-            assert (index.rotations, index.generations_open, trims) == (1, 2, [])
+            assert (index.rotations, index.sessions_open, trims) == (1, 2, [])
         for _ in range(3):
             await guard.look()
-        assert (index.generations_open, trims) == (1, [0])
+        assert (index.sessions_open, trims) == (1, [0])
 
 
 async def test_the_guard_counts_what_is_open_and_tells_the_classes_apart_as_soon_as_the_count_jumps(
     settings: Settings, root: Path
 ) -> None:
     async with quiet(settings) as engine:
-        guard = Guard(engine.desk)
+        guard = Guard(engine.context)
         await guard.look()
         with ExitStack() as stack:
             for _ in range(500):
                 stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
             await guard.look()
-        after = engine.desk.fds
+        after = engine.context.fds
     assert after["count"] >= 500  # type: ignore[operator]
     assert after["classes"]["other"] >= 500  # type: ignore[index]
 
@@ -375,14 +375,14 @@ async def test_the_history_is_kept_and_written(settings: Settings, tmp_path: Pat
     path = tmp_path / "history.jsonl"
     noted = replace(settings, lancedb=replace(settings.lancedb, history_file=str(path)))
     async with open_engine(noted, embedder=FakeEmbedder(), watching=False) as engine:
-        guard = Guard(engine.desk)
+        guard = Guard(engine.context)
         with guard.opened():
             for _ in range(3):
                 await guard.look()
-        assert engine.desk.history()["columns"] == [
+        assert engine.context.history()["columns"] == [
             "at_milliseconds", "descriptors", "rss_bytes", "pressure", "session_bytes"
         ]  # fmt: skip
-        assert len(engine.desk.fds_history) >= 3
+        assert len(engine.context.fds_history) >= 3
     lines = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
     assert len(lines) >= 3
     assert all(line["descriptors"] > 0 and line["rss_bytes"] > 0 and line["limit"] > 0 for line in lines)
@@ -406,18 +406,18 @@ async def test_a_history_file_that_cannot_be_written_is_a_condition(
         path = tmp_path / "a\0b"
     noted = replace(settings, lancedb=replace(settings.lancedb, history_file=str(path)))
     async with open_engine(noted, embedder=FakeEmbedder(), watching=False) as engine:
-        guard = Guard(engine.desk)
+        guard = Guard(engine.context)
         with guard.opened():
             await guard.look()
-            note = engine.desk.notes.now["history_file_failed"]
+            note = engine.context.conditions.now["history_file_failed"]
             assert repr(str(path)) in note.message
             assert "lancedb.history_file" in note.remedy
-            assert len(engine.desk.fds_history) >= 1
+            assert len(engine.context.fds_history) >= 1
             if place == "the full device":  # a disk that has room again
                 path.unlink()
                 await guard.look()
                 await guard.look()
-                assert "history_file_failed" not in engine.desk.notes.now
+                assert "history_file_failed" not in engine.context.conditions.now
                 assert [json.loads(line)["limit"] for line in path.read_text(encoding="ascii").splitlines()]
         assert engine.health.reopenings == 0
 
@@ -425,9 +425,9 @@ async def test_a_history_file_that_cannot_be_written_is_a_condition(
 @given(st.integers(0, 2000), st.integers(1, 1000), st.integers(0, 1000))
 def test_the_share_falls_from_all_to_nothing_between_the_budgets(count: int, soft: int, more: int) -> None:
     hard = soft + more
-    share = share_of_breadth(count, soft=soft, hard=hard)
+    share = share_of_descriptors(count, soft=soft, hard=hard)
     assert 0 <= share <= 1
-    assert share >= share_of_breadth(count + 1, soft=soft, hard=hard)
+    assert share >= share_of_descriptors(count + 1, soft=soft, hard=hard)
     assert (share == 1.0) == (count <= soft)
     assert count < hard or share == 0 or count <= soft
 
@@ -442,7 +442,7 @@ async def test_the_law_found_is_logged(settings: Settings) -> None:
     sink = logger.add(lambda line: lines.append(str(line)), level="INFO")
     try:
         async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
-            await Guard(engine.desk).learn_law()
+            await Guard(engine.context).learn_slope()
     finally:
         logger.remove(sink)
     assert any("descriptor_law mode=reopen holds=True pinned=0" in line for line in lines)

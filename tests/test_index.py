@@ -17,7 +17,7 @@ from everos_engine.errors import SettingsError, Transient, UnknownOutcome
 from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores.index import Index, open_index
 from everos_engine.stores.lance import Model, Row
-from everos_engine.stores.session_pool import Generations
+from everos_engine.stores.session_pool import SessionPool
 from everos_engine.system import descriptors
 from everos_engine.system.asyncio_thread import open_asyncio_thread
 from everos_engine.system.ceiling import BASE_DESCRIPTORS, cap_of, ceiling_of, own_of, reads_of
@@ -85,7 +85,7 @@ async def test_no_query_fails_and_none_is_blind_while_the_session_is_rotated(tmp
                 assert f"e{100 + number}" in await found(index, "heron")
             stop.set()
         assert index.rotations == 40
-        assert index.generations_open == 1
+        assert index.sessions_open == 1
 
 
 async def test_what_is_written_across_a_rotation_is_seen_by_the_new_session(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ async def test_writers_of_several_generations_at_once_leave_nobody_blind(tmp_pat
                     nursery.start_soon(later, rotate)
                     nursery.start_soon(later, found, index, "anything")
             assert await found(index, f"word{number}") == {f"e{1000 + number}", f"e{2000 + number}"}
-        assert index.generations_open == 1
+        assert index.sessions_open == 1
 
 
 @pytest.mark.parametrize("mode", ["reopen", "pinned"])
@@ -295,17 +295,17 @@ async def test_no_more_reads_run_at_once_than_allowed_and_under_pressure_one_alw
 
 
 def test_a_reader_keeps_its_session_until_it_is_done() -> None:
-    generations = Generations()
-    with generations.using() as early, generations.using():
+    sessions = SessionPool()
+    with sessions.using() as early, sessions.using():
         early.session = object()
-        generations.rotate()
-        assert (generations.open, early.session is None) == (2, False)
-        with generations.using() as late:
-            assert late is generations.current
+        sessions.rotate()
+        assert (sessions.open, early.session is None) == (2, False)
+        with sessions.using() as late:
+            assert late is sessions.current
             assert late is not early
-    assert (generations.open, early.session) == (1, None)
-    generations.rotate()
-    assert generations.open == 1
+    assert (sessions.open, early.session) == (1, None)
+    sessions.rotate()
+    assert sessions.open == 1
 
 
 @pytest.mark.parametrize("source", ["environment", "file"])

@@ -46,8 +46,8 @@ def quick(root: Path, **more: object) -> Settings:
 
 
 async def down(engine: Engine) -> None:
-    assert engine.desk.vectors.gate is not None
-    await engine.desk.vectors.gate.down.wait_value(lambda reason: reason is not None)
+    assert engine.context.vectors.breaker is not None
+    await engine.context.vectors.breaker.down.wait_value(lambda reason: reason is not None)
 
 
 async def test_changes_outlive_an_outage_without_losing_an_attempt(root: Path) -> None:
@@ -74,8 +74,8 @@ async def test_changes_outlive_an_outage_without_losing_an_attempt(root: Path) -
             fake.outage = None
         counts = (await engine.status()).counts
         assert (counts.done, counts.failed_retryable, counts.failed_permanent) == (31, 0, 0)
-        model = await engine.desk.vectors.model()
-        assert (model.name, engine.desk.vectors.life) == ("fake#1", 1)
+        model = await engine.context.vectors.model()
+        assert (model.name, engine.context.vectors.epoch) == ("fake#1", 1)
 
 
 async def test_a_service_that_is_down_at_the_start_is_waited_for_and_status_says_why(root: Path) -> None:
@@ -90,7 +90,7 @@ async def test_a_service_that_is_down_at_the_start_is_waited_for_and_status_says
         shown = status.snapshot(settings)
         assert "HTTP 503" in status.as_text(shown)
         assert "HTTP 503" in json.dumps(status.as_json(shown)["embedder"])
-        (outcome,) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["a.md"]))
+        (outcome,) = await engine.context.database.aread(lambda tx: reports.outcomes(tx, ["a.md"]))
         assert (outcome.status, outcome.retry_count) == ("pending", 0)
         assert str(outcome.error).startswith("waiting for the embedder: HTTP 503")
         fake.outage = None
@@ -183,7 +183,7 @@ async def test_a_model_replaced_behind_its_name_in_an_outage_never_mixes(root: P
             service.real, service.outage = FakeEmbedder(model="two", dimension=dimension), None
         await engine.settle()
         for kind, texts in (("atomic_fact", ["heron", "otter", "stork"]), ("note", ["note"])):
-            rows = await engine.desk.index.rows(kind)
+            rows = await engine.context.index.rows(kind)
             found = sorted(np.asarray(row["vector"], dtype=np.float32).tolist() for row in rows)
             wanted = sorted(service.real.vector(text).tolist() for text in texts)
             assert len(found) == len(wanted)
@@ -199,7 +199,7 @@ async def test_a_model_replaced_while_the_engine_was_away_is_embedded_again(root
     service.real = FakeEmbedder(model="two")
     async with open_engine(settings, embedder=service) as engine:
         await engine.settle()
-        (row,) = await engine.desk.index.rows("note")
+        (row,) = await engine.context.index.rows("note")
         assert np.allclose(np.asarray(row["vector"]), service.real.vector("note"))
     assert math.isclose(float(np.linalg.norm(service.real.vector("note"))), 1, rel_tol=1e-6)
 

@@ -7,7 +7,7 @@ import subprocess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everos_engine.diagnose.wording import Paint, ago, commands_in, paint_for, printable, quoted, shown, size
+from everos_engine.diagnose.wording import Style, ago, commands_in, printable, quoted, shown, size, style_for
 
 
 class Terminal(io.StringIO):
@@ -16,21 +16,21 @@ class Terminal(io.StringIO):
 
 
 def test_colour_needs_a_terminal_that_wants_it() -> None:
-    assert paint_for(Terminal(), {"TERM": "xterm"}).colour
-    assert not paint_for(Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}).colour
-    assert not paint_for(Terminal(), {"TERM": "dumb"}).colour
-    assert not paint_for(io.StringIO(), {"TERM": "xterm"}).colour
+    assert style_for(Terminal(), {"TERM": "xterm"}).colour
+    assert not style_for(Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}).colour
+    assert not style_for(Terminal(), {"TERM": "dumb"}).colour
+    assert not style_for(io.StringIO(), {"TERM": "xterm"}).colour
 
 
 @given(st.text(), st.integers(40, 120))
 def test_text_without_colour_is_only_made_printable(text: str, columns: int) -> None:
-    assert Paint(colour=False, columns=columns)(text, "red") == printable(text)
+    assert Style(colour=False, columns=columns)(text, "red") == printable(text)
 
 
 @given(st.lists(st.text("ab c", min_size=1, max_size=30), min_size=1, max_size=8), st.integers(40, 100))
 def test_wrapping_never_breaks_a_command_and_loses_no_word(words: list[str], columns: int) -> None:
     text = " ".join(f"do `run {word}x` now" for word in words)
-    wrapped = Paint(colour=True, columns=columns).wrap(text, indent=4, first="\x1b[31mfail\x1b[0m ")
+    wrapped = Style(colour=True, columns=columns).wrap(text, indent=4, first="\x1b[31mfail\x1b[0m ")
     assert commands_in(wrapped) == commands_in(text)
     assert wrapped.split() == ["\x1b[31mfail\x1b[0m", *text.split()]
 

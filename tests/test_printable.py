@@ -21,7 +21,7 @@ from loguru import logger
 
 from everos_engine.cli import logs, terminal
 from everos_engine.cli.main import main
-from everos_engine.diagnose.wording import Paint, json_text, printable
+from everos_engine.diagnose.wording import Style, json_text, printable
 from everos_engine.settings import EmbedderSettings, Settings
 from patience import HANG_SECONDS
 from writer import fact, facts, put
@@ -57,14 +57,14 @@ def test_every_unsafe_character_is_escaped_and_ordinary_text_stays() -> None:
 
 @given(WORDS, st.sampled_from(["red", "bold"]), st.integers(40, 100))
 def test_painted_and_wrapped_text_holds_only_our_own_colours(text: str, code: str, columns: int) -> None:
-    paint = Paint(colour=True, columns=columns)
-    for drawn in (paint(text, code), paint.wrap(text, indent=4, first=paint(text, code))):
+    style = Style(colour=True, columns=columns)
+    for drawn in (style(text, code), style.wrap(text, indent=4, first=style(text, code))):
         assert not unsafe_in(SGR.sub("", drawn))
 
 
 @given(WORDS)
 def test_below_all_sources_a_net_lets_only_our_colours_through(text: str) -> None:
-    painted = Paint(colour=True)("word", "red")
+    painted = Style(colour=True)("word", "red")
     assert not unsafe_in(terminal._net(text + painted + text, terminal=False))
     drawn = terminal._net(text + painted + text, terminal=True)
     assert painted in drawn

@@ -179,9 +179,9 @@ def _compete(
     database = Database(path, schema=queue.SCHEMA)
     claims, lsns = [], []
     begin.wait(HANG_SECONDS)
-    for turn in range(TURNS):
-        name = f"{owner}-{turn % 7}"
-        database.write(lambda tx, n=name, t=turn: record(tx, n, (t, t, t, t)))
+    for acquire in range(TURNS):
+        name = f"{owner}-{acquire % 7}"
+        database.write(lambda tx, n=name, t=acquire: record(tx, n, (t, t, t, t)))
         for held in database.write(lambda tx: queue.claim(tx, owner, limit=5, now_milliseconds=1)):
             claims.append(held.claim_no)
             lsns.append(held.claim_lsn)

@@ -15,7 +15,7 @@ from everos_engine import supervise
 from everos_engine.engine import REOPENED, Engine, open_engine
 from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError
 from everos_engine.loops import compactor, fd_guard, scanner, watcher
-from everos_engine.loops.context import Desk
+from everos_engine.loops.context import Context
 from everos_engine.settings import Settings, load
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
@@ -26,14 +26,16 @@ class Panic(BaseException):
     """As a Rust panic reaches Python: no Exception."""
 
 
-def striking(loop: Callable[[Desk], Awaitable[None]], errors: list[BaseException]) -> Callable[[Desk], Awaitable[None]]:
+def striking(
+    loop: Callable[[Context], Awaitable[None]], errors: list[BaseException]
+) -> Callable[[Context], Awaitable[None]]:
     """The loop itself, which raises the next of ``errors`` whenever it is started, while there is one."""
 
-    async def struck(desk: Desk) -> None:
+    async def struck(context: Context) -> None:
         if errors:
             await trio.lowlevel.checkpoint()
             raise errors.pop(0)
-        await loop(desk)
+        await loop(context)
 
     return struck
 
@@ -57,17 +59,17 @@ async def test_a_damaged_store_is_opened_again_and_the_engine_goes_on(
     monkeypatch.setattr(engine_module, "scan", striking(engine_module.scan, [Damaged("engine.db: page 3")]))
     with trio.fail_after(HANG_SECONDS):
         async with open_engine(settings, embedder=FakeEmbedder()) as engine:
-            first = engine.desk
+            first = engine.context
             await reopened(engine, 1)
             status = await engine.settle()
-            assert engine.desk is not first
-            assert engine.desk.progress is first.progress
+            assert engine.context is not first
+            assert engine.context.progress is first.progress
             assert status.counts.done == 1
             assert [hit.md_path for hit in await engine.search("heron")] == [FACTS]
             assert await indexed(engine) == described(settings)
-            note = engine.desk.notes.now[REOPENED]
+            note = engine.context.conditions.now[REOPENED]
             assert "engine.db: page 3" in note.message
-            assert engine.pulse()["health"] == {
+            assert engine.snapshot()["health"] == {
                 "state": "serving",
                 "reason": "engine.db: page 3",
                 "next_try_seconds": 0.0,
@@ -85,8 +87,8 @@ async def test_a_loop_that_keeps_dying_never_ends_the_engine(
     deaths = [error] * (2 * supervise.MOST_DEATHS + 3)
     original = getattr(engine_module, loop)
 
-    async def struck(desk: Desk, **options: object) -> None:
-        await striking(lambda desk: original(desk, **options), deaths)(desk)
+    async def struck(context: Context, **options: object) -> None:
+        await striking(lambda context: original(context, **options), deaths)(context)
 
     monkeypatch.setattr(engine_module, loop, struck)
     with trio.fail_after(HANG_SECONDS):
@@ -94,7 +96,7 @@ async def test_a_loop_that_keeps_dying_never_ends_the_engine(
             await reopened(engine, 2)
             await engine.settle()
             assert await indexed(engine) == described(settings)
-            assert f"the {loop} loop died 6 times" in engine.desk.notes.now[REOPENED].message
+            assert f"the {loop} loop died 6 times" in engine.context.conditions.now[REOPENED].message
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ async def test_a_call_waits_for_the_stores_and_is_made_again_on_the_new_ones(
     put(root, FACTS, facts(fact(1, "HANG")))
     strike = trio.Event()
 
-    async def struck(desk: Desk) -> None:
+    async def struck(context: Context) -> None:
         if not strike.is_set():
             await strike.wait()
             message = "the table's folder"
@@ -168,7 +170,7 @@ async def test_a_call_waits_for_the_stores_and_is_made_again_on_the_new_ones(
     with trio.fail_after(HANG_SECONDS):
         async with open_engine(settings, embedder=FakeEmbedder()) as engine, trio.open_nursery() as nursery:
             nursery.start_soon(engine.settle)
-            while not engine.desk.vectors.gate or not engine.desk.vectors.gate.embedder.calls:  # type: ignore[attr-defined]  # the fake's
+            while not engine.context.vectors.gate or not engine.context.vectors.gate.embedder.calls:  # type: ignore[attr-defined]  # the fake's
                 await trio.sleep(0.01)
             put(root, FACTS, facts(fact(1, "the heron eats fish")))
             strike.set()

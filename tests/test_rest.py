@@ -51,7 +51,7 @@ def size(settings: Settings) -> int:
 async def at_rest(engine: Engine) -> None:
     """Return once maintenance plans to sleep until something is written."""
     with trio.fail_after(HANG_SECONDS):
-        while (beat := engine.desk.beats.get("maintain")) is None or beat.within_seconds < compactor.LONG_SECONDS:
+        while (beat := engine.context.beats.get("maintain")) is None or beat.within_seconds < compactor.LONG_SECONDS:
             await trio.sleep(0.05)
 
 
@@ -87,7 +87,7 @@ async def test_few_versions_take_as_many_passes_as_many(short: Settings, root: P
         for edit in range(3):
             write(root, edit)
             await engine.settle()
-        rest, folder = compactor.Rest(engine.desk), short.lancedb_directory / "atomic_fact.lance" / "_versions"
+        rest, folder = compactor.Rest(engine.context), short.lancedb_directory / "atomic_fact.lance" / "_versions"
         with trio.fail_after(HANG_SECONDS):
             while rest.seconds() < float("inf"):
                 await trio.sleep(max(0.0, rest.seconds()))
@@ -99,7 +99,7 @@ async def test_a_table_that_no_pass_makes_smaller_wakes_nobody_again(short: Sett
     write(root, 0)
     async with open_engine(short, embedder=FakeEmbedder(), watching=False) as engine:
         await engine.settle()
-        rest = compactor.Rest(engine.desk)
+        rest = compactor.Rest(engine.context)
         folder = short.lancedb_directory / "atomic_fact.lance" / "_versions"
         for number in range(5):
             (folder / f"left-{number}").touch()  # nobody's: no optimize removes them

@@ -37,7 +37,7 @@ async def test_a_tree_is_indexed_in_few_calls_and_the_poisoned_and_the_hanging_f
             counts = (await engine.settle()).counts
             assert (counts.done, counts.failed_permanent, counts.failed_retryable) == (300, 1, 1)
             assert {hit.md_path for hit in await engine.search("fine well", mode="fts")} == {"bad.md", "hang.md"}
-            (bad, hang) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["bad.md", "hang.md"]))
+            (bad, hang) = await engine.context.database.aread(lambda tx: reports.outcomes(tx, ["bad.md", "hang.md"]))
             assert "HTTP 400" in str(bad.error)
             assert "line 1" in str(bad.error)
             assert "did not answer within 3 s" in str(hang.error)
@@ -59,7 +59,7 @@ async def test_a_service_that_dies_and_comes_back_leaves_nothing_to_do_by_hand(r
                 await engine.settle()
                 counts = (await engine.status()).counts
             assert (counts.done, counts.failed_retryable, counts.failed_permanent) == (41, 0, 0)
-            assert ((await engine.desk.vectors.model()).name, engine.desk.vectors.life) == ("http:m#1", 1)
+            assert ((await engine.context.vectors.model()).name, engine.context.vectors.epoch) == ("http:m#1", 1)
 
 
 async def test_an_engine_starts_without_its_service_and_indexes_once_it_is_there(root: Path) -> None:
@@ -84,7 +84,7 @@ async def test_a_key_that_is_refused_waits_for_a_good_one_and_fails_nothing(root
             nursery.start_soon(engine.settle)
             await down(engine)
             await counted(engine, lambda counts: counts.delayed > 0)
-            (outcome,) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["a.md"]))
+            (outcome,) = await engine.context.database.aread(lambda tx: reports.outcomes(tx, ["a.md"]))
             assert "embedder.api_key" in str(outcome.error)
             assert "sk-secret" not in str(outcome.error)
             service.misbehave = None
@@ -101,7 +101,7 @@ async def test_another_model_behind_the_same_name_is_told_by_its_vectors(root: P
         service.model = FakeEmbedder(model="another", dimension=24)
         async with open_engine(settings, watching=False) as engine:
             await engine.settle()
-            rows = await engine.desk.index.rows("atomic_fact")
+            rows = await engine.context.index.rows("atomic_fact")
             found = sorted(np.asarray(row["vector"], dtype=np.float32).tolist() for row in rows)
             wanted = sorted(service.model.vector(text).tolist() for text in ("heron", "otter"))
             assert np.allclose(found, wanted, atol=1e-6)
@@ -117,10 +117,10 @@ async def test_a_file_of_ten_thousand_entries_goes_in_calls_of_64_and_one_too_la
     async with open_engine(settings, embedder=fake, watching=False) as engine:
         status = await engine.settle()
         assert status.rows["atomic_fact"] == 10_000
-        (outcome,) = await engine.desk.database.aread(lambda tx: reports.outcomes(tx, ["big.md"]))
+        (outcome,) = await engine.context.database.aread(lambda tx: reports.outcomes(tx, ["big.md"]))
         assert (outcome.status, outcome.retryable) == ("failed", False)
         assert "52428800 bytes, more than max_file_bytes=16777216" in str(outcome.error)
-        assert engine.desk.progress.commits["atomic_fact"] == 1
+        assert engine.context.progress.commits["atomic_fact"] == 1
         calls = len(fake.calls)
         assert max(len(call) for call in fake.calls) == 64
         assert fake.peak <= 8

@@ -95,7 +95,7 @@ async def test_the_guard_learns_the_slope_lowers_a_cap_that_would_pin_too_much_a
         await engine.settle()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with open_reader(pinned) as engine:
-        index, guard = engine.desk.index, Guard(engine.desk)
+        index, guard = engine.context.index, Guard(engine.context)
         kind = "atomic_fact"
         await index.keys(kind)  # opens the table
         for cycle in range(CYCLES):
@@ -110,13 +110,13 @@ async def test_the_guard_learns_the_slope_lowers_a_cap_that_would_pin_too_much_a
             await index.optimize(kind)
             await index.search_text(kind, "heron", where="", limit=3)
             await guard.look()
-        learned, shown = guard.slope, engine.desk.fds["slope"]
+        learned, shown = guard.slope, engine.context.fds["slope"]
         assert learned is not None
         assert shown["points"] == learned.points >= LEAST_POINTS  # type: ignore[index]
         counted = (guard.classes["lance_index"] + guard.classes["deleted"]) / (index.session_bytes() / MIB)
         assert learned.low / 2 <= counted <= 2 * learned.high
         assert (index.cap_bytes, index.rotations) == (given_cap, 0)
-        kept = await engine.desk.database.aread(lambda tx: meta.get(tx, meta.SLOPE))
+        kept = await engine.context.database.aread(lambda tx: meta.get(tx, meta.SLOPE))
         assert slope.kept(kept) is not None
         others = guard.count() - guard.classes["lance_index"] - guard.classes["deleted"]
         resource.setrlimit(resource.RLIMIT_NOFILE, (2 * (others + int(learned.high * 4)), before[1]))  # room for 4 MiB

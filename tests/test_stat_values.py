@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from derived import described, indexed
 from everos_engine.engine import open_engine, open_queue
-from everos_engine.loops.deletion_guard import Brake
-from everos_engine.loops.reconcile import sweep
+from everos_engine.loops.deletion_guard import DeletionGuard
+from everos_engine.loops.reconcile import reconcile_tree
 from everos_engine.settings import Settings, load
 from everos_engine.stores import queue
 from everos_engine.system import files
@@ -79,7 +79,7 @@ def test_any_name_and_time_is_swept_read_and_found_again(tree: dict[bytes, int])
 async def swept(settings: Settings, count: int) -> None:
     database = open_queue(settings)
     try:
-        found = await sweep(settings, database, source="scan", brake=Brake(settings))
+        found = await reconcile_tree(settings, database, source="scan", deletion_guard=DeletionGuard(settings))
         assert (found.files, len(found.queued), found.blind) == (count, count, {})
         for claim in database.write(lambda tx: queue.claim(tx, "me", limit=count, now_milliseconds=1 << 62)):
             place = kinds.recognise(claim.md_path, note_globs=settings.note.globs)

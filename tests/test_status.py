@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from everos_engine.diagnose import doctor, status
-from everos_engine.diagnose.wording import Paint
+from everos_engine.diagnose.wording import Style
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings, load
 from everos_engine.system.control import serve_control
@@ -79,7 +79,7 @@ def test_a_root_that_was_never_indexed_has_a_status_of_the_same_shape(settings: 
 
 async def test_a_new_engine_does_not_repeat_what_an_earlier_one_said(settings: Settings) -> None:
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
-        await engine.desk.notes.say("watch_limit", "events cannot be had", "raise it")
+        await engine.context.conditions.say("watch_limit", "events cannot be had", "raise it")
         said = status.as_json(await trio.to_thread.run_sync(status.snapshot, settings))
         assert "watch_limit" in str(said["notes"])
     async with open_engine(settings, embedder=FakeEmbedder()):
@@ -155,4 +155,4 @@ def test_colour_is_only_where_it_is_wanted(settings: Settings, root: Path, *, co
     from everos_engine.engine import open_queue  # noqa: PLC0415 - imports LanceDB
 
     open_queue(settings).close()
-    assert ("\x1b[" in status.as_text(status.snapshot(settings), Paint(colour))) is has
+    assert ("\x1b[" in status.as_text(status.snapshot(settings), Style(colour))) is has

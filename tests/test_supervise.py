@@ -160,48 +160,48 @@ def grows(waits: list[float]) -> bool:
 async def test_whatever_ends_the_loops_opens_the_stores_again_and_searches_need_not_wait(
     error: BaseException, autojump_clock: trio.testing.MockClock
 ) -> None:
-    life = Life(lambda n: error if n < 13 else None)
-    await keep_open(life.health, life, forever=True)
-    assert life.waits[0] == 0
-    assert grows(life.waits[1:])
-    assert life.waits[-1] >= MOST_REST_SECONDS
-    assert life.health.reopenings == 12
-    assert life.health.reason in {str(error), repr(error)}
-    pauses = [later - sooner for sooner, later in itertools.pairwise(life.began)]
-    assert pauses == pytest.approx(life.waits[:-1])  # the stores were open while the loops waited
+    epoch = Life(lambda n: error if n < 13 else None)
+    await keep_open(epoch.health, epoch, forever=True)
+    assert epoch.waits[0] == 0
+    assert grows(epoch.waits[1:])
+    assert epoch.waits[-1] >= MOST_REST_SECONDS
+    assert epoch.health.reopenings == 12
+    assert epoch.health.reason in {str(error), repr(error)}
+    pauses = [later - sooner for sooner, later in itertools.pairwise(epoch.began)]
+    assert pauses == pytest.approx(epoch.waits[:-1])  # the stores were open while the loops waited
 
 
 @pytest.mark.parametrize("error", BUGS, ids=repr)
 async def test_stores_that_cannot_be_opened_are_tried_again_ever_more_rarely(
     error: BaseException, autojump_clock: trio.testing.MockClock
 ) -> None:
-    life = Life(lambda n: error if n < 13 else None, closed=True)
-    await keep_open(life.health, life, forever=True)
-    assert life.waits == [0] * 13
-    assert grows([later - sooner for sooner, later in itertools.pairwise(life.began)])
+    epoch = Life(lambda n: error if n < 13 else None, closed=True)
+    await keep_open(epoch.health, epoch, forever=True)
+    assert epoch.waits == [0] * 13
+    assert grows([later - sooner for sooner, later in itertools.pairwise(epoch.began)])
 
 
 async def test_damage_opens_the_stores_again_without_a_pause_but_not_for_ever(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    life = Life(lambda n: Damaged("engine.db") if n < 5 else None)
-    await keep_open(life.health, life, forever=True)
-    assert life.waits[:2] == [0, 0]
-    assert grows(life.waits[2:])
+    epoch = Life(lambda n: Damaged("engine.db") if n < 5 else None)
+    await keep_open(epoch.health, epoch, forever=True)
+    assert epoch.waits[:2] == [0, 0]
+    assert grows(epoch.waits[2:])
 
 
 async def test_the_pauses_are_short_again_after_a_time_of_service(autojump_clock: trio.testing.MockClock) -> None:
-    life = Life(lambda n: ValueError("a bug") if n < 6 else None, serving_seconds=WITHIN_SECONDS + 1)
-    await keep_open(life.health, life, forever=True)
-    assert max(life.waits) <= FIRST_REST_SECONDS * 1.25
+    epoch = Life(lambda n: ValueError("a bug") if n < 6 else None, serving_seconds=WITHIN_SECONDS + 1)
+    await keep_open(epoch.health, epoch, forever=True)
+    assert max(epoch.waits) <= FIRST_REST_SECONDS * 1.25
 
 
 @pytest.mark.parametrize("error", [Fatal("only a human"), SettingsError("a bad value")])
 async def test_the_stores_are_not_opened_again_for_what_only_a_human_can_change(error: Exception) -> None:
-    life = Life(lambda _: ExceptionGroup("", [ValueError("beside it"), error]))
+    epoch = Life(lambda _: ExceptionGroup("", [ValueError("beside it"), error]))
     with pytest.raises(type(error), match=str(error)):
-        await keep_open(life.health, life, forever=True)
-    assert len(life.began) == 1
+        await keep_open(epoch.health, epoch, forever=True)
+    assert len(epoch.began) == 1
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ async def test_the_stores_are_not_opened_again_for_what_only_a_human_can_change(
 async def test_a_one_shot_command_ends_with_its_error_but_opens_damaged_stores_again(
     error: EngineError, lives: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    life = Life(lambda _: error)
+    epoch = Life(lambda _: error)
     with pytest.raises(type(error), match=str(error)):
-        await keep_open(life.health, life, forever=False)
-    assert len(life.began) == lives <= 1 + ONE_SHOT_REOPENINGS
+        await keep_open(epoch.health, epoch, forever=False)
+    assert len(epoch.began) == lives <= 1 + ONE_SHOT_REOPENINGS
 
 
 def test_an_error_that_left_its_group_is_asked_once_whether_it_is_exhaustion() -> None:

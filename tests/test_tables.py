@@ -163,12 +163,12 @@ async def test_a_backup_that_went_another_way_to_the_same_version_is_not_taken_f
     shutil.copytree(table_of(settings), kept)
     put(root, "users/u1/.atomic_facts/0.md", facts(fact(0, "word0 edited")))
     async with served(settings) as engine:
-        ours = await engine.desk.index.newest(KIND)
+        ours = await engine.context.index.newest(KIND)
     shutil.rmtree(table_of(settings))
     kept.rename(table_of(settings))
     await trio.to_thread.run_sync(_foreign, settings, _delete_one)
     async with served(settings) as engine:
-        theirs = await engine.desk.index.newest(KIND)
+        theirs = await engine.context.index.newest(KIND)
         assert ours is not None
         assert theirs is not None
         await in_step(engine)
@@ -183,9 +183,9 @@ async def test_a_compaction_by_somebody_else_changes_no_row_and_queues_nothing(r
     async with served(settings) as engine:
         for number in range(FILES):
             await engine.sync([f"users/u1/.atomic_facts/{number}.md"])
-        before = await engine.desk.index.newest(KIND)
+        before = await engine.context.index.newest(KIND)
         await trio.to_thread.run_sync(_foreign, settings, optimize)
-        after = await engine.desk.index.newest(KIND)
+        after = await engine.context.index.newest(KIND)
         assert after is not None
         assert before is not None
         assert after.number > before.number
@@ -206,12 +206,12 @@ async def test_our_own_compactions_and_commits_are_recognised(root: Path) -> Non
     messages: list[str] = []
     sink = logger.add(messages.append, format="{message}")
     async with served(settings) as engine:
-        for turn in range(4):
-            put(root, "users/u1/.atomic_facts/0.md", facts(fact(0, f"word0 edited {turn}")))
+        for acquire in range(4):
+            put(root, "users/u1/.atomic_facts/0.md", facts(fact(0, f"word0 edited {acquire}")))
             await engine.settle()
             await engine.compact()
-            newest = await engine.desk.index.newest(KIND)
-            known = (await engine.desk.database.aread(ledger.incarnations))[KIND]
+            newest = await engine.context.index.newest(KIND)
+            known = (await engine.context.database.aread(ledger.incarnations))[KIND]
             assert known.version == newest
     async with served(settings) as engine:
         await in_step(engine)
@@ -226,13 +226,13 @@ async def test_sync_of_a_path_writes_its_rows_again_even_if_the_ledger_has_them(
         await engine.settle()
         await trio.to_thread.run_sync(_foreign, settings, _delete_one)
         # as if an engine of long ago had taken the foreign version for its own
-        newest = await engine.desk.index.newest(KIND)
+        newest = await engine.context.index.newest(KIND)
         assert newest is not None
-        known = (await engine.desk.database.aread(ledger.incarnations))[KIND]
-        await engine.desk.database.awrite(
+        known = (await engine.context.database.aread(ledger.incarnations))[KIND]
+        await engine.context.database.awrite(
             lambda tx: ledger.remember(tx, KIND, known.incarnation, version=newest, model=known.model)
         )
-        engine.desk.index.reopen(KIND)
+        engine.context.index.reopen(KIND)
         await engine.settle()
         assert len(await engine.search("word3")) == 0
         texts = sum(len(call) for call in fake.calls)
@@ -246,7 +246,7 @@ async def test_sync_of_a_path_writes_its_rows_again_even_if_the_ledger_has_them(
 
 async def _with_failing_write(engine: Engine, at: int, then: Callable[[], Awaitable[object]]) -> bool:
     """Whether there was an n-th transaction of SQLite to fail; what fails is tried again by the engine or by another call."""
-    database, count = engine.desk.database, 0
+    database, count = engine.context.database, 0
     inner = database.write
 
     def write(work: Callable[..., object]) -> object:
@@ -301,7 +301,7 @@ async def test_a_table_is_born_or_made_again_although_a_transaction_fails(
                     write_files(place)
                     await engine.settle()
                     happens(settings)
-                    engine.desk.index.rotate()
+                    engine.context.index.rotate()
                     put(place, "users/u1/.atomic_facts/0.md", facts(fact(0, "word0 edited")))
                 else:
                     write_files(place)
@@ -321,7 +321,7 @@ async def test_the_tables_folder_removed_under_a_running_engine_costs_no_attempt
         shutil.rmtree(settings.lancedb_directory)
         put(root, "users/u1/.atomic_facts/0.md", facts(fact(0, "word0 edited")))
         await engine.sync(["users/u1/.atomic_facts/0.md"])
-        retries = await engine.desk.database.aread(
+        retries = await engine.context.database.aread(
             lambda tx: max(int(str(row[0])) for row in tx.execute("SELECT retry_count FROM md_change_state"))
         )
         assert retries == 0
@@ -336,7 +336,7 @@ async def test_a_search_after_the_table_was_lost_waits_for_no_restart(root: Path
     settings = quiet(root)
     async with served(settings) as engine:
         remove_indexes(table_of(settings))
-        engine.desk.index.rotate()
+        engine.context.index.rotate()
         await engine.search("word3")
         await engine.settle()
         await in_step(engine)
@@ -351,30 +351,30 @@ async def test_a_table_damaged_twice_within_an_hour_becomes_a_condition(root: Pa
     settings = quiet(root)
     async with served(settings) as engine:
         _damage(settings)
-        engine.desk.index.rotate()
+        engine.context.index.rotate()
         await engine.search("word3")
         await engine.settle()
         await in_step(engine)
         kept = settings.lancedb_directory.parent / "set-aside" / f"{KIND}.lance"
         assert kept.is_dir()
         _damage(settings)
-        engine.desk.index.rotate()
+        engine.context.index.rotate()
         assert len(await engine.search("heron")) == 1, "the other kinds are searched"
-        assert "index_damaged" in engine.desk.notes.now
+        assert "index_damaged" in engine.context.conditions.now
         with pytest.raises(TableDamaged):
             await engine.settle()
         put(root, "users/u1/.atomic_facts/0.md", facts(fact(0, "word0 edited")))
         with pytest.raises(TableDamaged):
             await engine.settle()
     async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
-        assert "index_damaged" in engine.desk.notes.now
+        assert "index_damaged" in engine.context.conditions.now
         assert len(await engine.search("heron")) == 1
         long_ago = "1"
-        await engine.desk.database.awrite(lambda tx: meta.put(tx, recovery.REBUILT + KIND, long_ago))
+        await engine.context.database.awrite(lambda tx: meta.put(tx, recovery.REBUILT + KIND, long_ago))
         with trio.fail_after(HANG_SECONDS):
             await engine.settle()
         await in_step(engine)
-        assert "index_damaged" not in engine.desk.notes.now
+        assert "index_damaged" not in engine.context.conditions.now
 
 
 # A deadline proves nothing
@@ -384,7 +384,7 @@ async def test_reads_slower_than_their_deadline_do_not_cost_the_table(root: Path
     write_files(root)
     settings = quiet(root)
     async with served(settings) as engine:
-        incarnation = engine.desk.index.incarnation_of(KIND)
+        incarnation = engine.context.index.incarnation_of(KIND)
     slow = replace(settings, lancedb=replace(settings.lancedb, read_deadline_seconds=1e-9, write_deadline_seconds=1e-9))
     async with open_engine(slow, embedder=FakeEmbedder(), watching=False) as engine:
         with pytest.raises(Transient):
@@ -393,7 +393,7 @@ async def test_reads_slower_than_their_deadline_do_not_cost_the_table(root: Path
         with pytest.raises(Transient):
             await engine.settle()
     async with served(settings) as engine:
-        assert engine.desk.index.incarnation_of(KIND) == incarnation
+        assert engine.context.index.incarnation_of(KIND) == incarnation
         await in_step(engine)
 
 
@@ -423,7 +423,7 @@ async def test_rows_that_lancedb_cannot_take_hold_up_no_neighbour(root: Path) ->
     settings = replace(quiet(root), worker_max_retry=2)
     refused = "users/u1/.atomic_facts/2.md"
     async with open_engine(settings, embedder=FakeEmbedder(), watching=False) as engine:
-        index = engine.desk.index
+        index = engine.context.index
         inner = index.bridge
         index.bridge = _Choosy(inner, refused)  # type: ignore[assignment]
         with trio.fail_after(HANG_SECONDS):

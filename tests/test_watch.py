@@ -73,8 +73,8 @@ def wait_done(env: dict[str, str], count: int) -> None:
 
 def watch_of(root: Path) -> dict[str, Any]:
     """What the engine says of its watching; nothing before it listens."""
-    pulse = ask(root / ".index" / "engine" / "control.sock", "pulse", deadline_seconds=HANG_SECONDS)
-    found: Any = pulse["watch"] if pulse else {"watching": False, "notes": []}
+    snapshot = ask(root / ".index" / "engine" / "control.sock", "pulse", deadline_seconds=HANG_SECONDS)
+    found: Any = snapshot["watch"] if snapshot else {"watching": False, "notes": []}
     return dict(found)
 
 
@@ -170,10 +170,10 @@ async def test_a_replaced_root_is_watched_anew(root: Path) -> None:
         aside = root.with_name("aside")
         root.rename(aside)
         with trio.fail_after(HANG_SECONDS):
-            while engine.desk.progress.watching:  # noqa: ASYNC110 - noticed on a beat
+            while engine.context.progress.watching:  # noqa: ASYNC110 - noticed on a beat
                 await trio.sleep(0.1)
             aside.rename(root)
-            while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
+            while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
                 await trio.sleep(0.1)
         put(root, "a/2.md", "# A\ntwo")
         await counted(engine, lambda counts: counts.done == 2)
@@ -183,7 +183,7 @@ async def test_stopping_waits_for_no_event(root: Path) -> None:
     settings = load({"memory.root": str(root)}, environment={}, user_file=root / "none")
     with trio.fail_after(HANG_SECONDS):
         async with open_engine(settings, embedder=FakeEmbedder()) as engine:
-            while not engine.desk.progress.watching:  # noqa: ASYNC110 - laid in a thread
+            while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
                 await trio.sleep(0.01)
 
 
@@ -197,13 +197,13 @@ async def test_names_that_are_not_utf8_end_no_watching(root: Path) -> None:
         await engine.settle()
         for number in range(1, 9):
             with trio.fail_after(HANG_SECONDS):
-                while not engine.desk.progress.watching and not engine.desk.progress.polling:  # noqa: ASYNC110 - laid in a thread
+                while not engine.context.progress.watching and not engine.context.progress.polling:  # noqa: ASYNC110 - laid in a thread
                     await trio.sleep(0.01)
             Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9%d.txt" % number)).touch()
             put(root, f"{number}.md", "# A\ntext")
             await counted(engine, lambda counts, number=number: counts.done == number)  # type: ignore[misc]  # a default binds the value of this turn
-        assert "watch_failed" in engine.desk.notes.now
-        assert "caf\\xE9" in engine.desk.notes.now["watch_failed"].message
+        assert "watch_failed" in engine.context.conditions.now
+        assert "caf\\xE9" in engine.context.conditions.now["watch_failed"].message
 
 
 class Panic(BaseException):
@@ -257,10 +257,10 @@ async def test_no_error_of_the_events_library_ends_the_engine(
                 left = len(Failing.errors)
                 root.rename(root.with_name("aside"))
                 with trio.fail_after(HANG_SECONDS):
-                    while engine.desk.progress.watching:  # noqa: ASYNC110 - noticed on a beat
+                    while engine.context.progress.watching:  # noqa: ASYNC110 - noticed on a beat
                         await trio.sleep(0.05)
                     root.with_name("aside").rename(root)
-                    while len(Failing.errors) == left and engine.desk.progress.watching:  # noqa: ASYNC110 - in a thread
+                    while len(Failing.errors) == left and engine.context.progress.watching:  # noqa: ASYNC110 - in a thread
                         await trio.sleep(0.05)
         with trio.fail_after(HANG_SECONDS):
             while Failing.errors and point != "close":  # noqa: ASYNC110 - raised in a thread

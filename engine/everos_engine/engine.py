@@ -18,12 +18,12 @@ from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Tra
 from everos_engine.keys import key_of
 from everos_engine.loops.acknowledge import retry_for_settings
 from everos_engine.loops.compactor import compact, maintain
-from everos_engine.loops.context import READER, Base, Desk, base_now, now_milliseconds, wait_moved
-from everos_engine.loops.deletion_guard import lay_marker
+from everos_engine.loops.context import READER, Base, Context, base_now, now_milliseconds, wait_moved
+from everos_engine.loops.deletion_guard import write_marker
 from everos_engine.loops.erase import forget
 from everos_engine.loops.fd_guard import guard
-from everos_engine.loops.reconcile import audit, sweep
-from everos_engine.loops.recovery import agree, heal_reads, inspect
+from everos_engine.loops.reconcile import audit, reconcile_tree
+from everos_engine.loops.recovery import inspect, reconcile_index, repair_reads
 from everos_engine.loops.requests import enqueue
 from everos_engine.loops.scanner import AUDIT_FILES, scan
 from everos_engine.loops.vectors import Vectors, open_vectors
@@ -81,7 +81,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.last_desk: Desk | None = None
+        self.last_desk: Context | None = None
         self._calls: set[trio.CancelScope] = set()
         self._calls_gone = trio.Event()
         self.health = Health()
@@ -93,7 +93,7 @@ class Engine:
         return self._settings
 
     @property
-    def desk(self) -> Desk:
+    def context(self) -> Context:
         """The parts, for status lines and tests. They are replaced when the stores are opened again."""
         if self.last_desk is None:
             raise Transient(self._closed_because())
@@ -102,18 +102,18 @@ class Engine:
     @contextmanager
     def spare(self) -> Iterator[None]:
         """Lend the spare descriptor for the length of the block, if there is one."""
-        with nullcontext() if self.last_desk is None else self.last_desk.reserve.lend():
+        with nullcontext() if self.last_desk is None else self.last_desk.reserve.borrow():
             yield
 
-    def pulse(self) -> dict[str, object]:
+    def snapshot(self) -> dict[str, object]:
         """Return what the control socket answers to "pulse": plain data, from memory."""
-        told: dict[str, object] = {"pid": os.getpid()} if self.last_desk is None else self.last_desk.pulse()
+        told: dict[str, object] = {"pid": os.getpid()} if self.last_desk is None else self.last_desk.snapshot()
         return told | {"health": self.health.as_data()}
 
     @asynccontextmanager
-    async def using(self, desk: Desk) -> AsyncIterator[None]:
+    async def using(self, context: Context) -> AsyncIterator[None]:
         """Let searches use these stores for the length of the block. Calls that still run at its end are cancelled."""
-        self.last_desk = desk
+        self.last_desk = context
         self.health.state.value = "searching"
         try:
             yield
@@ -131,7 +131,7 @@ class Engine:
         self.health.state.value = "serving"
         self.health.tried.set()
 
-    async def _call(self, work: Callable[[Desk], Awaitable[T]], *, needs_loops: bool = True) -> T:
+    async def _call(self, work: Callable[[Context], Awaitable[T]], *, needs_loops: bool = True) -> T:
         """Run ``work`` on the open stores, and again on the new ones if they are opened again meanwhile.
 
         Raises Transient if they do not open within CALL_PATIENCE_SECONDS.
@@ -145,13 +145,13 @@ class Engine:
             if self.health.state.value == "ended":
                 message = "this engine has ended: open another with open_engine"
                 raise EngineError(message)
-            desk = self.desk
+            context = self.context
             with trio.CancelScope() as scope:
                 self._calls.add(scope)
                 try:
-                    return await work(desk)
+                    return await work(context)
                 except Damaged:
-                    if desk.database.on_damage is None or desk.database.damage is None:
+                    if context.database.on_damage is None or context.database.damage is None:
                         raise
                 finally:
                     self._calls.discard(scope)
@@ -159,7 +159,7 @@ class Engine:
                         self._calls_gone.set()
             with trio.move_on_after(CALL_PATIENCE_SECONDS):  # the supervisor closes these stores now
                 await self.health.state.wait_value(
-                    lambda state, desk=desk: state not in fitting or self.last_desk is not desk
+                    lambda state, context=context: state not in fitting or self.last_desk is not context
                 )
         raise Transient(self._closed_because())
 
@@ -180,15 +180,15 @@ class Engine:
         Raises OutsideRoot for a path outside the root or of no kind.
         """
 
-        async def work(desk: Desk) -> list[Outcome]:
+        async def work(context: Context) -> list[Outcome]:
             if not paths:
-                await _settle(desk)
-                return await desk.database.aread(reports.troubled)
-            if (not_in_step := await inspect(desk)) is not None:
+                await _settle(context)
+                return await context.database.aread(reports.troubled)
+            if (not_in_step := await inspect(context)) is not None:
                 raise not_in_step
-            keys, lsn = await enqueue(desk.settings, desk.database, paths, threads=desk.threads)
-            await _reach(desk, lsn)
-            return await desk.database.aread(lambda tx: reports.standing(tx, keys))
+            keys, lsn = await enqueue(context.settings, context.database, paths, threads=context.threads)
+            await _reach(context, lsn)
+            return await context.database.aread(lambda tx: reports.standing(tx, keys))
 
         return await self._call(work)
 
@@ -198,7 +198,7 @@ class Engine:
         Raises Unavailable once the embedding service has been down for ``embedder.outage_patience_seconds``, and Transient where a
         deletion waits because the root looks wrong; the changes wait on.
         """
-        await self._call(lambda desk: _reach(desk, lsn))
+        await self._call(lambda context: _reach(context, lsn))
 
     async def search(
         self, query: str, *, mode: Mode | None = None, only: Filter | None = None, limit: int = 10
@@ -211,17 +211,17 @@ class Engine:
         filtered = only or Filter()
         check_question(mode, filtered.kind, limit)
 
-        async def work(desk: Desk) -> list[Result]:
-            chosen = mode or default_mode(desk.settings)
-            parts = (desk.index, desk.database, desk.vectors, query)
+        async def work(context: Context) -> list[Result]:
+            chosen = mode or default_mode(context.settings)
+            parts = (context.index, context.database, context.vectors, query)
             try:
                 return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
             except Unexpected as error:
-                if desk.owner == READER:
+                if context.owner == READER:
                     message = f"{error}: `everos-engine sync` checks the tables, and makes a damaged one again"
                     raise Unexpected(message) from error
                 with trio.CancelScope(shield=True):
-                    if not await heal_reads(desk, query):
+                    if not await repair_reads(context, query):
                         raise
             return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
 
@@ -229,19 +229,19 @@ class Engine:
 
     async def status(self) -> Status:
         """Everything in numbers, of one moment."""
-        return await self._call(lambda desk: desk.database.aread(status_of), needs_loops=False)
+        return await self._call(lambda context: context.database.aread(status_of), needs_loops=False)
 
     async def release(self) -> list[Outcome]:
         """Apply every held deletion, and say what became of each."""
         released: list[str] = []
 
-        async def work(desk: Desk) -> list[Outcome]:
-            lay_marker(desk.settings)
+        async def work(context: Context) -> list[Outcome]:
+            write_marker(context.settings)
             released.extend(
-                await desk.database.awrite(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
+                await context.database.awrite(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
             )
-            await _reach(desk, await desk.database.aread(queue.newest))
-            return await desk.database.aread(lambda tx: reports.outcomes(tx, released))
+            await _reach(context, await context.database.aread(queue.newest))
+            return await context.database.aread(lambda tx: reports.outcomes(tx, released))
 
         return await self._call(work)
 
@@ -252,31 +252,33 @@ class Engine:
         it, and OutsideRoot for a path outside the root or of no kind.
         """
 
-        async def work(desk: Desk) -> int:
-            keys = [key_of(desk.settings, path) for path in paths]
+        async def work(context: Context) -> int:
+            keys = [key_of(context.settings, path) for path in paths]
             for key in keys if delete else ():
                 with suppress(FileNotFoundError):
-                    os.unlink(files.path_of(desk.settings.root, key))
-            await _settle(desk)
+                    os.unlink(files.path_of(context.settings.root, key))
+            await _settle(context)
             if keys:
-                _, lsn = await enqueue(desk.settings, desk.database, paths, threads=desk.threads)
-                await _reach(desk, lsn)
-            return await forget(desk, keys, text)
+                _, lsn = await enqueue(context.settings, context.database, paths, threads=context.threads)
+                await _reach(context, lsn)
+            return await forget(context, keys, text)
 
         return await self._call(work)
 
     async def audit(self) -> list[str]:
         """Read every file again and index what differs from what was indexed, whatever its fingerprint; its paths."""
 
-        async def work(desk: Desk) -> list[str]:
+        async def work(context: Context) -> list[str]:
             after, found = "", list[str]()
             while True:
-                _, queued, end = await audit(desk.settings, desk.database, desk.threads, after=after, limit=AUDIT_FILES)
+                _, queued, end = await audit(
+                    context.settings, context.database, context.threads, after=after, limit=AUDIT_FILES
+                )
                 found += queued
                 if end is None:
                     break
                 after = end
-            await _reach(desk, await desk.database.aread(queue.newest))
+            await _reach(context, await context.database.aread(queue.newest))
             return found
 
         return await self._call(work)
@@ -289,38 +291,44 @@ class Engine:
         """Try every retryable failure again, and say what became of each."""
         tried: list[str] = []
 
-        async def work(desk: Desk) -> list[Outcome]:
+        async def work(context: Context) -> list[Outcome]:
             tried.extend(
-                await desk.database.awrite(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
+                await context.database.awrite(lambda tx: queue.requeue_failed(tx, now_milliseconds=now_milliseconds()))
             )
-            await _reach(desk, await desk.database.aread(queue.newest))
-            return await desk.database.aread(lambda tx: reports.outcomes(tx, tried))
+            await _reach(context, await context.database.aread(queue.newest))
+            return await context.database.aread(lambda tx: reports.outcomes(tx, tried))
 
         return await self._call(work)
 
 
-async def _settle(desk: Desk) -> Status:
-    found = await sweep(desk.settings, desk.database, source="sync", brake=desk.brake, threads=desk.threads)
-    desk.progress.last_scan_milliseconds = now_milliseconds()
-    if (not_in_step := await inspect(desk)) is not None:
+async def _settle(context: Context) -> Status:
+    found = await reconcile_tree(
+        context.settings,
+        context.database,
+        source="sync",
+        deletion_guard=context.deletion_guard,
+        threads=context.threads,
+    )
+    context.progress.last_scan_milliseconds = now_milliseconds()
+    if (not_in_step := await inspect(context)) is not None:
         raise not_in_step
-    await _reach(desk, found.lsn)
-    while (again := await desk.database.aread(queue.rebuilding)) is not None:
-        await _reach(desk, again)  # a table was begun anew meanwhile: what it held is not searchable before that
-    return await desk.database.aread(status_of)
+    await _reach(context, found.lsn)
+    while (again := await context.database.aread(queue.rebuilding)) is not None:
+        await _reach(context, again)  # a table was begun anew meanwhile: what it held is not searchable before that
+    return await context.database.aread(status_of)
 
 
-async def _reach(desk: Desk, lsn: int) -> None:
-    patience_seconds = desk.settings.embedder.outage_patience_seconds
-    desk.wake_up()
+async def _reach(context: Context, lsn: int) -> None:
+    patience_seconds = context.settings.embedder.outage_patience_seconds
+    context.wake_up()
     while True:
-        seen = desk.applied.value
-        if await desk.database.aread(lambda tx: queue.reached(tx, lsn)):
+        seen = context.applied.value
+        if await context.database.aread(lambda tx: queue.reached(tx, lsn)):
             return
-        desk.vectors.raise_if_down(longer_than_seconds=patience_seconds)
-        if (why := await desk.database.aread(lambda tx: queue.refused(tx, lsn))) is not None:
+        context.vectors.raise_if_down(longer_than_seconds=patience_seconds)
+        if (why := await context.database.aread(lambda tx: queue.refused(tx, lsn))) is not None:
             raise Transient(why)
-        await wait_moved(desk.applied, seen, at_most_seconds=desk.settings.worker_poll_interval_seconds)
+        await wait_moved(context.applied, seen, at_most_seconds=context.settings.worker_poll_interval_seconds)
 
 
 @asynccontextmanager
@@ -379,20 +387,20 @@ async def _serve(
 
     waiting = [task_status.started]
 
-    async def life(wait_seconds: float) -> None:
+    async def epoch(wait_seconds: float) -> None:
         async with (
-            _stores(settings, embedder, owner, blocks, base=engine.base, before=engine.last_desk) as desk,
-            engine.using(desk),
+            _stores(settings, embedder, owner, blocks, base=engine.base, before=engine.last_desk) as context,
+            engine.using(context),
             trio.open_nursery() as nursery,
         ):
-            nursery.start_soon(_end_if_damaged, desk.database)
-            await _begin_notes(desk, health)
+            nursery.start_soon(_end_if_damaged, context.database)
+            await _open_conditions(context, health)
             await trio.sleep(wait_seconds)
-            desk.brake.arm()
-            await _recover(desk)
-            await retry_for_settings(desk)
-            await agree(desk)
-            for name, loop in _loops(desk, watching=watching).items():
+            context.deletion_guard.arm()
+            await _recover(context)
+            await retry_for_settings(context)
+            await reconcile_index(context)
+            for name, loop in _loops(context, watching=watching).items():
                 nursery.start_soon(partial(keep, name, loop), name=name)
             engine.serve()
             if waiting:
@@ -401,12 +409,12 @@ async def _serve(
                 await trio.sleep(WITHIN_SECONDS)
                 health.reason = ""
                 with suppress(Transient):
-                    await desk.notes.over(REOPENED)
+                    await context.conditions.over(REOPENED)
 
     with watching_the_loop() as blocks:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(keep, "control", partial(_control, engine)), name="control")
-            await keep_open(health, life, forever=watching)
+            await keep_open(health, epoch, forever=watching)
 
 
 async def _end_if_damaged(database: Database) -> None:
@@ -424,36 +432,36 @@ async def _end_if_damaged(database: Database) -> None:
         raise database.damage
 
 
-async def _begin_notes(desk: Desk, health: Health) -> None:
+async def _open_conditions(context: Context, health: Health) -> None:
     """Forget the conditions of an earlier life, and say so if the stores had to be opened again.
 
     A disk that takes no words now stops nothing: they stay in memory, and the pulse has them.
     """
     with suppress(Transient):
-        await desk.notes.begin()
-        await desk.report_replaced()
+        await context.conditions.begin()
+        await context.report_replaced()
     if health.reopenings:
         message = f"the stores were opened again {health.reopenings} times, last after: {health.reason}"
         with suppress(Transient):
-            await desk.notes.say(REOPENED, message, REOPENED_REMEDY)
+            await context.conditions.say(REOPENED, message, REOPENED_REMEDY)
 
 
-def _loops(desk: Desk, *, watching: bool) -> dict[str, Callable[[], Awaitable[None]]]:
+def _loops(context: Context, *, watching: bool) -> dict[str, Callable[[], Awaitable[None]]]:
     """The loops by their names."""
-    loops: dict[str, Callable[[Desk], Awaitable[None]]] = {
+    loops: dict[str, Callable[[Context], Awaitable[None]]] = {
         "work": work,
         "wake": _wake_ups,
         "guard": partial(guard, proving=watching),
     }
     if watching:
         loops |= {"watch": watch, "scan": scan, "maintain": maintain}
-    return {name: partial(loop, desk) for name, loop in loops.items()}
+    return {name: partial(loop, context) for name, loop in loops.items()}
 
 
 @asynccontextmanager
 async def _stores(
-    settings: Settings, embedder: Embedder | None, owner: str, blocks: LoopBlocks, *, base: Base, before: Desk | None
-) -> AsyncIterator[Desk]:
+    settings: Settings, embedder: Embedder | None, owner: str, blocks: LoopBlocks, *, base: Base, before: Context | None
+) -> AsyncIterator[Context]:
     """The stores of one root, open for the length of the block; the shared values are those of the desk ``before``."""
     is_first = before is None
     async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder, connecting=is_first) as vectors:
@@ -461,12 +469,12 @@ async def _stores(
             ceiling.check_limit(descriptors.limits()[1])
             index = _index(settings, bridge, database)
             if before is None:
-                desk = Desk(settings, database, index, vectors, owner, blocks=blocks, base=base)
+                context = Context(settings, database, index, vectors, owner, blocks=blocks, base=base)
             else:
-                desk = replace(before, database=database, index=index, vectors=vectors)
-            index.on_exhausted = desk.exhaust
+                context = replace(before, database=database, index=index, vectors=vectors)
+            index.on_exhausted = context.exhaust
             try:
-                yield desk
+                yield context
             finally:
                 index.close()
 
@@ -486,7 +494,7 @@ async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
         with _databases(settings, readonly=readonly) as database:
             index = _index(settings, bridge, database)
             try:
-                async with engine.using(Desk(settings, database, index, vectors, READER, base=engine.base)):
+                async with engine.using(Context(settings, database, index, vectors, READER, base=engine.base)):
                     yield engine
             finally:
                 index.close()
@@ -611,15 +619,15 @@ def _index(settings: Settings, bridge: AsyncioThread, database: Database) -> Ind
     return open_index(bridge, fitting, kinds=kinds.KINDS, directory=directory, cap_bytes=cap_bytes)
 
 
-async def _recover(desk: Desk) -> None:
+async def _recover(context: Context) -> None:
     """Take back what dead engines held: we hold the engine's lock, but a CLI may live."""
 
     def reap() -> int:
-        others = desk.database.read(queue.owners)
-        dead = locks.dead_owners(desk.settings.engine_directory / "owners", others)
-        return desk.database.write(lambda tx: queue.recover(tx, dead)) if dead else 0
+        others = context.database.read(queue.owners)
+        dead = locks.dead_owners(context.settings.engine_directory / "owners", others)
+        return context.database.write(lambda tx: queue.recover(tx, dead)) if dead else 0
 
-    count = await trio.to_thread.run_sync(reap, limiter=desk.database.limiter)
+    count = await trio.to_thread.run_sync(reap, limiter=context.database.limiter)
     if count:
         logger.info("cascade_recovered_orphan_processing count={}", count)
 
@@ -632,14 +640,14 @@ async def _control(engine: Engine) -> None:
     await engine.health.tried.wait()
 
     def look() -> dict[str, object]:
-        engine.desk.look_again()
+        engine.context.look_again()
         return {"looking": True}
 
     def history() -> dict[str, object]:
-        return engine.desk.history()
+        return engine.context.history()
 
     def answer(question: str) -> dict[str, object]:
-        known = {"pulse": engine.pulse, "history": history, "look": look}
+        known = {"pulse": engine.snapshot, "history": history, "look": look}
         if question not in known:
             return {"error": f"unknown question {question!r}: ask one of {', '.join(known)}"}
         try:
@@ -675,11 +683,11 @@ def _word(asked: Mapping[str, object], name: str) -> str | None:
     return word if isinstance(word, str) else None
 
 
-async def _wake_ups(desk: Desk) -> None:
+async def _wake_ups(context: Context) -> None:
     """Datagrams of other processes: they queued something."""
-    async with wake.open_wake(desk.settings.engine_directory / "wake.sock") as messages:
+    async with wake.open_wake(context.settings.engine_directory / "wake.sock") as messages:
         async for _ in messages.messages():
-            desk.wake_up()
+            context.wake_up()
 
 
 __all__ = ["Engine", "Status", "default_mode", "open_engine", "open_reader"]

@@ -131,7 +131,7 @@ async def _embedded(vectors: Vectors, query: str, *, alone: bool) -> tuple[NDArr
             return await vectors.query(query), await vectors.model()
     except (Transient, BadText) as error:
         trouble = error
-    if alone or vectors.gate is None:
+    if alone or vectors.breaker is None:
         raise trouble
     logger.warning("search_without_vectors error={!r}", str(trouble))
     return None

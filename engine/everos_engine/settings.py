@@ -46,7 +46,7 @@ MIN_SECRET_CHARACTERS = 4
 """A shorter part of an address is not masked in a text: it is in too many words."""
 
 
-def knob(
+def setting(
     default: Any,
     doc: str,
     *,
@@ -80,74 +80,74 @@ def knob(
 class LanceDBSettings:
     """The index store."""
 
-    descriptor_mode: DescriptorMode = knob(
+    descriptor_mode: DescriptorMode = setting(
         "reopen",
         "`reopen` opens index files for each read and pins no descriptor; `pinned` keeps them open, bounded by the cap.",
         scope="root",
     )
-    index_cache_size_bytes: int | Literal["auto"] = knob(
+    index_cache_size_bytes: int | Literal["auto"] = setting(
         16 << 20,
         "Cap of the LanceDB index cache; sizes such as `8MB` are accepted, `auto` takes what fits under `ulimit -n`.",
         least=0,
         scope="root",
     )
-    descriptors_per_mebibyte: float = knob(
+    descriptors_per_mebibyte: float = setting(
         110.0,
         "Descriptors that one MiB of index cache pins in mode `pinned`; `everos-engine fds calibrate` measures it.",
         least=1,
         scope="root",
     )
-    session_most_bytes: int = knob(
+    session_most_bytes: int = setting(
         32 << 20,
         "Bytes in the Session's caches, metadata too, above which it is rotated; sizes are accepted.",
         least=0,
         scope="root",
     )
-    soft_budget_share: float = knob(
+    soft_budget_share: float = setting(
         0.5,
         "Share of the descriptor limit above which the Session is rotated and the worker slows down.",
         least=0.1,
         most=0.95,
         scope="root",
     )
-    hard_budget_share: float = knob(
+    hard_budget_share: float = setting(
         0.8, "Share of the descriptor limit above which new work waits.", least=0.1, most=1, scope="root"
     )
-    history_file: str = knob(
+    history_file: str = setting(
         "", "File to which the descriptor guard appends one JSON line a second; empty: none.", scope="user"
     )
-    concurrent_reads: int = knob(
+    concurrent_reads: int = setting(
         4,
         "Most reads of the index at once; each has its files open meanwhile, the others wait their turn.",
         least=1,
         scope="root",
     )
-    read_deadline_seconds: float = knob(30.0, "Longest one read of the index may take.", least=0.1, scope="root")
-    write_deadline_seconds: float = knob(
+    read_deadline_seconds: float = setting(30.0, "Longest one read of the index may take.", least=0.1, scope="root")
+    write_deadline_seconds: float = setting(
         120.0,
         "Longest one commit may take before its outcome counts as unknown and it is done again.",
         least=1,
         scope="root",
     )
-    optimize_after_commits: int = knob(40, "Commits to a table before it is optimized.", least=1, scope="root")
-    optimize_after_rows: int = knob(5000, "Rows written to a table before it is optimized.", least=1, scope="root")
-    optimize_after_share: float = knob(
+    optimize_after_commits: int = setting(40, "Commits to a table before it is optimized.", least=1, scope="root")
+    optimize_after_rows: int = setting(5000, "Rows written to a table before it is optimized.", least=1, scope="root")
+    optimize_after_share: float = setting(
         0.2,
         "Rows written to a table, as a share of those its indexes cover, before it is optimized.",
         least=0.01,
         scope="root",
     )
-    optimize_idle_seconds: float = knob(
+    optimize_idle_seconds: float = setting(
         5.0, "Quiet time after the last commit before a pending optimize runs.", least=0, scope="root"
     )
-    keep_versions_seconds: float = knob(
+    keep_versions_seconds: float = setting(
         600.0,
         "Age before an old table version is pruned; a reader may hold one this long. A table at rest has no old version "
         "1.25 times this long after the last write to it.",
         least=60,
         scope="root",
     )
-    erase_after_hours: float = knob(
+    erase_after_hours: float = setting(
         24.0,
         "Time after which a table that was written to is written again without the rows that were deleted; 0 never does.",
         least=0,
@@ -159,61 +159,61 @@ class LanceDBSettings:
 class EmbedderSettings:
     """Where vectors come from."""
 
-    kind: Literal["local", "http", "none"] = knob(
+    kind: Literal["local", "http", "none"] = setting(
         "local",
         "`local` (offline, ships its weights), `http` (OpenAI-compatible service) or `none` (text search only).",
         scope="user",
         root_values=("local", "none"),
     )
-    url: str = knob(
+    url: str = setting(
         "",
         "Base URL of the service, with or without `/embeddings` at its end (kind `http`).",
         scope="user",
         hidden="url",
     )
-    model: str = knob("", "Model name sent to the service (kind `http`).", scope="user")
-    api_key: str = knob(
+    model: str = setting("", "Model name sent to the service (kind `http`).", scope="user")
+    api_key: str = setting(
         "", "Bearer token for the service; never logged.", scope="user", hidden="whole", sent_to="embedder.url"
     )
-    dimension: int = knob(
+    dimension: int = setting(
         0, "Width the service must answer with; 0 takes the width of its first answer.", least=0, scope="root"
     )
-    batch_size: int = knob(64, "Most texts in one call.", least=1, most=2048, scope="root")
-    concurrency: int = knob(
+    batch_size: int = setting(64, "Most texts in one call.", least=1, most=2048, scope="root")
+    concurrency: int = setting(
         8,
         "Most calls in flight; texts under suspicion have up to three quarters as many of their own.",
         least=1,
         most=64,
         scope="root",
     )
-    calls_per_second: float = knob(0.0, "Most calls begun in a second; 0 is without limit.", least=0, scope="user")
-    max_characters: int = knob(
+    calls_per_second: float = setting(0.0, "Most calls begun in a second; 0 is without limit.", least=0, scope="user")
+    max_characters: int = setting(
         32_000,
         "Longest text sent to a service; the vector of a longer one is made from its beginning.",
         least=1,
         scope="root",
     )
-    deadline_seconds: float = knob(30.0, "Longest one call may take.", least=0.1, scope="root")
-    hedge_seconds: float = knob(
+    deadline_seconds: float = setting(30.0, "Longest one call may take.", least=0.1, scope="root")
+    hedge_seconds: float = setting(
         2.0,
         "A call with several texts that takes longer is split, so that one slow text cannot hold up the others.",
         least=0.05,
         scope="root",
     )
-    outage_probe_seconds: float = knob(
+    outage_probe_seconds: float = setting(
         1.0,
         "First delay before a service that is down is asked again; doubles up to `outage_probe_max_seconds`.",
         least=0.01,
         scope="root",
     )
-    outage_probe_max_seconds: float = knob(30.0, "Longest delay between two such probes.", least=0.01, scope="root")
-    outage_patience_seconds: float = knob(
+    outage_probe_max_seconds: float = setting(30.0, "Longest delay between two such probes.", least=0.01, scope="root")
+    outage_patience_seconds: float = setting(
         60.0,
         "How long `sync`, `fix` and `settle` wait for a service that is down; the changes wait on.",
         least=0,
         scope="root",
     )
-    cache_max_bytes: int = knob(
+    cache_max_bytes: int = setting(
         2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0, scope="root"
     )
 
@@ -222,7 +222,7 @@ class EmbedderSettings:
 class NoteSettings:
     """Plain markdown as a kind of its own."""
 
-    globs: tuple[str, ...] = knob(
+    globs: tuple[str, ...] = setting(
         (), "Globs, relative to the root, of plain markdown indexed as `note`; empty turns the kind off.", scope="root"
     )
 
@@ -231,16 +231,16 @@ class NoteSettings:
 class WatchSettings:
     """How changes are noticed between the sweeps."""
 
-    mode: Literal["auto", "events", "poll", "off"] = knob(
+    mode: Literal["auto", "events", "poll", "off"] = setting(
         "auto",
         "`events` listens for file events; `poll` sweeps every `watch.poll_interval_seconds` instead; `auto` listens, "
         "and polls too where events do not tell of every change; `off` leaves all to the sweeps.",
         scope="root",
     )
-    debounce_milliseconds: int = knob(
+    debounce_milliseconds: int = setting(
         200, "Longest time events are gathered before they are recorded.", least=1, scope="root"
     )
-    poll_interval_seconds: float = knob(
+    poll_interval_seconds: float = setting(
         5.0, "Time between sweeps where events cannot be relied on.", least=0.05, scope="root"
     )
 
@@ -249,9 +249,9 @@ class WatchSettings:
 class MemorySettings:
     """Where the memory is."""
 
-    root: Path = knob(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.", scope="user")
+    root: Path = setting(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.", scope="user")
 
-    index_access: Literal["owner", "group"] = knob(
+    index_access: Literal["owner", "group"] = setting(
         "owner",
         "Who may read the index: the user that the engine runs as, or its group too. Only the owner may write.",
         scope="user",
@@ -272,65 +272,69 @@ class Settings:
     note: NoteSettings = field(default_factory=NoteSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
 
-    file_deadline_seconds: float = knob(
+    file_deadline_seconds: float = setting(
         30.0,
         "How long one look at a file or directory may take. One that takes longer (a hung network file system, a file that is only in the cloud) is left, named, and tried again later.",
         least=0.05,
         scope="root",
     )
-    scan_interval_seconds: float = knob(30.0, "Time between sweeps of the whole tree.", least=0.05, scope="root")
-    worker_batch_size: int = knob(50, "Changes claimed at once; grows with the backlog.", least=1, scope="root")
-    worker_batch_max: int = knob(500, "Most changes claimed at once.", least=1, scope="root")
-    worker_max_retry: int = knob(
+    scan_interval_seconds: float = setting(30.0, "Time between sweeps of the whole tree.", least=0.05, scope="root")
+    worker_batch_size: int = setting(50, "Changes claimed at once; grows with the backlog.", least=1, scope="root")
+    worker_batch_max: int = setting(500, "Most changes claimed at once.", least=1, scope="root")
+    worker_max_retry: int = setting(
         3, "Attempts again after a transient failure, before the change is dead-lettered.", least=0, scope="root"
     )
-    worker_poll_interval_seconds: float = knob(
+    worker_poll_interval_seconds: float = setting(
         1.0,
         "Time between looks for changes queued by other processes; only the net under the wake-ups.",
         least=0.01,
         scope="root",
     )
-    worker_retry_backoff_seconds: float = knob(
+    worker_retry_backoff_seconds: float = setting(
         2.0, "First delay after a transient failure; doubles per attempt.", least=0, scope="root"
     )
-    worker_retry_backoff_max_seconds: float = knob(300.0, "Longest delay between two attempts.", least=0, scope="root")
-    settle_milliseconds: int = knob(
+    worker_retry_backoff_max_seconds: float = setting(
+        300.0, "Longest delay between two attempts.", least=0, scope="root"
+    )
+    settle_milliseconds: int = setting(
         250,
         "Least time between two indexings of one file, and the age a file must have before it is believed to have "
         "lost its structure, half of its entries or all that it held: it may still be being written.",
         least=0,
         scope="root",
     )
-    audit_interval_hours: float = knob(
+    audit_interval_hours: float = setting(
         24.0,
         "Time in which every file is read again and compared by content, spread evenly; 0 never does.",
         least=0,
         scope="root",
     )
-    brake_ratio: float = knob(
+    brake_ratio: float = setting(
         0.3,
         "Share of the known files that may vanish within a minute; more are held until `release`. 1 never holds.",
         least=0,
         most=1,
         scope="root",
     )
-    brake_least: int = knob(
+    brake_least: int = setting(
         20, "That many may always vanish within a minute, whatever their share.", least=0, scope="root"
     )
-    max_file_bytes: int = knob(16 << 20, "Largest markdown file that is indexed.", least=1, scope="root")
-    shutdown_grace_seconds: float = knob(
+    max_file_bytes: int = setting(16 << 20, "Largest markdown file that is indexed.", least=1, scope="root")
+    shutdown_grace_seconds: float = setting(
         10.0, "Time a graceful stop may take to finish what is held.", least=0, scope="root"
     )
-    lock_wait_seconds: float = knob(
+    lock_wait_seconds: float = setting(
         600.0,
         "Longest time a command or a starting engine waits for another command that works on the same root.",
         least=0,
         scope="root",
     )
-    log_format: Literal["auto", "text", "json"] = knob(
+    log_format: Literal["auto", "text", "json"] = setting(
         "auto", "`auto` shows a status line on a terminal, else text lines.", scope="root"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = knob("INFO", "Least level that is logged.", scope="root")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "INFO", "Least level that is logged.", scope="root"
+    )
 
     @property
     def root(self) -> Path:

@@ -83,7 +83,7 @@ STEPS = st.lists(
 def test_the_index_holds_just_what_was_committed(
     served: Served, steps: list[tuple[dict[tuple[str, str], str], list[tuple[str, str]]]]
 ) -> None:
-    index, model = served.engine.desk.index, {}
+    index, model = served.engine.context.index, {}
 
     async def commit(upserts: dict[tuple[str, str], str], deletes: list[tuple[str, str]]) -> None:
         rows = [Row(*key, b"\1", values(text), np.ones(4, dtype=np.float32)) for key, text in upserts.items()]

@@ -42,8 +42,8 @@ def settings_of(root: Path, **flags: object) -> Settings:
 def scan_of_20000_unchanged_files() -> Sequence[Figure]:
     """A sweep that finds nothing: CPU, and the longest time it kept other tasks from running."""
     from everos_engine.engine import open_queue
-    from everos_engine.loops.deletion_guard import Brake
-    from everos_engine.loops.reconcile import sweep
+    from everos_engine.loops.deletion_guard import DeletionGuard
+    from everos_engine.loops.reconcile import reconcile_tree
     from everos_engine.stores import queue
     from everos_engine.stores.database import Database
 
@@ -56,17 +56,17 @@ def scan_of_20000_unchanged_files() -> Sequence[Figure]:
             queue.mark_done(tx, one, tuple(four), racy=False, now_milliseconds=1, digest=b"x")  # type: ignore[arg-type]
         return len(held)
 
-    async def unchanged(settings: Settings, database: Database, brake: Brake) -> None:
-        found = await sweep(settings, database, source="scan", brake=brake)
+    async def unchanged(settings: Settings, database: Database, deletion_guard: DeletionGuard) -> None:
+        found = await reconcile_tree(settings, database, source="scan", deletion_guard=deletion_guard)
         if found.queued or found.files != 20_000:
             message = f"not unchanged: {found}"
             raise AssertionError(message)
 
     async def measure(root: Path) -> tuple[list[float], list[float], list[float]]:
         settings = settings_of(root)
-        database, brake = open_queue(settings), Brake(settings)
-        brake.arm()
-        await sweep(settings, database, source="scan", brake=brake)
+        database, deletion_guard = open_queue(settings), DeletionGuard(settings)
+        deletion_guard.arm()
+        await reconcile_tree(settings, database, source="scan", deletion_guard=deletion_guard)
         while database.write(settle):
             pass
         cpu, wall, blocks = [], [], []
@@ -74,14 +74,14 @@ def scan_of_20000_unchanged_files() -> Sequence[Figure]:
         gc.freeze()  # as `run` does once it serves
         for _ in range(9):
             with timed() as watch:
-                await unchanged(settings, database, brake)
+                await unchanged(settings, database, deletion_guard)
             cpu.append(watch.cpu_seconds)
             wall.append(watch.wall_seconds)
         for _ in range(9):  # apart, because measuring it costs CPU
             gaps: list[float] = []
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_gaps, gaps)
-                await unchanged(settings, database, brake)
+                await unchanged(settings, database, deletion_guard)
                 nursery.cancel_scope.cancel()
             blocks.append(1000 * max(gaps))
         database.close()
@@ -310,7 +310,7 @@ def guard_at_500_descriptors() -> Sequence[Figure]:
     async def measure(root: Path) -> float:
         async with open_reader(settings_of(root)) as engine:
             with trio.move_on_after(20), timed() as watch:
-                await guard(engine.desk, proving=False)
+                await guard(engine.context, proving=False)
             return watch.cpu_seconds / watch.wall_seconds
 
     with tempfile.TemporaryDirectory(prefix="everos-bench-") as name:
@@ -324,13 +324,13 @@ def guard_at_500_descriptors() -> Sequence[Figure]:
 @BOOK.bench
 def self_test_of_the_descriptor_law() -> Sequence[Figure]:
     """What a start costs once for each version of the library."""
-    from everos_engine.loops.fd_self_test import prove
+    from everos_engine.loops.fd_self_test import self_test
     from everos_engine.settings import LanceDBSettings
     from everos_engine.system.asyncio_thread import open_asyncio_thread
 
     async def measure(directory: Path) -> list[float]:
         async with open_asyncio_thread() as bridge:
-            laws = [await prove(bridge, LanceDBSettings(), directory=directory, claimed="reopen") for _ in range(5)]
+            laws = [await self_test(bridge, LanceDBSettings(), directory=directory, claimed="reopen") for _ in range(5)]
         return [law.cpu_seconds for law in laws]
 
     with tempfile.TemporaryDirectory(prefix="everos-bench-") as name:

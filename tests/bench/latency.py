@@ -46,10 +46,10 @@ async def searchable(engine: Engine, root: Path, number: int, word: str) -> floa
     write(root, number, word)
     with trio.fail_after(LONG_SECONDS):
         while True:
-            seen = engine.desk.applied.value
+            seen = engine.context.applied.value
             if await engine.search(word, mode="fts", limit=1):
                 return 1000 * (time.perf_counter() - began)
-            await engine.desk.applied.wait_value(lambda now, seen=seen: now != seen)
+            await engine.context.applied.wait_value(lambda now, seen=seen: now != seen)
 
 
 async def edits(engine: Engine, root: Path, count: int, *, start: int = 0) -> list[float]:
@@ -84,14 +84,14 @@ def burst_of_100_edits() -> Sequence[Figure]:
         calls, commits, waited = [], [], []
         fake = FakeEmbedder()
         async with running(fake) as (engine, root):
-            for turn in range(5):
+            for acquire in range(5):
                 await trio.sleep(1)  # the burst before has settled in every sense
-                before = (len(fake.calls), engine.desk.progress.commits.get("note", 0), time.perf_counter())
+                before = (len(fake.calls), engine.context.progress.commits.get("note", 0), time.perf_counter())
                 for number in range(100):
-                    write(root, number, f"burst{turn}n{number}")
+                    write(root, number, f"burst{acquire}n{number}")
                 await engine.settle()
                 calls.append(len(fake.calls) - before[0])
-                commits.append(engine.desk.progress.commits["note"] - before[1])
+                commits.append(engine.context.progress.commits["note"] - before[1])
                 waited.append(1000 * (time.perf_counter() - before[2]))
         return calls, commits, waited
 
@@ -111,16 +111,16 @@ def neighbours_of_trouble() -> Sequence[Figure]:
         alone, beside = [], []
         async with running(FakeEmbedder()) as (engine, root):
             await edits(engine, root, 10, start=1000)
-            for turn in range(4):
+            for acquire in range(4):
                 for number in range(25):
-                    (root / "poisoned.md").write_text(f"# A\nhealthy {turn} {number}\n")
-                    (root / "malformed.md").write_text(f"---\na: [{turn}, {number}]\n---\n# A\ntext\n")
-                    alone += await edits(engine, root, 1, start=2000 + 100 * turn + number)
-                (root / "hanging.md").write_text(f"# A\nHANG {turn}\n")
+                    (root / "poisoned.md").write_text(f"# A\nhealthy {acquire} {number}\n")
+                    (root / "malformed.md").write_text(f"---\na: [{acquire}, {number}]\n---\n# A\ntext\n")
+                    alone += await edits(engine, root, 1, start=2000 + 100 * acquire + number)
+                (root / "hanging.md").write_text(f"# A\nHANG {acquire}\n")
                 for number in range(25):
-                    (root / "poisoned.md").write_text(f"# A\nPOISON {turn} {number}\n")
-                    (root / "malformed.md").write_text(f"---\na: [{turn} {number}\n---\n")
-                    beside += await edits(engine, root, 1, start=5000 + 100 * turn + number)
+                    (root / "poisoned.md").write_text(f"# A\nPOISON {acquire} {number}\n")
+                    (root / "malformed.md").write_text(f"---\na: [{acquire} {number}\n---\n")
+                    beside += await edits(engine, root, 1, start=5000 + 100 * acquire + number)
                 (root / "hanging.md").write_text("# A\nat peace\n")
                 (root / "poisoned.md").write_text("# A\nat peace\n")
                 await trio.sleep(0.5)

@@ -57,7 +57,7 @@ def filled_session_against_a_new_one() -> Sequence[Figure]:
         chance, found, edits = random.Random(2), dict[int, list[tuple[float, float]]](), 0
         async with open_engine(settings, embedder=embedder(), watching=False) as engine:
             await engine.settle()
-            index = engine.desk.index
+            index = engine.context.index
             first = index.session_bytes()
             for size in SIZES_MIB:
                 while index.session_bytes() < size * MIB and edits < MOST_EDITS:
@@ -90,9 +90,9 @@ def filled_session_against_a_new_one() -> Sequence[Figure]:
 
 async def pairs(engine: Engine, settings: Settings, memory: Memory, chance: random.Random) -> list[tuple[float, float]]:
     """Milliseconds of a search by words and one by vector, with the engine's Session and with a new one."""
-    old = engine.desk.index
+    old = engine.context.index
     new = open_index(old.bridge, settings.lancedb, kinds=old.kinds, directory=old.directory, cap_bytes=old.cap_bytes)
-    model, found = await engine.desk.vectors.model(), list[tuple[float, float]]()
+    model, found = await engine.context.vectors.model(), list[tuple[float, float]]()
     try:
         for number in range(PAIRS):
             words, kind = memory.question(), KINDS[number % len(KINDS)]
@@ -125,7 +125,7 @@ def rotation_of_the_session() -> Sequence[Figure]:
             await engine.settle()
             await engine.compact()
             for _ in range(ROTATIONS):
-                engine.desk.index.rotate()
+                engine.context.index.rotate()
                 words = memory.question()
                 for times in (first, second):
                     began = time.perf_counter()

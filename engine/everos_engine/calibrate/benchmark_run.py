@@ -44,7 +44,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Trial:
+class BenchmarkRun:
     """What was seen: descriptors before, at most and pinned by indexes at most; per cycle; milliseconds per query.
 
     ``query_cpu_milliseconds`` is the mean over all threads: on a busy machine it is steadier than the clock.
@@ -63,9 +63,9 @@ class Trial:
     exhausted: bool = False
 
 
-async def run(plan: Plan, directory: Path) -> Trial:
+async def run(plan: Plan, directory: Path) -> BenchmarkRun:
     """Add and optimize ``plan.cycles`` times, a query after each; then ``plan.queries`` queries on the clock."""
-    trial, chance = Trial(), random.Random(0)  # noqa: S311 - text to fill an index
+    trial, chance = BenchmarkRun(), random.Random(0)  # noqa: S311 - text to fill an index
     settings = LanceDBSettings(descriptor_mode=plan.mode, read_deadline_seconds=5.0)
     async with open_asyncio_thread() as bridge, trio.open_nursery() as nursery:
         kinds = {KIND: KINDS[KIND]}
@@ -96,7 +96,7 @@ async def run(plan: Plan, directory: Path) -> Trial:
     return trial
 
 
-async def _cycles(index: Index, plan: Plan, trial: Trial, chance: random.Random, directory: Path) -> None:
+async def _cycles(index: Index, plan: Plan, trial: BenchmarkRun, chance: random.Random, directory: Path) -> None:
     for cycle in range(plan.cycles):
         await index.commit(KIND, [_row(plan, chance, cycle * plan.rows + nth) for nth in range(plan.rows)], [])
         await index.optimize(KIND)
@@ -110,7 +110,7 @@ async def _cycles(index: Index, plan: Plan, trial: Trial, chance: random.Random,
         trial.cycles = cycle + 1
 
 
-async def _look(trial: Trial, count: Callable[[], int]) -> None:
+async def _look(trial: BenchmarkRun, count: Callable[[], int]) -> None:
     while True:
         trial.peak = max(trial.peak, count())
         await trio.sleep(LOOK_SECONDS)

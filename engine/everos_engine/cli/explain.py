@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from everos_engine.diagnose.wording import Paint, ago, plural, shown, size
+from everos_engine.diagnose.wording import Style, ago, plural, shown, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,16 +17,16 @@ LABEL = 10
 MOST_NAMED = 5
 
 
-def as_text(found: Explanation, paint: Paint) -> str:
+def as_text(found: Explanation, style: Style) -> str:
     """The block for a terminal."""
-    seen, judgement = found.evidence, found.judgement
+    seen, diagnosis = found.evidence, found.diagnosis
     name = shown(seen.place.md_path if seen.place is not None and seen.key != seen.path else seen.key or seen.path)
-    word = WORDS.get(judgement.verdict, judgement.verdict)
-    verdict = paint(f"{word}:", COLOURS.get(judgement.verdict, "red"))
-    lines = [paint(name, "bold"), paint.wrap(judgement.cause, indent=2, first=f"{verdict} ")]
+    word = WORDS.get(diagnosis.verdict, diagnosis.verdict)
+    verdict = style(f"{word}:", COLOURS.get(diagnosis.verdict, "red"))
+    lines = [style(name, "bold"), style.wrap(diagnosis.cause, indent=2, first=f"{verdict} ")]
     facts = [
-        ("do", judgement.remedy),
-        ("next", judgement.next),
+        ("do", diagnosis.remedy),
+        ("next", diagnosis.next),
         ("kind", _kind(seen)),
         ("disk", _disk(seen)),
         ("queue", _queue(seen)),
@@ -38,7 +38,7 @@ def as_text(found: Explanation, paint: Paint) -> str:
     ]
     for label, text in facts:
         if text:
-            lines.append(paint.wrap(text, indent=LABEL + 2, first=f"  {paint(label.ljust(LABEL), 'dim')}"))
+            lines.append(style.wrap(text, indent=LABEL + 2, first=f"  {style(label.ljust(LABEL), 'dim')}"))
     return "\n".join(lines)
 
 
@@ -90,7 +90,7 @@ def _queue(seen: Evidence) -> str:
 
 def _error(found: Explanation) -> str:
     change = found.evidence.known.change
-    if change is None or not change.error or change.error.split(";", 1)[0] in found.judgement.cause:
+    if change is None or not change.error or change.error.split(";", 1)[0] in found.diagnosis.cause:
         return ""
     return change.error
 

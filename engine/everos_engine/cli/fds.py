@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 from everos_engine.cli.terminal import print_json
-from everos_engine.diagnose.engine_state import Vitals, vitals
-from everos_engine.diagnose.wording import Paint, ago, aimed, paint_for, size
+from everos_engine.diagnose.engine_state import EngineState, read_engine_state
+from everos_engine.diagnose.wording import Style, ago, size, style_for, with_root
 from everos_engine.errors import SettingsError
 from everos_engine.system import ceiling, descriptors
 
@@ -36,23 +36,28 @@ MEANINGS = {
 def show(settings: Settings, *, watch: bool, as_json: bool, program: str = "everos-engine") -> int:
     """Print the table once, or every second until interrupted; JSON is one object, with ``watch`` one a line."""
     while True:
-        found = vitals(settings)
+        found = read_engine_state(settings)
         data = as_data(settings, found)
         if as_json:
             print_json(data, indent=None if watch else 2)
         else:
             clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
-            print(clear + aimed(as_text(data, found, paint_for(sys.stdout)), program), flush=True)
+            print(clear + with_root(as_text(data, found, style_for(sys.stdout)), program), flush=True)
         if not watch:
             return OK if found.state in {"answers", "absent"} else TROUBLE
         time.sleep(WATCH_SECONDS)
 
 
-def as_data(settings: Settings, found: Vitals) -> dict[str, object]:
+def as_data(settings: Settings, found: EngineState) -> dict[str, object]:
     """The stable form of ``fds --json``: ``engine`` and ``fds``, the guard's last sample, or what the settings imply."""
     engine = {"state": found.state, "pid": found.pid}
     if found.descriptors:
-        return {"version": 1, "engine": engine, "fds": dict(found.descriptors), "pressure": found.pulse.get("pressure")}
+        return {
+            "version": 1,
+            "engine": engine,
+            "fds": dict(found.descriptors),
+            "pressure": found.snapshot.get("pressure"),
+        }
     return {"version": 1, "engine": engine, "implied": implied(settings)}
 
 
@@ -83,10 +88,10 @@ def implied(settings: Settings) -> dict[str, object]:
     }
 
 
-def as_text(data: Mapping[str, object], found: Vitals, paint: Paint) -> str:
+def as_text(data: Mapping[str, object], found: EngineState, style: Style) -> str:
     """The table for people."""
     if "fds" in data:
-        return _live(cast("Mapping[str, object]", data["fds"]), found, paint)
+        return _live(cast("Mapping[str, object]", data["fds"]), found, style)
     facts = cast("Mapping[str, object]", data["implied"])
     said = {
         "absent": "no engine is running here: start one with `everos-engine run`",
@@ -98,24 +103,24 @@ def as_text(data: Mapping[str, object], found: Vitals, paint: Paint) -> str:
     }[found.state]
     lines = [said, "", "what the settings imply here:", *_bounds(facts)]
     if facts["refusal"]:
-        lines += ["", paint.wrap(f"it would not start: {facts['refusal']}", indent=4)]
+        lines += ["", style.wrap(f"it would not start: {facts['refusal']}", indent=4)]
     return "\n".join(lines)
 
 
-def _live(sample: Mapping[str, object], found: Vitals, paint: Paint) -> str:
+def _live(sample: Mapping[str, object], found: EngineState, style: Style) -> str:
     count, limit = _int(sample, "count"), max(1, _int(sample, "limit"))
     colour = "green"
     if count > _int(sample, "soft_budget"):
         colour = "red" if count >= _int(sample, "hard_budget") else "yellow"
     filled = min(BAR, round(BAR * count / limit))
-    bar = paint("#" * filled, colour) + "." * (BAR - filled)
+    bar = style("#" * filled, colour) + "." * (BAR - filled)
     old = max(0.0, time.time() - _int(sample, "sampled_milliseconds") / 1000)
     classes = cast("Mapping[str, int]", sample["classes"])
     law = cast("Mapping[str, object] | None", sample["law"])
     proven = "not proven yet" if law is None else ("holds" if law["holds"] else "is BROKEN, the engine rotates instead")
     lines = [
         f"engine: pid {found.pid}, counted {ago(old)} ago by {sample['counted_by']}",
-        f"descriptors: {paint(str(count), colour)} of {limit:,}  [{bar}]  peak {_int(sample, 'peak'):,}",
+        f"descriptors: {style(str(count), colour)} of {limit:,}  [{bar}]  peak {_int(sample, 'peak'):,}",
         *(f"  {name:<12}{number:>7,}  {MEANINGS.get(name, '')}" for name, number in classes.items()),
         *_bounds(sample),
         f"law of the mode: {proven}" + ("" if law is None else f" (pinned {law['pinned']}, {law['library']})"),
@@ -125,7 +130,7 @@ def _live(sample: Mapping[str, object], found: Vitals, paint: Paint) -> str:
         ),
         *_slope(sample),
         f"without any descriptor: {_int(sample, 'exhaustions')} times",
-        f"worker: {cast('float', found.pulse.get('pressure', 1.0)):.0%} of its breadth",
+        f"worker: {cast('float', found.snapshot.get('pressure', 1.0)):.0%} of its breadth",
         f"memory: {size(_int(sample, 'rss_bytes'))} resident, {_int(sample, 'threads')} threads",
         (
             f"index on disk: {_int(sample, 'index_files'):,} files in {_int(sample, 'index_directories'):,} directories, "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from everos_engine.diagnose.wording import aimed, printable, program_at
+from everos_engine.diagnose.wording import printable, program_at, with_root
 from everos_engine.errors import clipped
 from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, MemorySettings, secrets_of
 from everos_engine.system.repeats import Repeats
@@ -135,7 +135,7 @@ def _for_people(settings: Settings) -> Callable[[str], str]:
     """Return what masks secrets in a message, and has the commands in it name the root unless it is the default one."""
     hide, default = hider(settings), MemorySettings().root
     program = program_at(None if settings.root == default else settings.root)
-    return lambda text: aimed(hide(text), program)
+    return lambda text: with_root(hide(text), program)
 
 
 def hider(settings: Settings) -> Callable[[str], str]:

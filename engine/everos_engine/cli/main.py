@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from everos_engine.cli import parser as grammar
 from everos_engine.cli import terminal
-from everos_engine.diagnose.wording import ago, aimed, plural, printable, program_at, quoted, shown, size
+from everos_engine.diagnose.wording import ago, plural, printable, program_at, quoted, shown, size, with_root
 from everos_engine.errors import BadQuestion, EngineError, exhausted
 from everos_engine.settings import Settings, describe, load
 from everos_engine.system import private
@@ -110,10 +110,10 @@ def _failed(error: BaseException, program: str) -> int:
 
         error = unwrap(error)
     if isinstance(error, KeyboardInterrupt):
-        terminal.say(aimed(str(error), program) or "interrupted")
+        terminal.say(with_root(str(error), program) or "interrupted")
         return INTERRUPTED
     if isinstance(error, EngineError):
-        terminal.say(aimed(str(error), program))
+        terminal.say(with_root(str(error), program))
     elif exhausted(error):
         terminal.say(f"no file descriptor is left: {REMEDIES[errno.EMFILE]}")
     elif isinstance(error, terminal.OutputLost):
@@ -122,7 +122,7 @@ def _failed(error: BaseException, program: str) -> int:
         )
     elif isinstance(error, OSError):
         what = "" if error.filename is None else f"{shown(os.fsdecode(error.filename))}: "
-        terminal.say(f"{what}{error.strerror or error}: {aimed(_remedy(error), program)}")
+        terminal.say(f"{what}{error.strerror or error}: {with_root(_remedy(error), program)}")
     elif isinstance(error, MemoryError):
         terminal.say("no memory is left: close other programs, or raise the limit, then run the command again")
     else:
@@ -210,32 +210,32 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
-    from everos_engine.diagnose.wording import paint_for
+    from everos_engine.diagnose.wording import style_for
 
     found = status.snapshot(settings)
     if arguments.json:
         terminal.print_json(status.as_json(found))
     else:
-        print(status.as_text(found, paint_for(sys.stdout), program=program(settings, arguments)))
+        print(status.as_text(found, style_for(sys.stdout), program=program(settings, arguments)))
     return OK
 
 
 def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.cli.explain import as_text
     from everos_engine.diagnose.explain import as_json, explain  # noqa: PLC0415 - not needed by --help
-    from everos_engine.diagnose.wording import paint_for
+    from everos_engine.diagnose.wording import style_for
 
     found = explain(settings, arguments.path, program=program(settings, arguments), rows=arguments.rows)
     if arguments.json:
         terminal.print_json(as_json(found))
     else:
-        print(as_text(found, paint_for(sys.stdout)))
-    return OK if found.judgement.verdict == "searchable" else TROUBLE
+        print(as_text(found, style_for(sys.stdout)))
+    return OK if found.diagnosis.verdict == "searchable" else TROUBLE
 
 
 def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.diagnose import doctor  # noqa: PLC0415 - imports LanceDB where there is an index
-    from everos_engine.diagnose.wording import paint_for
+    from everos_engine.diagnose.wording import style_for
 
     if arguments.bundle is not None:
         from everos_engine.diagnose import bundle
@@ -249,7 +249,7 @@ def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.json:
         terminal.print_json(doctor.as_json(settings, checks))
     else:
-        print(doctor.as_text(checks, paint_for(sys.stdout)))
+        print(doctor.as_text(checks, style_for(sys.stdout)))
     return doctor.worst(checks)
 
 
@@ -342,7 +342,7 @@ def _not_searched(settings: Settings, program: str, *, found: bool) -> list[str]
     lines = []
     if seen.moment is not None and seen.engine.running:
         damaged = [note for note in seen.moment.conditions if note.code == "index_damaged"]
-        lines += [f"results are incomplete: {note.message}; {aimed(note.remedy, program)}" for note in damaged]
+        lines += [f"results are incomplete: {note.message}; {with_root(note.remedy, program)}" for note in damaged]
     waiting = seen.counts.pending + seen.counts.processing if seen.counts else 0
     if waiting and not found:
         then = "" if seen.engine.running else f": `{program} sync` indexes {'it' if waiting == 1 else 'them'}"

@@ -13,16 +13,16 @@ from everos_engine.cli.logs import set_up
 from everos_engine.cli.progress import show_status
 from everos_engine.cli.signals import SIGNALS, Interrupted, in_grace_no_more, stop_on_signal
 from everos_engine.cli.terminal import say
-from everos_engine.diagnose.engine_state import vitals
+from everos_engine.diagnose.engine_state import read_engine_state
 from everos_engine.diagnose.status import snapshot
 from everos_engine.diagnose.wording import plural
 from everos_engine.embed.circuit_breaker import WAITING
 from everos_engine.engine import Engine, check_root, open_engine, open_queue, open_reader
 from everos_engine.errors import AlreadyRunning, BadQuestion, EngineError, Transient, Unavailable, unwrap
 from everos_engine.loops.context import now_milliseconds
-from everos_engine.loops.deletion_guard import Brake, lay_marker
+from everos_engine.loops.deletion_guard import DeletionGuard, write_marker
 from everos_engine.loops.reconcile import audit as audit_next
-from everos_engine.loops.reconcile import sweep
+from everos_engine.loops.reconcile import reconcile_tree
 from everos_engine.loops.requests import enqueue
 from everos_engine.loops.scanner import AUDIT_FILES
 from everos_engine.search import Filter
@@ -69,9 +69,9 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
             keys, lsn = await enqueue(settings, database, paths)
             await _reach(settings, database, lsn)
             return database.read(lambda tx: reports.standing(tx, keys))
-        brake = Brake(settings)
-        brake.aim()
-        found = await sweep(settings, database, source="sync", brake=brake)
+        deletion_guard = DeletionGuard(settings)
+        deletion_guard.capture_root()
+        found = await reconcile_tree(settings, database, source="sync", deletion_guard=deletion_guard)
         newest = await _looked_at(settings, database)
         await _reach(settings, database, max(found.lsn, newest))
         return database.read(reports.troubled)
@@ -114,7 +114,7 @@ def release(settings: Settings) -> list[Outcome]:
         return await engine.release()
 
     async def hand_over(database: Database) -> list[Outcome]:
-        lay_marker(settings)
+        write_marker(settings)
         paths = database.write(lambda tx: held.release(tx, now_milliseconds=now_milliseconds()))
         await _reach(settings, database, database.read(queue.newest))
         return database.read(lambda tx: reports.outcomes(tx, paths))
@@ -291,7 +291,7 @@ async def _looked_at(settings: Settings, database: Database) -> int:
 
 def _is_silent(settings: Settings) -> bool:
     """Check whether the engine is running but does not answer."""
-    return vitals(settings).state in {"silent", "stopped"}
+    return read_engine_state(settings).state in {"silent", "stopped"}
 
 
 def _expect_answer(settings: Settings) -> None:

@@ -79,17 +79,18 @@ class Bar:
 
 async def show_status(engine: Engine, screen: Screen) -> None:
     """The bar or the line, for as long as the engine runs."""
-    bar, desk = Bar(), engine.desk
+    bar, context = Bar(), engine.context
     while True:
-        seen = desk.applied.value
+        seen = context.applied.value
         status = await engine.status()
         waiting = status.counts.pending + status.counts.processing
         screen.show(
-            bar.text(waiting - status.counts.delayed) or quiet_line(status, desk.fds, notes=len(desk.notes.now))
+            bar.text(waiting - status.counts.delayed)
+            or quiet_line(status, context.fds, notes=len(context.conditions.now))
         )
         await trio.sleep(BUSY_BEAT_SECONDS)
         if not waiting:
-            await wait_moved(desk.applied, seen, at_most_seconds=IDLE_BEAT_SECONDS)
+            await wait_moved(context.applied, seen, at_most_seconds=IDLE_BEAT_SECONDS)
 
 
 def quiet_line(status: Status, fds: Mapping[str, object], *, notes: int) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from everos_engine.diagnose import doctor
 from everos_engine.diagnose.checks_system import version
-from everos_engine.diagnose.checkup import open_case
+from everos_engine.diagnose.checkup import gather
 from everos_engine.errors import EngineError, SettingsError
 from everos_engine.settings import choices, describe
 from everos_engine.stores import queue_facts
@@ -30,7 +30,7 @@ from everos_engine.system import limits
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from everos_engine.diagnose.checkup import Case
+    from everos_engine.diagnose.checkup import Facts
     from everos_engine.settings import Settings
 
 LEFT_OUT = "(left out)"
@@ -76,16 +76,16 @@ def write(settings: Settings, target: Path, *, offline: bool = False) -> Path:
     def hashed(path: str) -> str:
         return "name-" + hashlib.blake2b(os.fsencode(path), key=salt, digest_size=6).hexdigest()
 
-    case = dataclasses.replace(
-        open_case(settings, program="everos-engine", offline=offline), show=hashed, tell=lambda _: LEFT_OUT
+    facts = dataclasses.replace(
+        gather(settings, program="everos-engine", offline=offline), show=hashed, tell=lambda _: LEFT_OUT
     )
     members: dict[str, object] = {
-        "doctor.json": [{"name": c.name, "verdict": c.verdict, "cause": c.cause} for c in doctor.run(case)],
-        "status.json": _counts(case),
-        "changes.json": _changes(case, hashed),
+        "doctor.json": [{"name": c.name, "verdict": c.verdict, "cause": c.cause} for c in doctor.run(facts)],
+        "status.json": _counts(facts),
+        "changes.json": _changes(facts, hashed),
         "settings.json": masked(settings),
         "system.json": _system(settings),
-        "pulse.json": _pulse(case),
+        "pulse.json": _snapshot(facts),
     }
     try:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -112,31 +112,31 @@ def masked(settings: Settings) -> dict[str, object]:
     }
 
 
-def _counts(case: Case) -> dict[str, object]:
-    books = case.books
-    if books is None or books.counts is None:
-        return {"indexed": False, "engine": case.engine.state}
+def _counts(facts: Facts) -> dict[str, object]:
+    queue = facts.queue
+    if queue is None or queue.counts is None:
+        return {"indexed": False, "engine": facts.engine.state}
     return {
         "indexed": True,
-        "engine": case.engine.state,
-        "queue": dataclasses.asdict(books.counts),
-        "rows": dict(books.rows),
-        "held": [{"reason": one.reason, "count": one.count, "since": one.since} for one in books.held],
-        "notes": [note.code for note in books.conditions],
-        "tables": {kind: {"version": known[1]} for kind, known in books.incarnations.items()},
-        "last_scan_milliseconds": books.last_scan_milliseconds,
+        "engine": facts.engine.state,
+        "queue": dataclasses.asdict(queue.counts),
+        "rows": dict(queue.rows),
+        "held": [{"reason": one.reason, "count": one.count, "since": one.since} for one in queue.held],
+        "conditions": [condition.code for condition in queue.conditions],
+        "tables": {kind: {"version": known[1]} for kind, known in queue.incarnations.items()},
+        "last_scan_milliseconds": queue.last_scan_milliseconds,
         "tree": {
             name: value if isinstance(value, int) else len(value)
-            for name, value in dataclasses.asdict(case.tree).items()
+            for name, value in dataclasses.asdict(facts.tree).items()
         },
     }
 
 
-def _changes(case: Case, hashed: Callable[[str], str]) -> list[dict[str, object]]:
-    if case.books is None or case.books.trouble is not None:
+def _changes(facts: Facts, hashed: Callable[[str], str]) -> list[dict[str, object]]:
+    if facts.queue is None or facts.queue.trouble is not None:
         return []
     try:
-        database = Database(case.engine_db, readonly=True)
+        database = Database(facts.engine_db, readonly=True)
         try:
             told = database.read(queue_facts.statistics)
         finally:
@@ -165,10 +165,13 @@ def _system(settings: Settings) -> dict[str, object]:
     }
 
 
-def _pulse(case: Case) -> dict[str, object]:
+def _snapshot(facts: Facts) -> dict[str, object]:
     """Numbers and truths of the pulse, and the codes of its notes."""
-    kept = _numbers(case.engine.pulse)
-    return {**(kept if isinstance(kept, dict) else {}), "notes": [note.code for note in case.engine.notes]}
+    kept = _numbers(facts.engine.snapshot)
+    return {
+        **(kept if isinstance(kept, dict) else {}),
+        "conditions": [condition.code for condition in facts.engine.conditions],
+    }
 
 
 def _numbers(value: object) -> object:

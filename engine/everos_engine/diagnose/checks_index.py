@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from everos_engine.diagnose.checkup import Check, read_books
+from everos_engine.diagnose.checkup import Check, read_queue_facts
 from everos_engine.diagnose.wording import plural, quoted, shown
 from everos_engine.errors import EngineError, unwrap
 from everos_engine.stores.database import Database
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from everos_engine.diagnose.checkup import Case
+    from everos_engine.diagnose.checkup import Facts
     from everos_engine.stores.table_facts import Examination
 
 EXAMINE_SECONDS = 60.0
@@ -31,15 +31,15 @@ EMBED_SECONDS = 30.0
 SLOW_SECONDS = 5.0
 
 
-def check_index(case: Case) -> Check:
+def check_index(facts: Facts) -> Check:
     """Every table opens, can be read and searched, is ours, and is the one the ledger speaks of, with as many rows."""
-    directory = case.settings.lancedb_directory
-    known = {} if case.books is None else dict(case.books.incarnations)
+    directory = facts.settings.lancedb_directory
+    known = {} if facts.queue is None else dict(facts.queue.incarnations)
     gone = [kind for kind in known if not (directory / f"{kind}.lance").is_dir()]
     if gone:
-        lost = sum(0 if case.books is None else case.books.rows.get(kind, 0) for kind in gone)
-        cause = f"{plural(len(gone), 'table')} gone from {case.show(str(directory))}: {', '.join(gone)}, with {plural(lost, 'row')}"
-        return Check("index", "fail", cause, f"have it made again from markdown: {case.again()}")
+        lost = sum(0 if facts.queue is None else facts.queue.rows.get(kind, 0) for kind in gone)
+        cause = f"{plural(len(gone), 'table')} gone from {facts.show(str(directory))}: {', '.join(gone)}, with {plural(lost, 'row')}"
+        return Check("index", "fail", cause, f"have it made again from markdown: {facts.again()}")
     if not directory.is_dir():
         return Check("index", "ok", "there is none yet")
     from everos_engine.stores.table_facts import examine  # noqa: PLC0415 - imports LanceDB
@@ -49,134 +49,136 @@ def check_index(case: Case) -> Check:
     except TimeoutError:
         cause = f"the tables could not be read within {EXAMINE_SECONDS:g} s: that proves nothing about them"
         return Check("index", "warn", cause, "look at the disk; a busy one is slow")
-    if case.engine.running:  # it may have made a table since the books were read
-        case = dataclasses.replace(case, books=read_books(case.engine_db))
-    for judge in (_unopened, _foreign, _another, _miscounted):
-        found = judge(case, tables)
+    if facts.engine.running:  # it may have made a table since the books were read
+        facts = dataclasses.replace(facts, queue=read_queue_facts(facts.engine_db))
+    for check in (_unopened, _foreign, _another, _miscounted):
+        found = check(facts, tables)
         if found is not None:
             return found
     rows = sum(table.rows for table in tables)
     return Check("index", "ok", f"{plural(len(tables), 'table')} open, {plural(rows, 'row')}, as the ledger says")
 
 
-def _unopened(case: Case, tables: list[Examination]) -> Check | None:
+def _unopened(facts: Facts, tables: list[Examination]) -> Check | None:
     broken = [table for table in tables if table.error]
     if not broken:
         return None
-    cause = f"table {broken[0].kind!r} cannot be read: {case.tell(shown(broken[0].error))}"
-    return Check("index", "fail", cause, f"have it made again from markdown, with cached vectors: {case.again()}")
+    cause = f"table {broken[0].kind!r} cannot be read: {facts.tell(shown(broken[0].error))}"
+    return Check("index", "fail", cause, f"have it made again from markdown, with cached vectors: {facts.again()}")
 
 
-def _foreign(case: Case, tables: list[Examination]) -> Check | None:
+def _foreign(facts: Facts, tables: list[Examination]) -> Check | None:
     """A table of somebody else's keeps an engine from starting; an older one of ours is made again by itself."""
     drifted = [table for table in tables if table.drift or not table.incarnation]
     if not drifted:
         return None
     table = drifted[0]
     drift = table.drift or "its columns fit, its identity is missing"
-    cause = f"LanceDB table {table.kind!r} schema drift: {case.tell(drift)}"
+    cause = f"LanceDB table {table.kind!r} schema drift: {facts.tell(drift)}"
     if table.incarnation:
-        return Check("index", "warn", f"{cause}; it is of an older engine", f"any start makes it again: {case.again()}")
+        return Check(
+            "index", "warn", f"{cause}; it is of an older engine", f"any start makes it again: {facts.again()}"
+        )
     return Check(
-        "index", "fail", f"{cause}; it was not made by this engine", _without(case, [one.kind for one in drifted])
+        "index", "fail", f"{cause}; it was not made by this engine", _without(facts, [one.kind for one in drifted])
     )
 
 
-def _another(case: Case, tables: list[Examination]) -> Check | None:
-    known = {} if case.books is None else case.books.incarnations
+def _another(facts: Facts, tables: list[Examination]) -> Check | None:
+    known = {} if facts.queue is None else facts.queue.incarnations
     other = [table.kind for table in tables if table.kind not in known or known[table.kind][0] != table.incarnation]
     if not other:
         return None
     cause = f"the ledger speaks of other tables than there are: {', '.join(other)} (restored, or copied here)"
-    if case.engine.running:
-        return Check("index", "warn", cause, f"a start of the engine puts it right: {case.restart()}")
-    return Check("index", "warn", cause, f"any start puts it right, with cached vectors: {case.again()}")
+    if facts.engine.running:
+        return Check("index", "warn", cause, f"a start of the engine puts it right: {facts.restart()}")
+    return Check("index", "warn", cause, f"any start puts it right, with cached vectors: {facts.again()}")
 
 
-def _miscounted(case: Case, tables: list[Examination]) -> Check | None:
-    counts = None if case.books is None else case.books.counts
-    if case.books is None or counts is None or counts.pending or counts.processing or case.engine.running:
+def _miscounted(facts: Facts, tables: list[Examination]) -> Check | None:
+    counts = None if facts.queue is None else facts.queue.counts
+    if facts.queue is None or counts is None or counts.pending or counts.processing or facts.engine.running:
         return None  # rows come and go under our eyes
     for table in tables:
-        rows, version = case.books.rows.get(table.kind, 0), case.books.incarnations[table.kind].number
-        if rows <= table.rows <= rows + case.books.unknown.get(table.kind, 0):
+        rows, version = facts.queue.rows.get(table.kind, 0), facts.queue.incarnations[table.kind].number
+        if rows <= table.rows <= rows + facts.queue.unknown.get(table.kind, 0):
             continue
         cause = f"table {table.kind!r} has {plural(table.rows, 'row')}, the ledger counts {rows:,}"
         if version != table.version:
-            return Check("index", "warn", cause, f"any start compares every row: {case.again()}")
-        return Check("index", "fail", cause, _without(case, [table.kind]))
+            return Check("index", "warn", cause, f"any start compares every row: {facts.again()}")
+        return Check("index", "fail", cause, _without(facts, [table.kind]))
     return None
 
 
-def _without(case: Case, tables: list[str]) -> str:
+def _without(facts: Facts, tables: list[str]) -> str:
     """Throw tables away and have them made again."""
-    paths = quoted("rm", "-r", *(case.settings.lancedb_directory / f"{kind}.lance" for kind in tables))
-    stop = f"stop the engine: {case.shell('kill', str(case.engine.pid))}; then " if case.engine.running else ""
-    return f"{stop}the index is rebuildable from markdown: `{paths}`, then {case.again()}"
+    paths = quoted("rm", "-r", *(facts.settings.lancedb_directory / f"{kind}.lance" for kind in tables))
+    stop = f"stop the engine: {facts.shell('kill', str(facts.engine.pid))}; then " if facts.engine.running else ""
+    return f"{stop}the index is rebuildable from markdown: `{paths}`, then {facts.again()}"
 
 
-def check_embedder(case: Case) -> Check:
+def check_embedder(facts: Facts) -> Check:
     """The embedder answers one call, as wide as it is told to be and as the index is."""
-    settings = case.settings.embedder
+    settings = facts.settings.embedder
     if settings.kind == "none":
         return Check("embedder", "ok", "none: text search only")
-    if case.offline:
+    if facts.offline:
         return Check("embedder", "ok", f"{settings.kind}, not asked (--offline)")
     started = time.monotonic()
     try:
-        model, probe = trio.run(_ask, case)
+        model, probe = trio.run(_ask, facts)
     except BaseExceptionGroup as group:
-        return _mute(case, unwrap(group))
+        return _mute(facts, unwrap(group))
     except (EngineError, trio.TooSlowError, ImportError) as error:
-        return _mute(case, error)
+        return _mute(facts, error)
     seconds, width = time.monotonic() - started, len(probe)
     loading = ", loading included" if settings.kind == "local" else ""
-    cause = f"{case.tell(model)} answers in {seconds * 1000:,.0f} ms{loading}, {width} wide"
+    cause = f"{facts.tell(model)} answers in {seconds * 1000:,.0f} ms{loading}, {width} wide"
     if settings.dimension and width != settings.dimension:
-        cause = f"{case.tell(model)} answers {width} wide, and embedder.dimension is {settings.dimension}: its vectors are refused"
+        cause = f"{facts.tell(model)} answers {width} wide, and embedder.dimension is {settings.dimension}: its vectors are refused"
         variable = "EVEROS_EMBEDDER__DIMENSION"
-        remedy = f"`export {variable}={width}` (or embedder.dimension in the settings file), then {_then(case)}"
+        remedy = f"`export {variable}={width}` (or embedder.dimension in the settings file), then {_then(facts)}"
         return Check("embedder", "fail", cause, remedy)
-    others = _of_another_model(case, model, probe)
+    others = _of_another_model(facts, model, probe)
     if others:
         told = f"{cause}; but the vectors of {', '.join(others)} are of another model, and are made again"
         return Check(
             "embedder",
             "warn",
             told,
-            f"set embedder.kind, url and model back; or let it embed all of them, {_then(case)}",
+            f"set embedder.kind, url and model back; or let it embed all of them, {_then(facts)}",
         )
     if seconds > SLOW_SECONDS and settings.kind == "http":
         return Check("embedder", "warn", f"{cause}: slow", "look at the service; indexing goes at its pace")
     return Check("embedder", "ok", cause)
 
 
-def _of_another_model(case: Case, model: str, probe: Sequence[float]) -> list[str]:
+def _of_another_model(facts: Facts, model: str, probe: Sequence[float]) -> list[str]:
     """Kinds whose vectors another model made: the probe sentence got another vector then. None without an answer to that."""
     import numpy as np  # noqa: PLC0415 - only where vectors are compared
 
     from everos_engine.embed.protocol import similar
 
-    if case.books is None or not case.books.incarnations:
+    if facts.queue is None or not facts.queue.incarnations:
         return []
-    known = _models(case)
+    known = _models(facts)
     now = np.asarray(probe, dtype=np.float32)
     same = {
         f"{name}#{at}"
         for at, (name, seen) in known.items()
         if name == model and seen.shape == now.shape and similar(seen, now)
     }
-    return [kind for kind, known in case.books.incarnations.items() if known.model not in same]
+    return [kind for kind, known in facts.queue.incarnations.items() if known.model not in same]
 
 
-def _models(case: Case) -> dict[int, tuple[str, NDArray[np.float32]]]:
+def _models(facts: Facts) -> dict[int, tuple[str, NDArray[np.float32]]]:
     """The models that the tables' vectors may be of. An index of an older version has them in its cache alone."""
     from everos_engine.stores import embeddings, models  # noqa: PLC0415 - only where vectors are compared
 
     found: dict[int, tuple[str, NDArray[np.float32]]] = {}
     for path, read in [
-        (case.settings.engine_directory / "embeddings.db", embeddings.models),
-        (case.engine_db, models.known),
+        (facts.settings.engine_directory / "embeddings.db", embeddings.models),
+        (facts.engine_db, models.known),
     ]:
         if path.exists():
             with suppress(EngineError):  # the queue's check names it
@@ -188,12 +190,12 @@ def _models(case: Case) -> dict[int, tuple[str, NDArray[np.float32]]]:
     return found
 
 
-async def _ask(case: Case) -> tuple[str, list[float]]:
+async def _ask(facts: Facts) -> tuple[str, list[float]]:
     """One call: (model, vector of the probe sentence). The width is taken as it comes, so that a wrong one can be named."""
     from everos_engine.embed import open_embedder  # noqa: PLC0415 - only where it is asked
     from everos_engine.embed.protocol import PROBE_SENTENCE
 
-    settings = dataclasses.replace(case.settings.embedder, dimension=0)
+    settings = dataclasses.replace(facts.settings.embedder, dimension=0)
     with trio.fail_after(min(EMBED_SECONDS, settings.deadline_seconds + 1)):
         async with open_embedder(settings) as embedder:
             assert embedder is not None, "kind none was answered before"  # noqa: S101 - an invariant
@@ -201,23 +203,23 @@ async def _ask(case: Case) -> tuple[str, list[float]]:
             return embedder.model, [float(value) for value in vectors[0]]
 
 
-def _mute(case: Case, error: BaseException) -> Check:
-    settings = case.settings.embedder
+def _mute(facts: Facts, error: BaseException) -> Check:
+    settings = facts.settings.embedder
     reason = str(error) or "it did not answer in time"
     if settings.kind == "local":
         return Check(
             "embedder",
             "fail",
-            case.tell(reason),
+            facts.tell(reason),
             "install everos-engine again: its weights come as a package of their own",
         )
-    cause = f"the service at {case.show(settings.url)} does not serve: {case.tell(shown(reason))}"
+    cause = f"the service at {facts.show(settings.url)} does not serve: {facts.tell(shown(reason))}"
     remedy = (
         "start it, or mend embedder.url, embedder.model and embedder.api_key; changes wait and are indexed when it answers: "
-        f"{_then(case)}"
+        f"{_then(facts)}"
     )
     return Check("embedder", "fail", cause, remedy)
 
 
-def _then(case: Case) -> str:
-    return case.restart() if case.engine.running and case.settings.embedder.dimension else case.again()
+def _then(facts: Facts) -> str:
+    return facts.restart() if facts.engine.running and facts.settings.embedder.dimension else facts.again()

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everos_engine.diagnose.checkup import Check, Verdict, notes_of
+from everos_engine.diagnose.checkup import Check, Verdict, conditions_of
 from everos_engine.diagnose.engine_state import number
 from everos_engine.diagnose.permission import blocked, may, permit
 from everos_engine.diagnose.wording import ago, plural, quoted, size
@@ -20,7 +20,7 @@ from everos_engine.stores.held import BLIND_REMEDY
 from everos_engine.system import ceiling, files, limits, private
 
 if TYPE_CHECKING:
-    from everos_engine.diagnose.checkup import Case
+    from everos_engine.diagnose.checkup import Facts
 
 GOOD_DESCRIPTORS = 256
 """The engine needs up to 64 beside a pinned index, and one needs some to start; with few, work waits for descriptors."""
@@ -37,7 +37,7 @@ LANCEDB = "0.40."
 SYSCTL = "echo fs.inotify.{name}={value} | {sudo}tee -a /etc/sysctl.conf && {sudo}sysctl -p"
 
 
-def check_versions(case: Case) -> Check:
+def check_versions(facts: Facts) -> Check:
     """What runs here; LanceDB's descriptor behaviour was measured on one minor version."""
     lance = version("lancedb")
     cause = (
@@ -46,57 +46,59 @@ def check_versions(case: Case) -> Check:
     )
     if lance.startswith(LANCEDB):
         return Check("versions", "ok", cause)
-    remedy = f"install the one this was measured on: {case.shell(sys.executable, '-m', 'pip', 'install', f'lancedb=={LANCEDB}*')}"
+    remedy = f"install the one this was measured on: {facts.shell(sys.executable, '-m', 'pip', 'install', f'lancedb=={LANCEDB}*')}"
     return Check("versions", "warn", f"{cause}: not lancedb {LANCEDB}x", remedy)
 
 
-def check_root(case: Case) -> Check:
+def check_root(facts: Facts) -> Check:
     """The root is a directory that can be read, in every part."""
-    root = os.fspath(case.settings.root)
+    root = os.fspath(facts.settings.root)
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.lexists(root) else "does not exist"
-        remedy = f"mount it or move it back, or name another with --root; only a new one is made: {case.shell('mkdir', '-p', root)}"
-        return Check("root", "fail", f"the memory root {case.show(root)} {what}", remedy)
-    tree = case.tree
+        remedy = f"mount it or move it back, or name another with --root; only a new one is made: {facts.shell('mkdir', '-p', root)}"
+        return Check("root", "fail", f"the memory root {facts.show(root)} {what}", remedy)
+    tree = facts.tree
     if tree.closed:
         directory, reason = tree.closed[0]
         barrier, need = blocked(root, directory)
-        cause = f"{plural(len(tree.closed), 'directory', 'directories')} cannot be read, the first {case.show(barrier)} ({reason}): what is in there is not seen"
+        cause = f"{plural(len(tree.closed), 'directory', 'directories')} cannot be read, the first {facts.show(barrier)} ({reason}): what is in there is not seen"
         return Check("root", "fail", cause, BLIND_REMEDY if may(barrier, os.R_OK | os.X_OK) else permit(barrier, need))
     if tree.unreadable:
         path = tree.unreadable[0]
-        cause = f"{plural(len(tree.unreadable), 'file')} cannot be read, the first {case.show(path)}"
+        cause = f"{plural(len(tree.unreadable), 'file')} cannot be read, the first {facts.show(path)}"
         return Check("root", "warn", cause, permit(path, "r"))
     if not tree.files and not tree.index_directories and not any(os.scandir(root)):
         remedy = (
             "if a file system belongs there, mount it; else put memory into it: `everos-engine kinds` shows the layout"
         )
-        return Check("root", "warn", f"{case.show(root)} is empty, and was never indexed", remedy)
+        return Check("root", "warn", f"{facts.show(root)} is empty, and was never indexed", remedy)
     found = f"{plural(tree.files, 'file')} of a kind in {plural(tree.directories, 'directory', 'directories')}"
     links = f"; {plural(len(tree.linked), 'link')} to directories not followed" if tree.linked else ""
-    return Check("root", "ok", f"{case.show(root)}: {found}{links}")
+    return Check("root", "ok", f"{facts.show(root)}: {found}{links}")
 
 
-def check_index_writable(case: Case) -> Check:
+def check_index_writable(facts: Facts) -> Check:
     """The engine's own folder can be written, or made."""
-    settings = case.settings
+    settings = facts.settings
     at: Path = settings.lancedb_directory if settings.lancedb_directory.exists() else settings.engine_directory
     while not at.exists() and at != at.parent:
         at = at.parent
-    for path in (at, settings.engine_directory, case.engine_db):
+    for path in (at, settings.engine_directory, facts.engine_db):
         if path.exists() and not may(os.fspath(path), os.W_OK | (os.X_OK if path.is_dir() else 0)):
             if files.is_readonly(path):
                 break  # no permission helps
-            cause = f"{case.show(os.fspath(path))} may not be written by uid {os.geteuid()}"
+            cause = f"{facts.show(os.fspath(path))} may not be written by uid {os.geteuid()}"
             index = settings.root / ".index"
             if path.stat().st_uid == os.geteuid():
-                return Check("permissions", "fail", cause, f"give it back: {case.shell('chmod', '-R', 'u+rwX', index)}")
+                return Check(
+                    "permissions", "fail", cause, f"give it back: {facts.shell('chmod', '-R', 'u+rwX', index)}"
+                )
             owner = f"{os.geteuid()}:{os.getegid()}"
             remedy = f"run doctor as the engine's user; if that was it, `{sudo()}{quoted('chown', '-R', owner, index)}`"
             return Check("permissions", "fail", cause, remedy)
     if files.is_readonly(at):
         point = limits.mount_of(at).point
-        cause = f"the index lies on {case.show(point)}, which is mounted read-only: searches work, and nothing is brought in step"
+        cause = f"the index lies on {facts.show(point)}, which is mounted read-only: searches work, and nothing is brought in step"
         return Check("permissions", "fail", cause, f"mount it for writing: {_remount(point)}")
     return Check("permissions", "ok", f"the index may be written by uid {os.geteuid()}")
 
@@ -105,39 +107,41 @@ def _remount(point: str) -> str:
     return f"`{sudo()}{quoted('mount', '-o', 'remount,rw', point)}`"
 
 
-def check_private(case: Case) -> Check | None:
+def check_private(facts: Facts) -> Check | None:
     """Nobody else can read the index: the text of private files is in it."""
-    index = case.settings.root / ".index"
+    index = facts.settings.root / ".index"
     if not index.is_dir():
         return None
-    found = private.too_open(case.settings)
+    found = private.too_open(facts.settings)
     if found is None:
-        who = "its owner and its group" if case.settings.memory.index_access == "group" else "its owner"
+        who = "its owner and its group" if facts.settings.memory.index_access == "group" else "its owner"
         return Check("private", "ok", f"only {who} can read the index")
     mode = stat.S_IMODE(os.stat(found).st_mode)
-    cause = f"{case.show(found)} has mode {mode:04o}: other users can read the text of every file that is indexed"
-    chmod = quoted("chmod", "o-rwx" if case.settings.memory.index_access == "group" else "go-rwx", found)
+    cause = f"{facts.show(found)} has mode {mode:04o}: other users can read the text of every file that is indexed"
+    chmod = quoted("chmod", "o-rwx" if facts.settings.memory.index_access == "group" else "go-rwx", found)
     if os.stat(found).st_uid not in {os.geteuid(), 0} and os.geteuid() != 0:
         return Check("private", "warn", cause, f"as its owner, `{chmod}`")
     return Check("private", "warn", cause, f"take that away: `{chmod}`; the engine does so too when it starts")
 
 
-def check_mounts(case: Case) -> Check:
+def check_mounts(facts: Facts) -> Check:
     """File events come from this mount, and from those inside the root."""
     every = limits.mounts()
-    root = os.fspath(case.settings.root)
+    root = os.fspath(facts.settings.root)
     own = limits.mount_below(root, every)
     inside = limits.mounts_inside(root, every)
-    where = f"{own.type} at {case.show(own.point)}"
+    where = f"{own.type} at {facts.show(own.point)}"
     for mount in (own, *inside):
         reason = limits.silence(mount)
         if reason is None or (limits.delivers_events(mount) and mount is own and not inside):
             continue
-        polling = case.engine.watch.get("polling")
+        polling = facts.engine.watch.get("polling")
         if polling or limits.delivers_events(mount):
-            return Check("mount", "ok", f"{case.show(mount.point)} is {reason}" + ("; it is polled" if polling else ""))
-        remedy = f"poll: {case.command('run', '--poll')}; or scan more often, `export EVEROS_SCAN_INTERVAL_SECONDS=5`"
-        return Check("mount", "warn", f"{case.show(mount.point)} is {reason}", remedy)
+            return Check(
+                "mount", "ok", f"{facts.show(mount.point)} is {reason}" + ("; it is polled" if polling else "")
+            )
+        remedy = f"poll: {facts.command('run', '--poll')}; or scan more often, `export EVEROS_SCAN_INTERVAL_SECONDS=5`"
+        return Check("mount", "warn", f"{facts.show(mount.point)} is {reason}", remedy)
     if "ro" in own.options:
         cause = f"{where} is mounted read-only, so no index can be written"
         return Check("mount", "fail", cause, f"mount it for writing: {_remount(own.point)}")
@@ -145,29 +149,29 @@ def check_mounts(case: Case) -> Check:
     return Check("mount", "ok", where + layers + (f", and {plural(len(inside), 'mount')} inside" if inside else ""))
 
 
-def check_descriptors(case: Case) -> Check:
+def check_descriptors(facts: Facts) -> Check:
     """The limit holds what the engine may need, and the running one stays under its budget.
 
     The hard limit counts: an engine raises the soft one to it when it starts.
     """
-    hard = (_limit_of(case.engine.pid) or limits.descriptors())[1]
+    hard = (_limit_of(facts.engine.pid) or limits.descriptors())[1]
     limit = MOST_DESCRIPTORS if hard == limits.UNLIMITED else hard
-    told = [note for note in notes_of(case) if note.code.startswith(DESCRIPTOR_NOTES)]
-    sample = case.engine.descriptors
-    whose = f"the engine's limit is {limit:,}" if case.engine.pid else f"this shell's limit is {limit:,}"
-    lancedb = case.settings.lancedb
+    told = [note for note in conditions_of(facts) if note.code.startswith(DESCRIPTOR_NOTES)]
+    sample = facts.engine.descriptors
+    whose = f"the engine's limit is {limit:,}" if facts.engine.pid else f"this shell's limit is {limit:,}"
+    lancedb = facts.settings.lancedb
     pinned, asked = lancedb.descriptor_mode == "pinned", lancedb.index_cache_size_bytes
     wanted = ceiling.ceiling_of(
-        case.settings, cap_bytes=0 if isinstance(asked, str) else asked, pinned=pinned, limit=limit
+        facts.settings, cap_bytes=0 if isinstance(asked, str) else asked, pinned=pinned, limit=limit
     )
     good = max(4 * GOOD_DESCRIPTORS, ceiling.HEADROOM * wanted)
     raising = f"start the engine from a new shell after `ulimit -n {good}` (as root where that is refused), or with LimitNOFILE={good} in its unit"
-    remedy = f"{raising}; {case.restart()}" if case.engine.pid else raising
+    remedy = f"{raising}; {facts.restart()}" if facts.engine.pid else raising
     try:
         most = ceiling.cap_of(lancedb, limit=limit)
     except SettingsError as error:
-        return Check("descriptors", "fail", f"{whose}: the engine would not start: {case.tell(str(error))}", remedy)
-    needed = ceiling.ceiling_of(case.settings, cap_bytes=most, pinned=pinned, limit=limit)
+        return Check("descriptors", "fail", f"{whose}: the engine would not start: {facts.tell(str(error))}", remedy)
+    needed = ceiling.ceiling_of(facts.settings, cap_bytes=most, pinned=pinned, limit=limit)
     count = (
         f"{number(sample.get('count')):,.0f} open, at most {number(sample.get('peak')):,.0f} so far; " if sample else ""
     )
@@ -175,9 +179,9 @@ def check_descriptors(case: Case) -> Check:
     if limit < ceiling.LEAST_LIMIT:
         return Check("descriptors", "fail", cause, remedy)
     if told:
-        words = "; ".join(f"{note.code}: {case.tell(note.message)}" for note in told)
+        words = "; ".join(f"{note.code}: {facts.tell(note.message)}" for note in told)
         return Check(
-            "descriptors", "warn", f"{words}; {cause}", case.program_in("; ".join(note.remedy for note in told))
+            "descriptors", "warn", f"{words}; {cause}", facts.program_in("; ".join(note.remedy for note in told))
         )
     if limit < max(GOOD_DESCRIPTORS, ceiling.HEADROOM * needed):
         return Check(
@@ -186,15 +190,15 @@ def check_descriptors(case: Case) -> Check:
     return Check("descriptors", "ok", cause)
 
 
-def check_inotify(case: Case) -> Check:
+def check_inotify(facts: Facts) -> Check:
     """Every directory of the tree can be watched."""
     bounds = limits.inotify(usage=True)
-    needed = case.tree.directories
-    if case.settings_watch_off or bounds.watches is None:
+    needed = facts.tree.directories
+    if facts.settings_watch_off or bounds.watches is None:
         return Check(
-            "inotify", "ok", "not used: nothing is watched" if case.settings_watch_off else "not told by this system"
+            "inotify", "ok", "not used: nothing is watched" if facts.settings_watch_off else "not told by this system"
         )
-    mine = needed if case.engine.watch.get("watching") else 0
+    mine = needed if facts.engine.watch.get("watching") else 0
     left = bounds.watches - max(0, bounds.watches_used - mine)
     cause = f"{plural(needed, 'directory', 'directories')} to watch, {left:,} of {bounds.watches:,} watches left"
     if needed > left:
@@ -207,7 +211,7 @@ def check_inotify(case: Case) -> Check:
     return Check("inotify", "ok", cause)
 
 
-def check_memory(_: Case) -> Check:
+def check_memory(_: Facts) -> Check:
     """There is memory to work in."""
     left = limits.memory_available()
     if left is None:
@@ -220,44 +224,44 @@ def check_memory(_: Case) -> Check:
     return Check("memory", verdict, f"{cause}; {size(GOOD_MEMORY_BYTES)} let it work freely", remedy)
 
 
-def check_disk(case: Case) -> Check:
+def check_disk(facts: Facts) -> Check:
     """There is room, and there are inodes, where the index is written."""
-    at = case.settings.lancedb_directory
+    at = facts.settings.lancedb_directory
     while not at.exists() and at != at.parent:
         at = at.parent
     found = os.statvfs(at)
     free, inodes = found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None
     where = limits.mount_of(at).point
-    cause = f"{size(free)} free on {case.show(where)}"
+    cause = f"{size(free)} free on {facts.show(where)}"
     verdict: Verdict
     if inodes is not None and inodes < GOOD_INODES:
         verdict = "fail" if inodes < LEAST_INODES else "warn"
-        remedy = f"remove files there: {case.shell('df', '-i', where)} shows the count; it goes on by itself"
-        return Check("disk", verdict, f"only {inodes:,} inodes left on {case.show(where)}", remedy)
+        remedy = f"remove files there: {facts.shell('df', '-i', where)} shows the count; it goes on by itself"
+        return Check("disk", verdict, f"only {inodes:,} inodes left on {facts.show(where)}", remedy)
     if free >= GOOD_DISK_BYTES:
         return Check("disk", "ok", cause)
     verdict = "fail" if free < LEAST_DISK_BYTES else "warn"
     remedy = (
-        f"free at least {size(GOOD_DISK_BYTES)} there: {case.shell('du', '-xh', '-d', '1', where)} shows what takes the room; "
-        f"the engine goes on by itself, else {case.again()}"
+        f"free at least {size(GOOD_DISK_BYTES)} there: {facts.shell('du', '-xh', '-d', '1', where)} shows what takes the room; "
+        f"the engine goes on by itself, else {facts.again()}"
     )
     return Check("disk", verdict, f"only {cause}; {size(GOOD_DISK_BYTES)} let the index be compacted", remedy)
 
 
-def check_clock(case: Case) -> Check:
+def check_clock(facts: Facts) -> Check:
     """No file claims to be saved in the future, and no scan to have run there."""
-    scan = None if case.books is None else case.books.last_scan_milliseconds
-    ahead = 0.0 if scan is None else scan / 1000 - case.now_seconds
+    scan = None if facts.queue is None else facts.queue.last_scan_milliseconds
+    ahead = 0.0 if scan is None else scan / 1000 - facts.now_seconds
     if ahead > 2:
-        remedy = f"set the clock (`{sudo()}timedatectl set-ntp true`), then {case.again()}"
+        remedy = f"set the clock (`{sudo()}timedatectl set-ntp true`), then {facts.again()}"
         return Check("clock", "warn", f"the last scan ran {ago(ahead)} in the future: the clock was set back", remedy)
-    if case.tree.future:
-        path, seconds = max(case.tree.future, key=lambda one: one[1])
+    if facts.tree.future:
+        path, seconds = max(facts.tree.future, key=lambda one: one[1])
         cause = (
-            f"{plural(len(case.tree.future), 'file')} saved in the future, {case.show(path)} by {ago(seconds)}: "
+            f"{plural(len(facts.tree.future), 'file')} saved in the future, {facts.show(path)} by {ago(seconds)}: "
             "read again with every scan, since their times tell nothing"
         )
-        root = case.settings.root
+        root = facts.settings.root
         find = quoted("find", root, "-name", "*.md", "-newermt", "now", "-exec", "touch", "{}", "+")
         return Check("clock", "warn", cause, f"if this clock is right, give them today's time: `{find}`")
     return Check("clock", "ok", "no file is of the future")

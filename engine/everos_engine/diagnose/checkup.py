@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from everos_engine.diagnose import permission
-from everos_engine.diagnose.engine_state import Vitals, vitals
+from everos_engine.diagnose.engine_state import EngineState, read_engine_state
 from everos_engine.diagnose.wording import commands_in, quoted, shown
 from everos_engine.errors import Damaged
 from everos_engine.stores import conditions, ledger, meta, queue, queue_facts, reports
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from everos_engine.settings import Settings
-    from everos_engine.stores.conditions import Note
+    from everos_engine.stores.conditions import Condition
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Held
 
@@ -62,14 +62,14 @@ class Tree:
 
 
 @dataclass(frozen=True, slots=True)
-class Books:
+class QueueFacts:
     """What the queue's database says; ``trouble`` where it cannot be read, then nothing else is set."""
 
     trouble: str | None = None
     damaged: Sequence[str] = ()
     counts: reports.Counts | None = None
     held: Sequence[Held] = ()
-    conditions: Sequence[Note] = ()
+    conditions: Sequence[Condition] = ()
     delayed: queue_facts.Delayed | None = None
     unanswered: Sequence[tuple[str, str]] = ()
     warnings: tuple[int, str, str] | None = None
@@ -82,7 +82,7 @@ class Books:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Facts:
     """The evidence that all checks share. ``show`` writes a path, and ``tell`` a text of somebody else, for the reader.
 
     A bundle leaves the root with hashed paths and without foreign text: a check names a path or quotes an error by these two alone.
@@ -91,9 +91,9 @@ class Case:
     settings: Settings
     program: str
     offline: bool
-    engine: Vitals
+    engine: EngineState
     tree: Tree
-    books: Books | None
+    queue: QueueFacts | None
     now_seconds: float
     show: Callable[[str], str] = shown
     tell: Callable[[str], str] = str
@@ -134,22 +134,22 @@ class Case:
         return self.command("sync")
 
 
-def notes_of(case: Case) -> list[Note]:
+def conditions_of(facts: Facts) -> list[Condition]:
     """What the running engine says of itself; of one that is gone nothing is known."""
-    return list(case.books.conditions) if case.books is not None and case.engine.running else []
+    return list(facts.queue.conditions) if facts.queue is not None and facts.engine.running else []
 
 
-def open_case(settings: Settings, *, program: str, offline: bool) -> Case:
+def gather(settings: Settings, *, program: str, offline: bool) -> Facts:
     """Look at the tree, the database and the engine once, for all checks."""
     now = time.time()
     path = settings.engine_directory / "engine.db"
-    return Case(
+    return Facts(
         settings=settings,
         program=program,
         offline=offline,
-        engine=vitals(settings),
+        engine=read_engine_state(settings),
         tree=survey(settings, now_seconds=now),
-        books=read_books(path) if path.exists() else None,
+        queue=read_queue_facts(path) if path.exists() else None,
         now_seconds=now,
     )
 
@@ -224,23 +224,23 @@ def _look(settings: Settings, found: _Survey, item: os.DirEntry[str], *, now_sec
         found.unreadable.append(item.path)
 
 
-def read_books(path: Path) -> Books:
+def read_queue_facts(path: Path) -> QueueFacts:
     """All that the checks need of the queue's database, of one moment. Never raises."""
     try:
         database = Database(path, readonly=True)
         try:
-            return database.read(_books)
+            return database.read(_queue_facts)
         finally:
             database.close()
     except Damaged as error:
-        return Books(damaged=[str(error.__cause__ or error)])
+        return QueueFacts(damaged=[str(error.__cause__ or error)])
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what the check must say
-        return Books(trouble=str(error) or type(error).__name__)
+        return QueueFacts(trouble=str(error) or type(error).__name__)
 
 
-def _books(tx: Transaction) -> Books:
+def _queue_facts(tx: Transaction) -> QueueFacts:
     scan = meta.get(tx, "last_scan")
-    return Books(
+    return QueueFacts(
         damaged=queue_facts.quick_check(tx),
         counts=reports.counts(tx),
         held=queue_facts.held_counts(tx),

@@ -8,15 +8,15 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from everos_engine.diagnose import checks_index, checks_queue, checks_system
-from everos_engine.diagnose.checkup import Check, open_case
-from everos_engine.diagnose.wording import Paint, shown
+from everos_engine.diagnose.checkup import Check, gather
+from everos_engine.diagnose.wording import Style, shown
 from everos_engine.errors import SettingsError, exhausted
 
 if TYPE_CHECKING:
-    from everos_engine.diagnose.checkup import Case
+    from everos_engine.diagnose.checkup import Facts
     from everos_engine.settings import Settings
 
-Checks: TypeAlias = "Sequence[tuple[str, Callable[[Case], Check | None]]]"
+Checks: TypeAlias = "Sequence[tuple[str, Callable[[Facts], Check | None]]]"
 ENOUGH_DESCRIPTORS = 256
 EXIT = {"ok": 0, "warn": 1, "fail": 2}
 """The exit status is that of the worst check."""
@@ -60,19 +60,19 @@ def examine(
         if name not in known:
             message = f"there is no check {name!r}: choose from {', '.join(known)}"
             raise SettingsError(message)
-    return run(open_case(settings, program=program, offline=offline), names)
+    return run(gather(settings, program=program, offline=offline), names)
 
 
-def run(case: Case, names: Collection[str] = (), *, checks: Checks = CHECKS) -> list[Check]:
+def run(facts: Facts, names: Collection[str] = (), *, checks: Checks = CHECKS) -> list[Check]:
     """The checks of one case. A check that crashes has failed, and says so; the others go on."""
     found = []
     for name, check in checks:
         if names and name not in names:
             continue
         try:
-            result = check(case)
+            result = check(facts)
         except Exception as error:  # noqa: BLE001 - doctor must not die of what it finds
-            result = _crashed(case, name, error)
+            result = _crashed(facts, name, error)
         if result is not None:
             found.append(result)
     return found
@@ -95,27 +95,27 @@ def as_json(settings: Settings, checks: list[Check]) -> dict[str, object]:
     }
 
 
-def as_text(checks: list[Check], paint: Paint) -> str:
+def as_text(checks: list[Check], style: Style) -> str:
     """One line a check; more only where something is to be done."""
     lines = []
     for check in checks:
-        head = f"{paint(check.verdict.ljust(5), COLOURS[check.verdict])} {check.name.ljust(NAME)}"
-        lines.append(paint.wrap(check.cause, indent=NAME + 6, first=head))
+        head = f"{style(check.verdict.ljust(5), COLOURS[check.verdict])} {check.name.ljust(NAME)}"
+        lines.append(style.wrap(check.cause, indent=NAME + 6, first=head))
         if check.remedy:
-            arrow = paint("do", "bold") + "  "
-            lines.append(paint.wrap(check.remedy, indent=NAME + 10, first=" " * (NAME + 6) + arrow))
+            arrow = style("do", "bold") + "  "
+            lines.append(style.wrap(check.remedy, indent=NAME + 10, first=" " * (NAME + 6) + arrow))
     counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in EXIT}
-    told = [paint(f"{count} {verdict}", COLOURS[verdict]) for verdict, count in counts.items() if count]
+    told = [style(f"{count} {verdict}", COLOURS[verdict]) for verdict, count in counts.items() if count]
     return "\n".join([*lines, "", ", ".join(told)])
 
 
-def _crashed(case: Case, name: str, error: Exception) -> Check:
+def _crashed(facts: Facts, name: str, error: Exception) -> Check:
     if exhausted(error):
-        remedy = f"run {case.command('doctor', name)} from a shell with more, after `ulimit -n {ENOUGH_DESCRIPTORS}`"
+        remedy = f"run {facts.command('doctor', name)} from a shell with more, after `ulimit -n {ENOUGH_DESCRIPTORS}`"
         return Check(name, "fail", "it cannot be looked at: no file descriptor is left for this command", remedy)
     at = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(at.filename)}:{at.lineno}"
-    cause = f"the check itself failed: {type(error).__name__} at {where}: {case.tell(shown(str(error)))}"
+    cause = f"the check itself failed: {type(error).__name__} at {where}: {facts.tell(shown(str(error)))}"
     return Check(
-        name, "fail", cause, f"this is a bug of doctor: please report it with {case.command('doctor', '--bundle')}"
+        name, "fail", cause, f"this is a bug of doctor: please report it with {facts.command('doctor', '--bundle')}"
     )

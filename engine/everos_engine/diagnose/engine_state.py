@@ -29,7 +29,7 @@ class Stall:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class Condition:
     """What the engine says of its watching, once, with the remedy."""
 
     code: str
@@ -38,7 +38,7 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
-class Vitals:
+class EngineState:
     """``pid`` None: nobody serves the root; 0: somebody whose pid cannot be read.
 
     ``state``: absent; answers; mute (it holds the lock but listens nowhere); silent (it does not answer within a second);
@@ -47,7 +47,7 @@ class Vitals:
 
     pid: int | None
     state: State
-    pulse: Mapping[str, object] = field(default_factory=dict)
+    snapshot: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def running(self) -> bool:
@@ -58,34 +58,34 @@ class Vitals:
     def stalls(self) -> list[Stall]:
         """Loops that have not moved within their allowance."""
         found = []
-        for name, told in _mapping(self.pulse.get("loops")).items():
+        for name, told in _mapping(self.snapshot.get("loops")).items():
             loop = _mapping(told)
             if loop.get("stalled"):
                 found.append(Stall(name, number(loop.get("beat_seconds_ago")), number(loop.get("allowance_seconds"))))
         return found
 
     @property
-    def notes(self) -> list[Note]:
+    def conditions(self) -> list[Condition]:
         """What the engine says of its watching."""
-        listed = self.watch.get("notes")
+        listed = self.watch.get("conditions")
         told = [_mapping(note) for note in listed] if isinstance(listed, list) else []
-        return [Note(*(str(note.get(name, "")) for name in ("code", "message", "remedy"))) for note in told]
+        return [Condition(*(str(note.get(name, "")) for name in ("code", "message", "remedy"))) for note in told]
 
     @property
     def watch(self) -> Mapping[str, object]:
         """The pulse's part about watching."""
-        return _mapping(self.pulse.get("watch"))
+        return _mapping(self.snapshot.get("watch"))
 
     @property
     def hung(self) -> list[str]:
         """Files and directories that do not answer the engine."""
-        listed = self.pulse.get("hung")
+        listed = self.snapshot.get("hung")
         return [str(one[0]) for one in listed if isinstance(one, list) and one] if isinstance(listed, list) else []
 
     @property
     def descriptors(self) -> Mapping[str, object]:
         """The pulse's part about file descriptors."""
-        return _mapping(self.pulse.get("fds"))
+        return _mapping(self.snapshot.get("fds"))
 
     @property
     def memory(self) -> Mapping[str, object]:
@@ -93,25 +93,25 @@ class Vitals:
         return _mapping(self.descriptors.get("memory"))
 
 
-def vitals(settings: Settings) -> Vitals:
+def read_engine_state(settings: Settings) -> EngineState:
     """How the engine of this root is, now."""
     try:
         pid = running_pid(settings.engine_directory / "engine.lock")
     except PermissionError:
-        return Vitals(0, "hidden")
+        return EngineState(0, "hidden")
     if pid is None:
-        return Vitals(None, "absent")
+        return EngineState(None, "absent")
     for _ in range(TRIES):
         try:
-            pulse = ask(settings.engine_directory / "control.sock", "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
+            snapshot = ask(settings.engine_directory / "control.sock", "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
         except TimeoutError:
-            return Vitals(pid, "stopped" if _is_stopped(pid) else "silent")
+            return EngineState(pid, "stopped" if _is_stopped(pid) else "silent")
         except (OSError, ValueError):
-            pulse = None
-        if pulse is not None:
-            return Vitals(pid, "answers", pulse)
+            snapshot = None
+        if snapshot is not None:
+            return EngineState(pid, "answers", snapshot)
         time.sleep(PAUSE_SECONDS)  # it may have taken the lock a moment ago, and listen in a moment
-    return Vitals(pid, "stopped" if _is_stopped(pid) else "mute")
+    return EngineState(pid, "stopped" if _is_stopped(pid) else "mute")
 
 
 def _is_stopped(pid: int) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from everos_engine.diagnose import exclusion
-from everos_engine.diagnose.engine_state import Vitals, vitals
-from everos_engine.diagnose.verdict import Judgement, judge
+from everos_engine.diagnose.engine_state import EngineState, read_engine_state
+from everos_engine.diagnose.verdict import Diagnosis, diagnose
 from everos_engine.diagnose.wording import commands_in
 from everos_engine.errors import BadFile, EngineError
 from everos_engine.stores import ledger, meta, queue_facts
@@ -75,7 +75,7 @@ class Evidence:
     excluded: exclusion.Exclusion | None
     disk: Disk
     known: Remembered
-    engine: Vitals
+    engine: EngineState
     table_there: bool
     now_milliseconds: int
     readonly_mount: str | None = None
@@ -91,7 +91,7 @@ class Explanation:
     """The evidence, what it comes to, and how many rows the index itself holds (None: not asked)."""
 
     evidence: Evidence
-    judgement: Judgement
+    diagnosis: Diagnosis
     index_rows: int | None = None
 
 
@@ -101,7 +101,7 @@ def explain(settings: Settings, asked: str, *, program: str = "everos-engine", r
     ``rows`` also counts them in LanceDB, which takes a second; None where the table does not open.
     """
     evidence = gather(settings, asked, program=program)
-    return Explanation(evidence, judge(evidence), _index_rows(evidence) if rows else None)
+    return Explanation(evidence, diagnose(evidence), _index_rows(evidence) if rows else None)
 
 
 def _index_rows(evidence: Evidence) -> int | None:
@@ -134,7 +134,7 @@ def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
         excluded=excluded,
         disk=disk,
         known=known,
-        engine=vitals(settings),
+        engine=read_engine_state(settings),
         table_there=bool(kind) and (settings.lancedb_directory / f"{kind}.lance").is_dir(),
         now_milliseconds=time.time_ns() // 1_000_000,
         readonly_mount=limits.mount_of(settings.root).point if files.is_readonly(settings.root) else None,
@@ -174,19 +174,19 @@ def _look_within(settings: Settings, place: Place, known: Remembered) -> Disk:
 
 def as_json(found: Explanation) -> dict[str, object]:
     """The stable form of ``explain --json``, documented in docs/explain.md."""
-    evidence, judgement = found.evidence, found.judgement
+    evidence, diagnosis = found.evidence, found.diagnosis
     return {
         "version": 1,
         "root": str(evidence.settings.root),
         "path": evidence.path,
         "key": evidence.place.md_path if evidence.place is not None else evidence.key,
         "kind": evidence.place.kind if evidence.place is not None else None,
-        "verdict": judgement.verdict,
-        "code": judgement.code,
-        "cause": judgement.cause,
-        "remedy": judgement.remedy,
-        "commands": commands_in(judgement.remedy),
-        "next": judgement.next,
+        "verdict": diagnosis.verdict,
+        "code": diagnosis.code,
+        "cause": diagnosis.cause,
+        "remedy": diagnosis.remedy,
+        "commands": commands_in(diagnosis.remedy),
+        "next": diagnosis.next,
         "disk": _disk_json(evidence),
         "queue": _queue_json(evidence),
         "entries": _entries_json(evidence),

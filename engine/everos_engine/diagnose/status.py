@@ -7,8 +7,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from everos_engine.diagnose.engine_state import Vitals, number, vitals
-from everos_engine.diagnose.wording import Paint, ago, plural, shown, size
+from everos_engine.diagnose.engine_state import EngineState, number, read_engine_state
+from everos_engine.diagnose.wording import Style, ago, plural, shown, size
 from everos_engine.keys import key_of
 from everos_engine.stores import conditions, ledger, meta, queue_facts, reports
 from everos_engine.stores.database import Database
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from everos_engine.settings import Settings
-    from everos_engine.stores.conditions import Note
+    from everos_engine.stores.conditions import Condition
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.held import Held
     from everos_engine.stores.reports import Counts, Outcome
@@ -29,14 +29,14 @@ Place = Literal["there", "empty", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class StatusFacts:
     """What the database says, of one moment; times in milliseconds. ``outage`` is (since, why) of the embedder's silence."""
 
     counts: Counts
     rows: Mapping[str, int]
     last_scan: int | None
     held: Sequence[Held]
-    conditions: Sequence[Note]
+    conditions: Sequence[Condition]
     outage: tuple[int, str] | None
     warnings: tuple[int, str, str] | None = None
 
@@ -46,8 +46,8 @@ class Snapshot:
     """What ``status`` shows; ``moment`` is None where nothing was ever indexed in the ``place`` that is there now."""
 
     root: str
-    engine: Vitals
-    moment: Moment | None
+    engine: EngineState
+    moment: StatusFacts | None
     now_milliseconds: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     place: Place = "there"
 
@@ -68,13 +68,13 @@ class Snapshot:
 
 def snapshot(settings: Settings) -> Snapshot:
     """Read one moment of the queue and the ledger, and ask the running engine for its pulse."""
-    engine = vitals(settings)
+    engine = read_engine_state(settings)
     path = settings.engine_directory / "engine.db"
     if not path.exists():
         return Snapshot(str(settings.root), engine, None, place=_place(settings))
     database = Database(path, readonly=True)
     try:
-        return Snapshot(str(settings.root), engine, database.read(_moment))
+        return Snapshot(str(settings.root), engine, database.read(_status_facts))
     finally:
         database.close()
 
@@ -152,28 +152,28 @@ def as_json(found: Snapshot) -> dict[str, object]:
             "reason": outage[1] if outage and engine.running else None,
         },
         "warnings": {"count": moment.warnings[0] if moment and moment.warnings else 0},
-        "notes": [asdict(note) for note in _notes(found)],
+        "conditions": [asdict(condition) for condition in _notes(found)],
         "descriptors": dict(engine.descriptors),
     }
 
 
-def as_text(found: Snapshot, paint: Paint | None = None, *, program: str = "everos-engine") -> str:
+def as_text(found: Snapshot, style: Style | None = None, *, program: str = "everos-engine") -> str:
     """The runbook's block, then what else there is to know; ``program`` is how its hints call this command."""
-    return "\n".join(_lines(found, paint or Paint())).replace("`everos-engine ", f"`{program} ")
+    return "\n".join(_lines(found, style or Style())).replace("`everos-engine ", f"`{program} ")
 
 
-def _lines(found: Snapshot, paint: Paint) -> list[str]:
+def _lines(found: Snapshot, style: Style) -> list[str]:
     moment = found.moment
     if moment is None:
         lines = [f"{shown(found.root)}: {_unindexed(found)}"]
-        return [*lines, *_engine(found, paint)] if found.engine.running else lines
+        return [*lines, *_engine(found, style)] if found.engine.running else lines
     counts = moment.counts
     return [
         "queue:",
         f"  pending: {counts.pending + counts.processing}",
         f"  done: {counts.done}",
-        _failed("TRUE", counts.failed_retryable, "eligible for `everos-engine fix --apply`", paint),
-        _failed("FALSE", counts.failed_permanent, "fix md and re-save to recover", paint),
+        _failed("TRUE", counts.failed_retryable, "eligible for `everos-engine fix --apply`", style),
+        _failed("FALSE", counts.failed_permanent, "fix md and re-save to recover", style),
         "lsn:",
         f"  max: {counts.lsn_max}",
         f"  last_processed: {counts.watermark}",
@@ -183,12 +183,12 @@ def _lines(found: Snapshot, paint: Paint) -> list[str]:
         *_waiting(found),
         f"last scan: {_ago(found.since(moment.last_scan))}",
         _found_by(counts),
-        *_held(found, moment, paint),
-        *_warnings(moment, paint),
-        *_engine(found, paint),
+        *_held(found, moment, style),
+        *_warnings(moment, style),
+        *_engine(found, style),
         *_memory(found),
-        *_outage(found, moment, paint),
-        *(_note(note, paint) for note in _notes(found)),
+        *_outage(found, moment, style),
+        *(_note(note, style) for note in _notes(found)),
         f"root: {shown(found.root)}",
     ]
 
@@ -203,9 +203,9 @@ def _unindexed(found: Snapshot) -> str:
     return f"never indexed: {start}"
 
 
-def _failed(retryable: str, count: int, hint: str, paint: Paint) -> str:
+def _failed(retryable: str, count: int, hint: str, style: Style) -> str:
     line = f"  failed (retryable={retryable}): {count}"
-    return paint(f"{line} ({hint})", "yellow") if count else line
+    return style(f"{line} ({hint})", "yellow") if count else line
 
 
 def _waiting(found: Snapshot) -> list[str]:
@@ -223,36 +223,36 @@ def _found_by(counts: Counts) -> str:
     return f"found by scan only: {counts.found_by_scan} of {total}" + (f" ({share:.0%})" if share is not None else "")
 
 
-def _held(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:
+def _held(found: Snapshot, moment: StatusFacts, style: Style) -> list[str]:
     if not moment.held:
         return []
     since = ago(found.since(min(one.since for one in moment.held)) or 0.0)
     why = "; ".join(f"{one.count} because {WHY[one.reason]}" for one in moment.held)
     total = plural(sum(one.count for one in moment.held), "deletion")
     remedy = "; ".join(dict.fromkeys(REMEDY[one.reason] for one in moment.held))
-    return [paint.wrap(f"{total} for {since}: {why}; {remedy}", indent=6, first=f"{paint('held:', 'yellow')} ")]
+    return [style.wrap(f"{total} for {since}: {why}; {remedy}", indent=6, first=f"{style('held:', 'yellow')} ")]
 
 
-def _warnings(moment: Moment, paint: Paint) -> list[str]:
+def _warnings(moment: StatusFacts, style: Style) -> list[str]:
     if moment.warnings is None:
         return []
     count, path, first = moment.warnings
     text = f"{plural(count, 'file')} indexed with a warning, the first {shown(path)}: {shown(first)}"
-    return [paint.wrap(text, indent=6, first=f"{paint('warnings:', 'yellow')} ")]
+    return [style.wrap(text, indent=6, first=f"{style('warnings:', 'yellow')} ")]
 
 
-def _engine(found: Snapshot, paint: Paint) -> list[str]:
+def _engine(found: Snapshot, style: Style) -> list[str]:
     engine = found.engine
     words = {
-        "absent": paint("not running (`everos-engine run` starts it)", "yellow"),
-        "answers": paint(f"running (pid {engine.pid})", "green"),
+        "absent": style("not running (`everos-engine run` starts it)", "yellow"),
+        "answers": style(f"running (pid {engine.pid})", "green"),
         "mute": f"running (pid {engine.pid})",
-        "silent": paint(f"pid {engine.pid} does not answer: see `everos-engine doctor engine`", "red"),
-        "stopped": paint(f"pid {engine.pid} is stopped: `kill -CONT {engine.pid}`", "red"),
+        "silent": style(f"pid {engine.pid} does not answer: see `everos-engine doctor engine`", "red"),
+        "stopped": style(f"pid {engine.pid} is stopped: `kill -CONT {engine.pid}`", "red"),
         "hidden": "its lock may not be read by this user",
     }
     stalls = [
-        paint(f"stalled: {stall.loop} has not moved for {ago(stall.seconds)}: see `everos-engine doctor engine`", "red")
+        style(f"stalled: {stall.loop} has not moved for {ago(stall.seconds)}: see `everos-engine doctor engine`", "red")
         for stall in engine.stalls
     ]
     return [f"engine: {words[engine.state]}", *stalls]
@@ -267,19 +267,19 @@ def _memory(found: Snapshot) -> list[str]:
     ]
 
 
-def _outage(found: Snapshot, moment: Moment, paint: Paint) -> list[str]:
+def _outage(found: Snapshot, moment: StatusFacts, style: Style) -> list[str]:
     if moment.outage is None or not found.engine.running:
         return []
     seconds = ago(found.since(moment.outage[0]) or 0.0)
     text = f"embedder: down for {seconds}, changes wait and are indexed when it answers: {moment.outage[1]}"
-    return [paint(text, "yellow")]
+    return [style(text, "yellow")]
 
 
-def _note(note: Note, paint: Paint) -> str:
-    return paint.wrap(f"{note.message}; {note.remedy}", indent=6, first=f"{paint('note:', 'yellow')} ")
+def _note(note: Condition, style: Style) -> str:
+    return style.wrap(f"{note.message}; {note.remedy}", indent=6, first=f"{style('note:', 'yellow')} ")
 
 
-def _notes(found: Snapshot) -> list[Note]:
+def _notes(found: Snapshot) -> list[Condition]:
     """What lasts while an engine runs; of one that is gone nothing is known."""
     if found.moment is None or not found.engine.running:
         return []
@@ -294,9 +294,9 @@ def _share(by_scan: int, by_watch: int) -> float | None:
     return round(by_scan / (by_scan + by_watch), 4) if by_scan + by_watch else None
 
 
-def _moment(tx: Transaction) -> Moment:
+def _status_facts(tx: Transaction) -> StatusFacts:
     last_scan = meta.get(tx, "last_scan")
-    return Moment(
+    return StatusFacts(
         counts=reports.counts(tx),
         rows=ledger.rows_per_kind(tx),
         last_scan=None if last_scan is None else int(last_scan),

@@ -21,7 +21,7 @@ NOTHING = "nothing: it is as it should be"
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Diagnosis:
     """``code`` is stable and names the cause; literal commands, and nothing else, stand in backticks in ``remedy``."""
 
     verdict: Verdict
@@ -31,45 +31,45 @@ class Judgement:
     next: str
 
 
-def judge(seen: Evidence) -> Judgement:
+def diagnose(seen: Evidence) -> Diagnosis:
     """The first cause that applies, from the outermost: rule, brake, disk, content, queue, index."""
-    for look in (_root, _rule, _trouble, _brake, _gone, _file, _settling, _content, _queue, _failed):
+    for look in (_root, _rule, _trouble, _deletions_held, _gone, _file, _settling, _content, _queue, _failed):
         found = look(seen)
         if found is not None:
             return found
     return _at_rest(seen)
 
 
-def _root(seen: Evidence) -> Judgement | None:
+def _root(seen: Evidence) -> Diagnosis | None:
     root = os.fspath(seen.settings.root)
     if os.path.isdir(root):
         return None
     cause = f"the memory root {shown(root)} is not there, and the index with it"
     remedy = f"mount it or move it back; `{seen.program} doctor root` looks again"
-    return Judgement("unknown", "root_missing", cause, remedy, "nothing until the root is back; nothing is deleted")
+    return Diagnosis("unknown", "root_missing", cause, remedy, "nothing until the root is back; nothing is deleted")
 
 
-def _rule(seen: Evidence) -> Judgement | None:
+def _rule(seen: Evidence) -> Diagnosis | None:
     if seen.excluded is None:
         return None
     rows = seen.known.rows
     if seen.excluded.code in BY_NAME and not os.path.lexists(seen.path) and not rows:
         cause = f"there is no such file, and there would be no place for it: {seen.excluded.cause}"
-        return Judgement(
+        return Diagnosis(
             "missing", "no_file", cause, "check the name; " + _neighbours(seen), "nothing until there is a file"
         )
     following = "nothing: it stays out" if not rows else f"its {plural(rows, 'row')} leave the index: {_scan(seen)}"
-    return Judgement("excluded", seen.excluded.code, seen.excluded.cause, seen.excluded.remedy, following)
+    return Diagnosis("excluded", seen.excluded.code, seen.excluded.cause, seen.excluded.remedy, following)
 
 
-def _trouble(seen: Evidence) -> Judgement | None:
+def _trouble(seen: Evidence) -> Diagnosis | None:
     if seen.known.trouble is None:
         return None
     cause = f"the engine's database cannot be read: {seen.known.trouble}"
-    return Judgement("unknown", "database", cause, f"see `{seen.program} doctor`", "nothing can be said of it")
+    return Diagnosis("unknown", "database", cause, f"see `{seen.program} doctor`", "nothing can be said of it")
 
 
-def _brake(seen: Evidence) -> Judgement | None:
+def _deletions_held(seen: Evidence) -> Diagnosis | None:
     held = seen.known.held
     if held is None or seen.disk.state != "gone":
         return None
@@ -77,16 +77,16 @@ def _brake(seen: Evidence) -> Judgement | None:
     cause = f"the file is gone, and the brake has held its deletion for {since}: {WHY[held.reason]}"
     remedy = REMEDY[held.reason].replace("`everos-engine ", f"`{seen.program} ")
     rows = plural(seen.known.rows, "row")
-    return Judgement("held", "held", cause, remedy, f"its {rows} stay searchable until the file is back or released")
+    return Diagnosis("held", "held", cause, remedy, f"its {rows} stay searchable until the file is back or released")
 
 
-def _gone(seen: Evidence) -> Judgement | None:
+def _gone(seen: Evidence) -> Diagnosis | None:
     if seen.disk.state != "gone":
         return None
     change, rows = seen.known.change, seen.known.rows
     if change is None and not rows:
         cause = "there is no such file, and nothing is known of one"
-        return Judgement(
+        return Diagnosis(
             "missing", "no_file", cause, "check the name; " + _neighbours(seen), "nothing until there is a file"
         )
     if change is not None and change.fingerprint is not None:
@@ -95,7 +95,7 @@ def _gone(seen: Evidence) -> Judgement | None:
     return _waiting(seen, "deleting", "the file is gone, and its rows are on their way out", _turn(seen))
 
 
-def _file(seen: Evidence) -> Judgement | None:
+def _file(seen: Evidence) -> Diagnosis | None:
     """The file itself cannot be read."""
     last = _kept(seen)
     if seen.disk.state == "too_large" and seen.disk.fingerprint is not None:
@@ -104,13 +104,13 @@ def _file(seen: Evidence) -> Judgement | None:
         command = f"EVEROS_MAX_FILE_BYTES={_doubled(most, has)} {seen.program} sync {quoted(seen.path)}"
         where = f"; to keep it so, set max_file_bytes in {shown(str(seen.settings.root / 'everos-engine.toml'))}"
         how = f"with the engine stopped, `{command}`" if seen.engine.running else f"`{command}`"
-        return Judgement(
+        return Diagnosis(
             "failed", "too_large", cause, f"split it, or raise the bound: {how}{where}", "nothing until then"
         )
     if seen.disk.state == "unreadable":
         barrier, need = blocked(os.fspath(seen.settings.root), seen.path)
         cause = f"{shown(barrier)} may not be read by uid {os.geteuid()}{last}"
-        return Judgement("failed", "unreadable", cause, permit(barrier, need), f"once it can be read: {_scan(seen)}")
+        return Diagnosis("failed", "unreadable", cause, permit(barrier, need), f"once it can be read: {_scan(seen)}")
     if seen.disk.state == "hung":
         cause = f"{seen.disk.error}{last}"
         remedy = (
@@ -120,13 +120,13 @@ def _file(seen: Evidence) -> Judgement | None:
         return _waiting(seen, "no_answer", cause, "it is tried again, and no attempt is used up", remedy)
     if seen.disk.state == "unsteady":
         cause = f"the file cannot be looked at now: {seen.disk.error}"
-        return Judgement(
+        return Diagnosis(
             "waiting", "unsteady", cause, "ask again in a moment; check the disk if it stays so", _scan(seen)
         )
     return None
 
 
-def _settling(seen: Evidence) -> Judgement | None:
+def _settling(seen: Evidence) -> Diagnosis | None:
     """The file is so young that it may still be being written. What is wrong with its content may be over in a moment."""
     change = seen.known.change
     if change is None or change.waits_for != "settle" or change.not_before <= seen.now_milliseconds:
@@ -136,14 +136,14 @@ def _settling(seen: Evidence) -> Judgement | None:
     return _waiting(seen, "settling", cause, f"it is taken up in {due}")
 
 
-def _content(seen: Evidence) -> Judgement | None:
+def _content(seen: Evidence) -> Diagnosis | None:
     """The file is damaged, or has bad entries, whatever the queue says."""
     error, document = seen.disk.error, seen.disk.document
     if seen.disk.state == "damaged" and isinstance(error, BadFile):
         cause = f"{_where(error.line, error.column)}{error.args[0]}{_kept(seen)}"
         following = f"nothing until the file changes; then {_then(seen)}"
         remedy = _plain(error.remedy).removesuffix(" and save")
-        return Judgement(
+        return Diagnosis(
             "failed", "damaged", cause, remedy if remedy.startswith("save ") else f"{remedy}, and save", following
         )
     if document is not None and document.problems and _settled(seen):
@@ -153,13 +153,13 @@ def _content(seen: Evidence) -> Judgement | None:
         others = len(document.entries)
         cause += f"; {plural(others, 'other entry is', 'other entries are')} indexed" if others else _kept(seen)
         verdict: Verdict = "partly" if others or seen.known.rows else "failed"
-        return Judgement(
+        return Diagnosis(
             verdict, "bad_entries", cause, _plain(first.remedy), f"nothing until the file changes; then {_then(seen)}"
         )
     return None
 
 
-def _queue(seen: Evidence) -> Judgement | None:
+def _queue(seen: Evidence) -> Diagnosis | None:
     """The queue has not caught up with the disk."""
     change = seen.known.change
     if change is not None and change.status == "processing":
@@ -178,7 +178,7 @@ def _queue(seen: Evidence) -> Judgement | None:
     return _waiting(seen, "pending", f"it waits in the queue, {ahead}", _turn(seen))
 
 
-def _later(seen: Evidence, change: Change) -> Judgement:
+def _later(seen: Evidence, change: Change) -> Diagnosis:
     """It waits for a set time: for the embedder, for what all changes share, or for its next attempt."""
     due = ago((change.not_before - seen.now_milliseconds) / 1000)
     remedy = f"wait; or, once the cause is mended, `{_sync(seen)}`"
@@ -196,7 +196,7 @@ def _later(seen: Evidence, change: Change) -> Judgement:
     return _waiting(seen, "delayed", f"its last attempt failed: {change.error}", f"{tries} is due in {due}", remedy)
 
 
-def _failed(seen: Evidence) -> Judgement | None:
+def _failed(seen: Evidence) -> Diagnosis | None:
     """The queue gave up on it, though the file can be read and parsed."""
     change = seen.known.change
     if change is None or change.status != "failed":
@@ -205,16 +205,16 @@ def _failed(seen: Evidence) -> Judgement | None:
     if change.retryable:
         remedy = f"once the cause is mended, `{seen.program} fix --apply`"
         following = "nothing by itself: all its attempts are used up"
-        return Judgement("failed", "dead_letter", cause, remedy, following)
+        return Diagnosis("failed", "dead_letter", cause, remedy, following)
     if "embedder" in change.failed_for and seen.known.rows:
         following = f"nothing until the file, the model or embedder.max_characters changes; then {_then(seen)}"
         remedy = f"shorten the text and save; or set another model, or a lower embedder.max_characters, then `{seen.program} run`"
-        return Judgement("partly", "words_only", cause, remedy, following)
+        return Diagnosis("partly", "words_only", cause, remedy, following)
     remedy = f"mend what is named and save; or, if it was mended elsewhere, `{_sync(seen)}`"
-    return Judgement("failed", "refused", cause, remedy, f"nothing until the file changes; then {_then(seen)}")
+    return Diagnosis("failed", "refused", cause, remedy, f"nothing until the file changes; then {_then(seen)}")
 
 
-def _at_rest(seen: Evidence) -> Judgement:
+def _at_rest(seen: Evidence) -> Diagnosis:
     """Done, as far as the queue knows."""
     plan, rows = seen.plan, seen.known.rows
     if seen.known.table_known and not seen.table_there:
@@ -222,23 +222,23 @@ def _at_rest(seen: Evidence) -> Judgement:
         following = (
             "the next scan has it begun anew" if seen.engine.running else "the next start of an engine begins it anew"
         )
-        return Judgement("waiting", "table_gone", cause, f"now, `{seen.program} sync`", following)
+        return Diagnosis("waiting", "table_gone", cause, f"now, `{seen.program} sync`", following)
     if plan is not None and (plan.upserts or plan.deletes):
         cause = f"the queue says done, but {plural(len(plan.upserts) + len(plan.deletes), 'entry', 'entries')} differ from the index"
         return _waiting(seen, "differs", cause, _scan(seen), f"`{_sync(seen)}`")
     if not rows:
         cause = "there is nothing in it to index: no entry with text"
-        return Judgement(
+        return Diagnosis(
             "excluded",
             "empty",
             cause,
             "write an entry, and save",
             f"nothing until the file changes; then {_then(seen)}",
         )
-    return Judgement("searchable", "ok", f"{plural(rows, 'row')} in the index, as the file says", "", NOTHING)
+    return Diagnosis("searchable", "ok", f"{plural(rows, 'row')} in the index, as the file says", "", NOTHING)
 
 
-def _waiting(seen: Evidence, code: str, cause: str, following: str, remedy: str | None = None) -> Judgement:
+def _waiting(seen: Evidence, code: str, cause: str, following: str, remedy: str | None = None) -> Diagnosis:
     """Something will happen, if an engine is there to do it."""
     pid = seen.engine.pid
     if seen.engine.state == "absent":
@@ -246,21 +246,21 @@ def _waiting(seen: Evidence, code: str, cause: str, following: str, remedy: str 
         if seen.readonly_mount is not None:
             remount = quoted("mount", "-o", "remount,rw", seen.readonly_mount)
             help_ = f"its file system is mounted read-only: mount it for writing, `{remount}`, then {help_}"
-        return Judgement("waiting", code, f"{cause}; no engine is running", help_, "nothing until an engine runs")
+        return Diagnosis("waiting", code, f"{cause}; no engine is running", help_, "nothing until an engine runs")
     if seen.engine.state == "stopped":
         help_ = f"let it go on: `{quoted('kill', '-CONT', str(pid))}`"
-        return Judgement(
+        return Diagnosis(
             "waiting", code, f"{cause}; the engine (pid {pid}) is stopped", help_, "nothing until it goes on"
         )
     if seen.engine.state == "silent":
-        return Judgement(
+        return Diagnosis(
             "waiting",
             code,
             f"{cause}; the engine (pid {pid}) does not answer",
             f"see `{seen.program} doctor`",
             following,
         )
-    return Judgement(
+    return Diagnosis(
         "waiting", code, cause, remedy if remedy is not None else f"wait; or now, `{_sync(seen)}`", following
     )
 

@@ -32,7 +32,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True, slots=True)
-class Paint:
+class Style:
     """Paints where ``colour`` is True; ``columns`` is the width to wrap to."""
 
     colour: bool = False
@@ -56,11 +56,11 @@ class Paint:
         return "\n".join(lines).replace("\0", " ")
 
 
-def paint_for(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Paint:
+def style_for(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Style:
     """Colour and width that suit ``stream``."""
     terminal = stream.isatty()
     colour = terminal and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
-    return Paint(colour, min(MOST_COLUMNS, shutil.get_terminal_size().columns) if terminal else MOST_COLUMNS)
+    return Style(colour, min(MOST_COLUMNS, shutil.get_terminal_size().columns) if terminal else MOST_COLUMNS)
 
 
 def ago(seconds: float) -> str:
@@ -85,7 +85,7 @@ def program_at(root: str | os.PathLike[str] | None) -> str:
     return "everos-engine" if root is None else shlex.join(["everos-engine", "--root", os.fspath(root)])
 
 
-def aimed(text: str, program: str) -> str:
+def with_root(text: str, program: str) -> str:
     """Return a text for people in which the commands of this program name the root that ``program`` names."""
     return text.replace("`everos-engine ", f"`{program} ")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from everos_engine.embed.circuit_breaker import Gate
+    from everos_engine.embed.circuit_breaker import CircuitBreaker
     from everos_engine.settings import EmbedderSettings
 
     Outcome = NDArray[np.float32] | Transient | BadText
@@ -49,16 +49,16 @@ class Batcher:
     single texts that were so before (suspects), which are asked alone and have the whole deadline.
     """
 
-    def __init__(self, gate: Gate, settings: EmbedderSettings, nursery: trio.Nursery, keep: Keep) -> None:
-        many = gate.embedder.concurrency
-        self._gate = gate
+    def __init__(self, breaker: CircuitBreaker, settings: EmbedderSettings, nursery: trio.Nursery, keep: Keep) -> None:
+        many = breaker.embedder.concurrency
+        self._gate = breaker
         self._keep = keep
         self._nursery = nursery
-        self._batch_size = gate.embedder.batch_size
+        self._batch_size = breaker.embedder.batch_size
         self._first_lane = trio.Semaphore(many)
         self._part_lane = trio.Semaphore(max(1, many // 2))
         self._suspect_lane = trio.Semaphore(max(1, many // 4))
-        self._patience_seconds = settings.hedge_seconds if gate.embedder.hedged else float("inf")
+        self._patience_seconds = settings.hedge_seconds if breaker.embedder.hedged else float("inf")
         self._least_patience_seconds = self._patience_seconds
         self._deadline_seconds = settings.deadline_seconds
         self._is_paced = settings.calls_per_second > 0
@@ -167,12 +167,12 @@ class Batcher:
         """One call; what it leaves to be asked again, in parts."""
         answers = self._gate.answers
         try:
-            await self._gate.turn()
-            life = self._gate.life
+            await self._gate.acquire()
+            epoch = self._gate.epoch
             with trio.move_on_after(patience_seconds) as scope:
                 vectors = await self._gate.embed([one.text for one in batch])
         except (Transient, BadText) as error:
-            told = await self._gate.judge(error, answers=answers)
+            told = await self._gate.blame(error, answers=answers)
             if not isinstance(told, (Unavailable, Exhausted)):
                 if len(batch) > 1:
                     return _split(batch)
@@ -184,13 +184,13 @@ class Batcher:
             if len(batch) == 1:
                 self._suspect(batch[0])
             return _split(batch)
-        await self._deliver(batch, vectors, life)
+        await self._deliver(batch, vectors, epoch)
         return []
 
-    async def _deliver(self, batch: list[_Wanted], vectors: NDArray[np.float32], life: int) -> None:
+    async def _deliver(self, batch: list[_Wanted], vectors: NDArray[np.float32], epoch: int) -> None:
         """Keep the vectors before anyone sees them, so that a crash repeats few calls."""
         try:
-            await self._keep(life, dict(zip((one.text for one in batch), vectors, strict=True)))
+            await self._keep(epoch, dict(zip((one.text for one in batch), vectors, strict=True)))
         except Transient as error:
             for one in batch:
                 self._end(one, error)
@@ -210,15 +210,15 @@ class Batcher:
 
 
 @asynccontextmanager
-async def open_batcher(gate: Gate, settings: EmbedderSettings, keep: Keep) -> AsyncIterator[Batcher]:
+async def open_batcher(breaker: CircuitBreaker, settings: EmbedderSettings, keep: Keep) -> AsyncIterator[Batcher]:
     """A batcher for the length of the block; calls in flight at its end are cancelled.
 
     ``keep`` is called with the ``life`` of the model and the vectors by text, before anyone gets them.
     """
     async with trio.open_nursery() as nursery:
-        batcher = Batcher(gate, settings, nursery, keep)
+        batcher = Batcher(breaker, settings, nursery, keep)
         nursery.start_soon(batcher.serve)
-        nursery.start_soon(gate.serve)
+        nursery.start_soon(breaker.serve)
         yield batcher
         nursery.cancel_scope.cancel()
 

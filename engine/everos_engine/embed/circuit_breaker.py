@@ -39,7 +39,7 @@ RECHECK_SECONDS = 600.0
 """A service that is called gets the probe sentence so often too: somebody may change its model without a pause."""
 
 
-class Gate:
+class CircuitBreaker:
     """An embedder behind a rate limit and a circuit breaker.
 
     ``down`` is why the service is down, or None; ``since`` is when that began (trio's clock). ``life`` counts the models that have
@@ -51,7 +51,7 @@ class Gate:
         self.embedder = embedder
         self.down: AsyncValue[str | None] = AsyncValue(None)
         self.since = 0.0
-        self.life = 0
+        self.epoch = 0
         self.answers = 0
         self._settings = settings
         self.probe_vector: NDArray[np.float32] | None = None
@@ -63,7 +63,7 @@ class Gate:
         self._confirmed = 0.0
         self.unsure_seconds = 0.0
 
-    async def turn(self) -> None:
+    async def acquire(self) -> None:
         """Return when a call may begin, at most ``calls_per_second``. Raises Unavailable while the service is down."""
         self.raise_if_down()
         if rate := self._settings.calls_per_second:
@@ -72,7 +72,7 @@ class Gate:
             await trio.sleep_until(at)
         else:
             await trio.lowlevel.checkpoint()
-        if self.embedder.hedged and self.life and self._is_old:
+        if self.embedder.hedged and self.epoch and self._is_old:
             async with self._probing:
                 if self.down.value is None and self._is_old:
                     await self._probe()
@@ -102,7 +102,7 @@ class Gate:
         self._failures = 0
         return found
 
-    async def judge(self, error: Transient | BadText, *, answers: int) -> Transient | BadText:
+    async def blame(self, error: Transient | BadText, *, answers: int) -> Transient | BadText:
         """Whose fault a failed call was: ``error`` if it is the texts', Unavailable if the service is down.
 
         ``answers`` is the count when the call began: a service that has answered others since is well; else a probe tells.
@@ -177,7 +177,7 @@ class Gate:
             return
         now = trio.current_time()
         if self.probe_vector is None or not similar(self.probe_vector, found):
-            self.life += 1
+            self.epoch += 1
             self.unsure_seconds = now - self._confirmed
             self.probe_vector = found
         self._confirmed = now

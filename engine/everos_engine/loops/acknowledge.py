@@ -13,7 +13,7 @@ from everos_engine.loops.job import Unsettled, blamed, complaint, note_written, 
 from everos_engine.stores import ledger, queue
 
 if TYPE_CHECKING:
-    from everos_engine.loops.context import Desk
+    from everos_engine.loops.context import Context
     from everos_engine.loops.job import Job
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.versions import Version
@@ -26,22 +26,22 @@ class Written(NamedTuple):
     version: Version
 
 
-def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Written | None) -> None:
+def mark(tx: Transaction, *, context: Context, kind: str, jobs: list[Job], written: Written | None) -> None:
     """Note in ledger and queue what became of a batch's jobs of one kind; ``written`` is None where nothing was committed."""
-    now, values = now_milliseconds(), _values(desk)
+    now, values = now_milliseconds(), _values(context)
     if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
         for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
             job.error = job.error or Transient(f"the table {kind!r} was made again meanwhile", counts_as_retry=False)
         written = None
     for job in jobs:
         if isinstance(job.error, Transient):
-            _try_later(tx, desk, job, job.error, now)
+            _try_later(tx, context, job, job.error, now)
             continue
         if job.error is None:
             note_written(tx, kind, job)
         message = complaint(job)
-        if job.put_off is not None:
-            _try_later(tx, desk, job, job.put_off, now)
+        if job.defer is not None:
+            _try_later(tx, context, job, job.defer, now)
             continue
         if message is None:
             queue.mark_done(
@@ -50,7 +50,7 @@ def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Wr
                 job.fingerprint,
                 racy=job.racy,
                 digest=job.digest,
-                settle_milliseconds=desk.settings.settle_milliseconds,
+                settle_milliseconds=context.settings.settle_milliseconds,
                 now_milliseconds=now,
             )
             continue
@@ -70,22 +70,22 @@ def mark(tx: Transaction, *, desk: Desk, kind: str, jobs: list[Job], written: Wr
         ledger.moved_on(tx, kind, written.incarnation, version=written.version)
 
 
-async def retry_for_settings(desk: Desk) -> None:
+async def retry_for_settings(context: Context) -> None:
     """Queue what failed for a setting that has another value since."""
-    again = await desk.database.awrite(
-        lambda tx: queue.requeue_for_settings(tx, _values(desk), now_milliseconds=now_milliseconds())
+    again = await context.database.awrite(
+        lambda tx: queue.requeue_for_settings(tx, _values(context), now_milliseconds=now_milliseconds())
     )
     if again:
         logger.info("settings_changed requeued={}", len(again))
 
 
-def _values(desk: Desk) -> dict[str, str]:
-    gate = desk.vectors.gate
-    return values_to_blame(desk.settings, "" if gate is None else gate.embedder.model)
+def _values(context: Context) -> dict[str, str]:
+    breaker = context.vectors.breaker
+    return values_to_blame(context.settings, "" if breaker is None else breaker.embedder.model)
 
 
-def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int) -> None:
-    settings, gate = desk.settings, desk.vectors.gate
+def _try_later(tx: Transaction, context: Context, job: Job, error: Transient, now: int) -> None:
+    settings, breaker = context.settings, context.vectors.breaker
     said = clipped(str(error))
     if job.error is None:
         where = job.put_off_where if error.counts_as_retry else ""
@@ -104,7 +104,7 @@ def _try_later(tx: Transaction, desk: Desk, job: Job, error: Transient, now: int
     )
     if isinstance(error, Unsettled):
         delay = error.retry_after_seconds or 0.0
-    if isinstance(error, Unavailable) and gate is not None and gate.down.value is not None:
+    if isinstance(error, Unavailable) and breaker is not None and breaker.down.value is not None:
         # its return wakes whatever waits for it: reading the files again before that would be for nothing
         delay = max(delay, settings.worker_retry_backoff_max_seconds)
     not_before = now + max(1, int(delay * 1000))

@@ -20,7 +20,7 @@ from everos_engine.system.unit import unit
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from everos_engine.loops.context import Desk
+    from everos_engine.loops.context import Context
     from everos_engine.stores.versions import Version
 
 LONG_SECONDS = 3600.0
@@ -37,43 +37,47 @@ MANY = 4
 """A table that is written without pause is optimized all the same once it is this many times over its threshold."""
 
 
-async def maintain(desk: Desk) -> None:
+async def maintain(context: Context) -> None:
     """After commits, once they pause, optimize each table that is due; then prune caches. Compact what has come to rest.
 
     In a pause a table is optimized beside whatever comes, for an edit must not wait; where commits came in between and
     voided that, or do not pause at all, they wait for it.
     """
     voided: set[str] = set()
-    rest = Rest(desk)
+    rest = Rest(context)
     erase_at = trio.current_time()
     while True:
-        seen = desk.applied.value
-        patience = _patience(desk)
+        seen = context.applied.value
+        patience = _patience(context)
         wait = min(patience, rest.seconds())
-        desk.beat("maintain", within_seconds=wait + ALLOWANCE_SECONDS)
-        moved = await wait_moved(desk.applied, seen, at_most_seconds=wait)
+        context.beat("maintain", within_seconds=wait + ALLOWANCE_SECONDS)
+        moved = await wait_moved(context.applied, seen, at_most_seconds=wait)
         if moved:
             rest.wake()
         quiet = not moved and wait >= patience
-        due = [kind for kind in desk.index.open_kinds() if desk.index.wants_optimize(kind)]
+        due = [kind for kind in context.index.open_kinds() if context.index.wants_optimize(kind)]
         for kind in due:
-            if quiet or desk.index.unoptimized(kind) >= MANY * desk.settings.lancedb.optimize_after_commits:
-                desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+            if quiet or context.index.unoptimized(kind) >= MANY * context.settings.lancedb.optimize_after_commits:
+                context.beat(
+                    "maintain", within_seconds=context.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS
+                )
                 is_compact = False
                 with unit("maintain", f"optimize {kind}"):
-                    is_compact = await _optimize(desk, kind, alone=kind in voided or not quiet)
+                    is_compact = await _optimize(context, kind, alone=kind in voided or not quiet)
                 (voided.discard if is_compact else voided.add)(kind)
                 rest.wake()
         if quiet:
             with unit("maintain", "prune caches"):
-                await _prune(desk)
+                await _prune(context)
         if rest.seconds() <= 0:
             await rest.compact()
         if trio.current_time() >= erase_at:  # also without a pause: what was deleted may not wait for one
             erase_at = trio.current_time() + ERASE_LOOK_SECONDS
-            desk.beat("maintain", within_seconds=3 * desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+            context.beat(
+                "maintain", within_seconds=3 * context.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS
+            )
             with unit("maintain", "erase"):
-                if await erase_due(desk):
+                if await erase_due(context):
                     rest.wake()
 
 
@@ -87,7 +91,7 @@ class Rest:
     replaced. After ``MOST_PASSES`` it is left alone until somebody writes to it, so an idle engine is not woken for ever.
     """
 
-    desk: Desk
+    context: Context
     _look_at: float | None = field(init=False)
     _passes: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Kind -> when its folder was last written to by us, and our passes since somebody else did."""
@@ -97,7 +101,7 @@ class Rest:
 
     @property
     def _keep_seconds(self) -> float:
-        return self.desk.settings.lancedb.keep_versions_seconds
+        return self.context.settings.lancedb.keep_versions_seconds
 
     def seconds(self) -> float:
         """Return how long until the tables should be looked at; for ever where nothing is left to prune."""
@@ -111,7 +115,7 @@ class Rest:
     async def compact(self) -> None:
         """Compact the tables whose old versions may go now, and plan the next look."""
         waits = []
-        for kind in self.desk.index.open_kinds():
+        for kind in self.context.index.open_kinds():
             wait: float | None = self._keep_seconds
             with unit("maintain", f"compact {kind} at rest"):
                 wait = await self._compact(kind)
@@ -121,19 +125,19 @@ class Rest:
 
     async def _compact(self, kind: str) -> float | None:
         """Seconds until this table should be looked at again; None where nothing is left to prune."""
-        desk, folder = self.desk, self.desk.index.directory / f"{kind}.lance" / "_versions"
+        context, folder = self.context, self.context.index.directory / f"{kind}.lance" / "_versions"
         written, count = await trio.to_thread.run_sync(_versions, folder)
         ours, passes = self._passes.get(kind, (written, 0))
         passes = passes if ours == written else 0
         if count <= LEAST_VERSIONS or passes >= MOST_PASSES:
             return None
         age = max(0.0, time.time() - written)  # a clock that was ahead makes it new
-        is_early = desk.index.unoptimized(kind) > 0
+        is_early = context.index.unoptimized(kind) > 0
         rest_seconds = self._keep_seconds * (EARLY_SHARE if is_early else 1.0)
         if age < rest_seconds:
             return rest_seconds - age
-        desk.beat("maintain", within_seconds=desk.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
-        await _optimize(desk, kind, alone=not is_early)  # early on an edit may come, and does not wait
+        context.beat("maintain", within_seconds=context.settings.lancedb.write_deadline_seconds + ALLOWANCE_SECONDS)
+        await _optimize(context, kind, alone=not is_early)  # early on an edit may come, and does not wait
         written, count = await trio.to_thread.run_sync(_versions, folder)
         self._passes[kind] = written, passes + 1
         return self._keep_seconds if count > LEAST_VERSIONS else None
@@ -147,30 +151,30 @@ def _versions(folder: Path) -> tuple[float, int]:
         return 0.0, 0
 
 
-async def compact(desk: Desk) -> None:
+async def compact(context: Context) -> None:
     """Optimize every table that is due, once: for commands that write and end."""
-    for kind in desk.index.open_kinds():
-        if desk.index.wants_optimize(kind):
-            await _optimize(desk, kind, alone=True)
-    await erase_due(desk)
+    for kind in context.index.open_kinds():
+        if context.index.wants_optimize(kind):
+            await _optimize(context, kind, alone=True)
+    await erase_due(context)
 
 
-def _patience(desk: Desk) -> float:
-    due = any(desk.index.wants_optimize(kind) for kind in desk.index.open_kinds())
-    return desk.settings.lancedb.optimize_idle_seconds if due else LONG_SECONDS
+def _patience(context: Context) -> float:
+    due = any(context.index.wants_optimize(kind) for kind in context.index.open_kinds())
+    return context.settings.lancedb.optimize_idle_seconds if due else LONG_SECONDS
 
 
-async def _optimize(desk: Desk, kind: str, *, alone: bool) -> bool:
+async def _optimize(context: Context, kind: str, *, alone: bool) -> bool:
     """Whether the table is compact now."""
     try:
-        await expect_root(desk)
-        known = (await desk.database.aread(ledger.incarnations)).get(kind)
-        before = None if known is None else await desk.index.recognise(kind, known.version)
-        await desk.index.optimize(kind, alone=alone)
+        await expect_root(context)
+        known = (await context.database.aread(ledger.incarnations)).get(kind)
+        before = None if known is None else await context.index.recognise(kind, known.version)
+        await context.index.optimize(kind, alone=alone)
         if before is not None:
-            await _move_on(desk, kind, before)
+            await _move_on(context, kind, before)
     except Transient as error:
-        desk.starved(error)
+        context.starved(error)
         level = "WARNING" if alone else "INFO"
         logger.log(level, "cascade_lancedb_optimize_failed kind={} error={!r}", kind, str(error))
         return False
@@ -178,23 +182,23 @@ async def _optimize(desk: Desk, kind: str, *, alone: bool) -> bool:
     return True
 
 
-async def _move_on(desk: Desk, kind: str, before: Version) -> None:
+async def _move_on(context: Context, kind: str, before: Version) -> None:
     """Note the version that an optimize left, if nothing but it came after what is noted. Else the next commit's look finds it."""
-    async with desk.table(kind):
-        known = (await desk.database.aread(ledger.incarnations)).get(kind)
-        if known is None or known.incarnation != desk.index.incarnation_of(kind):
+    async with context.table(kind):
+        known = (await context.database.aread(ledger.incarnations)).get(kind)
+        if known is None or known.incarnation != context.index.incarnation_of(kind):
             return
         start = before if before.number > known.number else known.version
-        reached = await desk.index.advance(kind, start)
+        reached = await context.index.advance(kind, start)
         if reached is not None:
-            await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, known.incarnation, version=reached))
+            await context.database.awrite(lambda tx: ledger.moved_on(tx, kind, known.incarnation, version=reached))
 
 
-async def _prune(desk: Desk) -> None:
-    most = desk.settings.embedder.cache_max_bytes
-    dropped = await desk.vectors.cache.use(
+async def _prune(context: Context) -> None:
+    most = context.settings.embedder.cache_max_bytes
+    dropped = await context.vectors.cache.use(
         lambda tx: embeddings.prune(tx, max_bytes=most, now_milliseconds=now_milliseconds()), otherwise=0
     )
     if dropped:
         logger.info("embedding_cache_pruned dropped={}", dropped)
-    await trio.to_thread.run_sync(desk.database.checkpoint, limiter=desk.database.limiter)
+    await trio.to_thread.run_sync(context.database.checkpoint, limiter=context.database.limiter)

@@ -13,8 +13,8 @@ import trio
 from trio_util import AsyncValue
 
 from everos_engine.errors import exhausted
-from everos_engine.loops.deletion_guard import Brake
-from everos_engine.stores.conditions import Notes
+from everos_engine.loops.deletion_guard import DeletionGuard
+from everos_engine.stores.conditions import Conditions
 from everos_engine.system import descriptors
 from everos_engine.system.descriptors import Reserve
 from everos_engine.system.file_threads import FileThreads, open_threads
@@ -117,7 +117,7 @@ class History:
 
 
 @dataclass(slots=True)
-class Desk:
+class Context:
     """The parts every loop may use. ``wake`` moves when there may be work, ``applied`` when changes were marked.
 
     ``exhaustion`` moves when somebody found no descriptor. ``pressure`` is the share of their usual breadth that the worker and
@@ -147,13 +147,13 @@ class Desk:
     unchecked: set[str] = field(default_factory=set)
     probed: dict[str, float] = field(default_factory=dict)
     tables: dict[str, trio.Lock] = field(default_factory=dict)
-    brake: Brake = field(init=False)
-    notes: Notes = field(init=False)
+    deletion_guard: DeletionGuard = field(init=False)
+    conditions: Conditions = field(init=False)
     threads: FileThreads = field(init=False)
 
     def __post_init__(self) -> None:
-        self.brake = Brake(self.settings)
-        self.notes = Notes(self.database)
+        self.deletion_guard = DeletionGuard(self.settings)
+        self.conditions = Conditions(self.database)
         self.threads = open_threads(deadline_seconds=self.settings.file_deadline_seconds)
         self.vectors.registry = self.database
 
@@ -165,7 +165,7 @@ class Desk:
             remedy = (
                 f"check the disk; the damaged file is kept as {path}.damaged, remove it if nobody wants to look into it"
             )
-            await self.notes.say("database_recreated", message, remedy)
+            await self.conditions.say("database_recreated", message, remedy)
 
     def table(self, kind: str) -> trio.Lock:
         """Return the lock of who writes to a kind's table, or compares it with the ledger, from the first look to the last note."""
@@ -199,7 +199,7 @@ class Desk:
         """What the control socket answers to "history": the last hour, a point a second."""
         return {"columns": list(Point._fields), "points": [list(point) for point in self.fds_history]}
 
-    def pulse(self) -> dict[str, object]:
+    def snapshot(self) -> dict[str, object]:
         """What the control socket answers to "pulse": plain data, made without touching any store."""
         now = time.monotonic()
         return {
@@ -223,7 +223,7 @@ class Desk:
                 "mode": self.settings.watch.mode,
                 "watching": self.progress.watching,
                 "polling": self.progress.polling,
-                "notes": [asdict(note) for note in self.notes.now.values()],
+                "conditions": [asdict(condition) for condition in self.conditions.now.values()],
             },
             "pressure": self.pressure.value,
             "hung": [[name, round(seconds, 1)] for name, seconds in self.threads.hung()[:HUNG_NAMED]],

@@ -28,7 +28,7 @@ MARKER = "marker"
 
 
 @dataclass(slots=True)
-class Brake:
+class DeletionGuard:
     """Remember which root we began with, and say what is wrong with it."""
 
     settings: Settings
@@ -37,10 +37,10 @@ class Brake:
 
     def arm(self) -> None:
         """Remember the root as it is now, and leave the marker in it."""
-        self.aim()
-        lay_marker(self.settings)
+        self.capture_root()
+        write_marker(self.settings)
 
-    def aim(self) -> None:
+    def capture_root(self) -> None:
         """Remember the root as it is now: for a sweep beside the engine that laid the marker."""
         found = os.stat(self.settings.root)
         self.device, self.inode = found.st_dev, found.st_ino
@@ -72,7 +72,7 @@ class Brake:
         return "root_empty" if not any(name != ".index" for name in names) else None
 
 
-def let_go(  # noqa: PLR0913 - who decides, what vanished, and the moment
+def may_delete(  # noqa: PLR0913 - who decides, what vanished, and the moment
     tx: Transaction,
     settings: Settings,
     gone: Sequence[Vanished],
@@ -107,7 +107,7 @@ def to_hold(tx: Transaction, settings: Settings, paths: Sequence[str], *, now_mi
     gone = [one for one in vanished if not one.elsewhere]
     full_scan.carry_age(tx, moved)
     known = full_scan.files(tx)
-    may_go = let_go(tx, settings, gone, moved=len(moved), known=known, now_milliseconds=now_milliseconds)
+    may_go = may_delete(tx, settings, gone, moved=len(moved), known=known, now_milliseconds=now_milliseconds)
     return [] if may_go else gone
 
 
@@ -126,7 +126,7 @@ def most(settings: Settings, *, known: int) -> float:
     return max(settings.brake_least, settings.brake_ratio * known)
 
 
-def lay_marker(settings: Settings) -> None:
+def write_marker(settings: Settings) -> None:
     """Put the marker file into the root's index folder."""
     path = settings.engine_directory / MARKER
     if not path.exists():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from everos_engine.loops.context import Desk
+    from everos_engine.loops.context import Context
     from everos_engine.stores.database import Transaction
     from everos_engine.text.kinds import Kind
 
@@ -40,90 +40,93 @@ FORGOTTEN = "(forgotten)"
 EVERY_PATH = "SELECT md_path FROM md_change_state"
 
 
-async def forget(desk: Desk, keys: Sequence[str], text: str | None) -> int:
+async def forget(context: Context, keys: Sequence[str], text: str | None) -> int:
     """Leave no byte below the index of what ``keys`` held, of ``text``, or of anything else that no file holds now.
 
     Returns the number of bytes that the files of the index have less. Raises BadQuestion if a file still holds it.
     """
-    await expect_root(desk)
-    holding = await _holding(desk, keys, text)
+    await expect_root(context)
+    holding = await _holding(context, keys, text)
     if holding:
         named = ", ".join(repr(path) for path in holding[:5]) + (
             f" and {len(holding) - 5} more" if len(holding) > 5 else ""
         )
         message = f"{named}: still in the memory. Remove it from there first, then run the command again. `everos-engine forget --delete PATH` removes the file too"
         raise BadQuestion(message)
-    before = await _size(desk)
+    before = await _size(context)
     for kind in kinds.KINDS:
-        await _erase(desk, kind, keep_seconds=0)
-    await trio.to_thread.run_sync(_remove_copies, desk.settings.lancedb_directory, desk.settings.engine_directory)
-    await _drop_vectors(desk, unused_since_milliseconds=None)
-    await desk.database.awrite(lambda tx: _scrub(tx, keys, text))
-    await trio.to_thread.run_sync(desk.database.vacuum, limiter=desk.database.limiter)
-    await desk.vectors.cache.vacuum()
-    return before - await _size(desk)
+        await _erase(context, kind, keep_seconds=0)
+    await trio.to_thread.run_sync(_remove_copies, context.settings.lancedb_directory, context.settings.engine_directory)
+    await _drop_vectors(context, unused_since_milliseconds=None)
+    await context.database.awrite(lambda tx: _scrub(tx, keys, text))
+    await trio.to_thread.run_sync(context.database.vacuum, limiter=context.database.limiter)
+    await context.vectors.cache.vacuum()
+    return before - await _size(context)
 
 
-async def erase_due(desk: Desk) -> bool:
+async def erase_due(context: Context) -> bool:
     """Erase each table that was written to and not erased for ``lancedb.erase_after_hours``, and then the vectors nobody uses.
 
     Returns whether a table was erased. Its older versions go with the next compaction after ``lancedb.keep_versions_seconds``.
     """
-    hours = desk.settings.lancedb.erase_after_hours
+    hours = context.settings.lancedb.erase_after_hours
     if not hours:
         return False
     now, erased = now_milliseconds(), False
-    for kind in desk.index.open_kinds():
+    for kind in context.index.open_kinds():
         try:
             erased |= await _erase_if_due(
-                desk, kind, now_milliseconds=now, after_milliseconds=int(hours * HOUR_MILLISECONDS)
+                context, kind, now_milliseconds=now, after_milliseconds=int(hours * HOUR_MILLISECONDS)
             )
         except Transient as error:
-            desk.starved(error)
+            context.starved(error)
             logger.info("table_erase_failed kind={} error={!r}", kind, str(error))
     if erased:
-        await _drop_vectors(desk, unused_since_milliseconds=now - int(hours * HOUR_MILLISECONDS))
+        await _drop_vectors(context, unused_since_milliseconds=now - int(hours * HOUR_MILLISECONDS))
     return erased
 
 
-async def _erase(desk: Desk, kind: str, *, keep_seconds: float) -> int:
+async def _erase(context: Context, kind: str, *, keep_seconds: float) -> int:
     """Erase one table, and note its new version if we left the one before; else the next commit compares the two."""
-    async with desk.table(kind):
-        known = (await desk.database.aread(ledger.incarnations)).get(kind)
-        ours = known is not None and await desk.index.recognise(kind, known.version) is not None
-        await desk.index.erase(kind, keep_seconds=keep_seconds)
-        newest = await desk.index.newest(kind)
+    async with context.table(kind):
+        known = (await context.database.aread(ledger.incarnations)).get(kind)
+        ours = known is not None and await context.index.recognise(kind, known.version) is not None
+        await context.index.erase(kind, keep_seconds=keep_seconds)
+        newest = await context.index.newest(kind)
         if known is not None and ours and newest is not None:
-            await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, known.incarnation, version=newest))
+            await context.database.awrite(lambda tx: ledger.moved_on(tx, kind, known.incarnation, version=newest))
         return 0 if newest is None else newest.number
 
 
-async def _erase_if_due(desk: Desk, kind: str, *, now_milliseconds: int, after_milliseconds: int) -> bool:
+async def _erase_if_due(context: Context, kind: str, *, now_milliseconds: int, after_milliseconds: int) -> bool:
     """Whether a table was erased, because it has another version than noted, and that was noted long enough ago."""
-    newest = await desk.index.newest(kind)
+    newest = await context.index.newest(kind)
     version = 0 if newest is None else newest.number
-    known = await desk.database.aread(lambda tx: meta.get(tx, MARK + kind))
+    known = await context.database.aread(lambda tx: meta.get(tx, MARK + kind))
     at, since = json.loads(known) if known else (0, now_milliseconds)
     if due := bool(known) and version != at and not 0 <= now_milliseconds - since < after_milliseconds:
-        await expect_root(desk)
-        at, since = await _erase(desk, kind, keep_seconds=desk.settings.lancedb.keep_versions_seconds), now_milliseconds
+        await expect_root(context)
+        at, since = (
+            await _erase(context, kind, keep_seconds=context.settings.lancedb.keep_versions_seconds),
+            now_milliseconds,
+        )
         logger.info("table_erased kind={} version={}", kind, at)
     mark = json.dumps([at, since])
     if mark != known:
-        await desk.database.awrite(lambda tx: meta.put(tx, MARK + kind, mark))
+        await context.database.awrite(lambda tx: meta.put(tx, MARK + kind, mark))
     return due
 
 
-async def _holding(desk: Desk, keys: Sequence[str], text: str | None) -> list[str]:
+async def _holding(context: Context, keys: Sequence[str], text: str | None) -> list[str]:
     """The files that still hold what is to be forgotten."""
-    root = desk.settings.root
+    root = context.settings.root
     if text is None:
         return [key for key in keys if os.path.lexists(files.path_of(root, key))]
-    paths = await desk.database.aread(lambda tx: [str(path) for (path,) in tx.execute(EVERY_PATH)])
+    paths = await context.database.aread(lambda tx: [str(path) for (path,) in tx.execute(EVERY_PATH)])
     found = set(await trio.to_thread.run_sync(_files_with, root, paths, text))
     for kind in kinds.KINDS:
         names = [*lance.KEY_COLUMNS, *kinds.KINDS[kind].text_columns]
-        await desk.index.visit(kind, names, lambda rows: found.update(_rows_with(rows, text)))
+        await context.index.visit(kind, names, lambda rows: found.update(_rows_with(rows, text)))
     return sorted(found)
 
 
@@ -147,12 +150,12 @@ def _files_with(root: Path, paths: Sequence[str], text: str) -> list[str]:
     return found
 
 
-async def _drop_vectors(desk: Desk, *, unused_since_milliseconds: int | None) -> None:
+async def _drop_vectors(context: Context, *, unused_since_milliseconds: int | None) -> None:
     """Drop the cached vectors of texts that no row holds, and of which the cache was not asked since a moment."""
     live: set[bytes] = set()
     for kind, known in kinds.KINDS.items():
-        await desk.index.visit(kind, known.embed_columns, partial(_add_hashes, live, known))
-    dropped = await desk.vectors.cache.use(
+        await context.index.visit(kind, known.embed_columns, partial(_add_hashes, live, known))
+    dropped = await context.vectors.cache.use(
         lambda tx: embeddings.keep_only(tx, live, unused_since_milliseconds=unused_since_milliseconds), otherwise=0
     )
     if dropped:
@@ -196,8 +199,8 @@ def _done(tx: Transaction, statement: str, value: str) -> None:
         pass
 
 
-async def _size(desk: Desk) -> int:
-    index = desk.settings.engine_directory.parent
+async def _size(context: Context) -> int:
+    index = context.settings.engine_directory.parent
 
     def count() -> int:
         return sum(path.lstat().st_size for path in index.rglob("*") if path.is_file())

@@ -14,8 +14,8 @@ import trio
 from loguru import logger
 
 from everos_engine.errors import Transient
-from everos_engine.loops.context import Desk, Point, now_milliseconds, wait_moved
-from everos_engine.loops.fd_self_test import Law, prove
+from everos_engine.loops.context import Context, Point, now_milliseconds, wait_moved
+from everos_engine.loops.fd_self_test import SelfTest, self_test
 from everos_engine.loops.memory_guard import Resident
 from everos_engine.loops.recovery import expect_root
 from everos_engine.stores import meta
@@ -59,33 +59,33 @@ HISTORY_REMEDY = "make room on its disk, or name another file with lancedb.histo
 OVER_REMEDY = f"{EXHAUSTED_REMEDY}; where others hold them for good, raise lancedb.hard_budget_share"
 
 
-async def guard(desk: Desk, *, proving: bool = True) -> None:
+async def guard(context: Context, *, proving: bool = True) -> None:
     """Look every second, and at once when somebody found no descriptor; first prove the law of the mode in force."""
-    watcher = Guard(desk)
+    watcher = Guard(context)
     async with trio.open_nursery() as nursery:
         if proving:
-            nursery.start_soon(watcher.learn_law, PROVE_AFTER_SECONDS)
+            nursery.start_soon(watcher.learn_slope, PROVE_AFTER_SECONDS)
         nursery.start_soon(watcher.measure_disk)
         nursery.start_soon(watcher.resident.keep_counting)
         with watcher.opened():
             while True:
-                desk.beat("guard", within_seconds=ALLOWANCE_SECONDS)
-                seen = desk.exhaustion.value
+                context.beat("guard", within_seconds=ALLOWANCE_SECONDS)
+                seen = context.exhaustion.value
                 with unit("guard", "a look at descriptors"):
                     await watcher.look()
                 await trio.sleep(LEAST_PAUSE_SECONDS)
-                await wait_moved(desk.exhaustion, seen, at_most_seconds=BEAT_SECONDS - LEAST_PAUSE_SECONDS)
+                await wait_moved(context.exhaustion, seen, at_most_seconds=BEAT_SECONDS - LEAST_PAUSE_SECONDS)
 
 
 @dataclass(slots=True, eq=False)
 class Guard:
     """What the guard knows from one look to the next."""
 
-    desk: Desk
+    context: Context
     count: Callable[[], int] = field(init=False)
     counted_by: str = field(init=False)
     peak: int = 0
-    law: Law | None = None
+    law: SelfTest | None = None
     resident: Resident = field(init=False)
     learner: Learner = field(default_factory=Learner)
     slope: Slope | None = None
@@ -108,15 +108,15 @@ class Guard:
 
     def __post_init__(self) -> None:
         self.count, self.counted_by = descriptors.counter()
-        self.resident = Resident(self.desk)
+        self.resident = Resident(self.context)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Hold the spare descriptor, and the history file if one is wanted."""
-        named = self.desk.settings.lancedb.history_file
+        named = self.context.settings.lancedb.history_file
         with ExitStack() as stack:
-            self.desk.reserve.take()
-            stack.callback(self.desk.reserve.release)
+            self.context.reserve.take()
+            stack.callback(self.context.reserve.release)
             if named:
                 self._history = HistoryFile(Path(named))
                 stack.callback(self._history.close)
@@ -124,14 +124,14 @@ class Guard:
 
     async def look(self) -> None:
         """Count; act if the count is over a budget or somebody found no descriptor; publish the sample."""
-        desk, now, count = self.desk, time.monotonic(), self.count()
+        context, now, count = self.context, time.monotonic(), self.count()
         limit, soft, hard = self._bounds()
-        heard, self._heard = desk.exhaustion.value != self._heard, desk.exhaustion.value
+        heard, self._heard = context.exhaustion.value != self._heard, context.exhaustion.value
         if count >= limit:
-            if now - desk.exhausted_at_seconds > CALM_SECONDS:
-                desk.exhaustion.value += 1
-                heard, self._heard = True, desk.exhaustion.value
-            desk.exhausted_at_seconds = now
+            if now - context.exhausted_at_seconds > CALM_SECONDS:
+                context.exhaustion.value += 1
+                heard, self._heard = True, context.exhaustion.value
+            context.exhausted_at_seconds = now
         self._lowest_since = min(self._lowest_since, count)
         if self._classify(now, count) and self.pinning:
             self._learn_slope(count, soft=soft)
@@ -145,15 +145,15 @@ class Guard:
             self._rotate_for_bytes(now, count)
         count = self.count()
         self.peak = max(self.peak, count)
-        calm = now - desk.exhausted_at_seconds >= CALM_SECONDS
-        share = share_of_breadth(count, soft=soft, hard=hard) if calm else 0.0
+        calm = now - context.exhausted_at_seconds >= CALM_SECONDS
+        share = share_of_descriptors(count, soft=soft, hard=hard) if calm else 0.0
         self._press(count, min(share, self.resident.share(self.memory.rss_bytes)))
         with suppress(Transient):
-            await self._tell(calm=calm, exhausting=share <= 0, limit=limit)
+            await self._report(calm=calm, exhausting=share <= 0, limit=limit)
             await self.resident.report(self.memory.rss_bytes, now)
             await self._keep_slope()
-        if not desk.reserve.held and count < limit - 1:
-            desk.reserve.take()
+        if not context.reserve.held and count < limit - 1:
+            context.reserve.take()
         self._publish(count)
         with suppress(Transient):
             await self._say_history()
@@ -162,16 +162,16 @@ class Guard:
     async def _say_history(self) -> None:
         """Say why the history file does not grow, while it does not."""
         if self._history_failed_for is None:
-            await self.desk.notes.over("history_file_failed")
+            await self.context.conditions.over("history_file_failed")
             return
-        named = self.desk.settings.lancedb.history_file
+        named = self.context.settings.lancedb.history_file
         message = f"the history file {str(named)!r} cannot be written: {self._history_failed_for}"
-        await self.desk.notes.say("history_file_failed", message, HISTORY_REMEDY)
+        await self.context.conditions.say("history_file_failed", message, HISTORY_REMEDY)
 
     async def _trim(self, now: float) -> None:
         """What was freed in a heap's midst goes back to the system only when asked for: by growth, and by a Session let go."""
         at, rss_bytes = self._trimmed
-        if self._trim_due and self.desk.index.generations_open == 1:
+        if self._trim_due and self.context.index.sessions_open == 1:
             self._trim_due = False
         elif now - at < TRIM_SECONDS or not (
             self.memory.rss_bytes - rss_bytes >= TRIM_BYTES or self.resident.is_over(self.memory.rss_bytes)
@@ -181,69 +181,69 @@ class Guard:
         self.memory = descriptors.memory() or self.memory
         self._trimmed = now, self.memory.rss_bytes
 
-    async def learn_law(self, after_seconds: float = 0.0) -> None:
+    async def learn_slope(self, after_seconds: float = 0.0) -> None:
         """The law of the mode in force: proven once for each version of the library, and loudly missed."""
         await trio.sleep(after_seconds)
-        desk, mode = self.desk, self.desk.settings.lancedb.descriptor_mode
-        law = _kept(await desk.database.aread(lambda tx: meta.get(tx, LAW)))
+        context, mode = self.context, self.context.settings.lancedb.descriptor_mode
+        law = _kept(await context.database.aread(lambda tx: meta.get(tx, LAW)))
         while law is None or (law.library, law.mode, law.holds) != (LIBRARY, mode, True):
             try:
-                law = await self._prove(mode)
+                law = await self._self_test(mode)
                 break
             except (Transient, OSError) as error:
                 logger.warning("descriptor_law_unknown in_seconds={} error={!r}", PROVE_AGAIN_SECONDS, str(error))
                 await trio.sleep(PROVE_AGAIN_SECONDS)
         self.law = law
         if law.holds:
-            await desk.notes.over("descriptor_law_broken")
+            await context.conditions.over("descriptor_law_broken")
             return
         message = (
             f"{law.library} pins {law.pinned} index descriptors where lancedb.descriptor_mode={mode} allows {law.bound}"
         )
-        await desk.notes.say("descriptor_law_broken", message, LAW_REMEDY)
+        await context.conditions.say("descriptor_law_broken", message, LAW_REMEDY)
 
-    async def _prove(self, mode: DescriptorMode) -> Law:
-        desk = self.desk
-        directory = desk.settings.engine_directory
-        await expect_root(desk)
-        async with desk.index.turn_to_read():
-            law = await prove(desk.index.bridge, desk.index.settings, directory=directory, claimed=mode)
+    async def _self_test(self, mode: DescriptorMode) -> SelfTest:
+        context = self.context
+        directory = context.settings.engine_directory
+        await expect_root(context)
+        async with context.index.acquire_read():
+            law = await self_test(context.index.bridge, context.index.settings, directory=directory, claimed=mode)
         text = json.dumps(asdict(law))
 
         def keep(tx: Transaction) -> None:
             meta.put(tx, LAW, text)
 
-        await desk.database.awrite(keep)
+        await context.database.awrite(keep)
         return law
 
     async def measure_disk(self) -> None:
         """Files, directories and bytes of the index on disk, as often as that is cheap."""
         while True:
             began = time.monotonic()
-            found = await trio.to_thread.run_sync(descriptors.tree_size, self.desk.settings.lancedb_directory)
+            found = await trio.to_thread.run_sync(descriptors.tree_size, self.context.settings.lancedb_directory)
             self.disk = found or self.disk
             await trio.sleep(max(CLASSIFY_SECONDS, (time.monotonic() - began) / WALK_SHARE))
 
     def _bounds(self) -> tuple[int, int, int]:
         """The limit, the soft and the hard budget."""
         limit = descriptors.limits()[0]
-        return limit, *ceiling.budgets_of(self.desk.settings, limit=limit, others=self.desk.base.descriptors)
+        return limit, *ceiling.budgets_of(self.context.settings, limit=limit, others=self.context.base.descriptors)
 
     @property
     def pinning(self) -> bool:
         """Whether indexes pin descriptors: in mode `pinned`, and when the law of `reopen` was found broken."""
-        mode = self.desk.settings.lancedb.descriptor_mode
+        mode = self.context.settings.lancedb.descriptor_mode
         return mode == "pinned" or (self.law is not None and not self.law.holds)
 
     def _learn_slope(self, count: int, *, soft: int) -> None:
         """Learn from one more pair; lower the cap when what a full Session will pin passes the soft budget."""
-        index, pinned = self.desk.index, self.classes["lance_index"] + self.classes["deleted"]
+        index, pinned = self.context.index, self.classes["lance_index"] + self.classes["deleted"]
         self.learner.see(index.rotations, index.session_bytes(), pinned)
         self.slope = self.learner.slope() or self.slope
         if self.slope is None:
             return
         room = soft - (count - pinned)
-        fitting = ceiling.fitting_cap(self.desk.settings.lancedb, self.slope, cap_bytes=index.cap_bytes, room=room)
+        fitting = ceiling.fitting_cap(self.context.settings.lancedb, self.slope, cap_bytes=index.cap_bytes, room=room)
         if fitting < index.cap_bytes:
             logger.warning(
                 "cap_lowered before={} after={} slope={} room={}",
@@ -262,7 +262,7 @@ class Guard:
         if slope is None or (known is not None and abs(slope.high - known.high) <= KEEP_DIFFERENCE * known.high):
             return
         text = slope.as_text()
-        await self.desk.database.awrite(lambda tx: meta.put(tx, meta.SLOPE, text))
+        await self.context.database.awrite(lambda tx: meta.put(tx, meta.SLOPE, text))
         self._kept_slope = slope
 
     def _classify(self, now: float, count: int) -> bool:
@@ -270,7 +270,7 @@ class Guard:
         at, counted = self._classified
         if now - at < CLASSIFY_SECONDS and abs(count - counted) < JUMP:
             return False
-        settings = self.desk.settings
+        settings = self.context.settings
         self._classified = now, count
         self.classes = descriptors.classify(count, lancedb=settings.lancedb_directory, engine=settings.engine_directory)
         return True
@@ -287,8 +287,8 @@ class Guard:
 
     def _rotate_for_bytes(self, now: float, before: int) -> None:
         """Rotate for what the Session holds, or for what the process holds; not sooner than a rest after the last time."""
-        index = self.desk.index
-        if index.session_bytes() > self.desk.settings.lancedb.session_most_bytes:
+        index = self.context.index
+        if index.session_bytes() > self.context.settings.lancedb.session_most_bytes:
             if now - self._rotated_for_bytes >= BYTES_REST_SECONDS:
                 self._rotated_for_bytes = now
                 self._rotate(before, reason="session_bytes")
@@ -296,7 +296,7 @@ class Guard:
             self._rotate(before, reason="memory")
 
     def _rotate(self, before: int, *, reason: str) -> None:
-        index, held_bytes = self.desk.index, self.desk.index.session_bytes()
+        index, held_bytes = self.context.index, self.context.index.session_bytes()
         index.rotate()
         self._trim_due = True
         after = self.count()
@@ -307,52 +307,54 @@ class Guard:
             after,
             held_bytes,
             index.rotations,
-            index.generations_open - 1,
+            index.sessions_open - 1,
             {name: number for name, number in self.classes.items() if number},
         )
 
     def _press(self, count: int, share: float) -> None:
-        value = self.desk.pressure.value
+        value = self.context.pressure.value
         if share == value:
             return
-        self.desk.pressure.value = share
-        self.desk.index.narrow(share)
+        self.context.pressure.value = share
+        self.context.index.narrow(share)
         if (share <= 0) != (value <= 0) or (share >= 1) != (value >= 1):
             logger.warning("pressure share={:.2f} before={:.2f} descriptors={}", share, value, count)
         if value <= 0:
-            self.desk.wake_up()
+            self.context.wake_up()
 
-    async def _tell(self, *, calm: bool, exhausting: bool, limit: int) -> None:
-        desk = self.desk
+    async def _report(self, *, calm: bool, exhausting: bool, limit: int) -> None:
+        context = self.context
         if not calm:
             self._was_exhausted = True
             message = f"the process has no file descriptor left of its {limit}: new work waits, nothing is lost"
-            await desk.notes.say("descriptors_exhausted", message, EXHAUSTED_REMEDY)
+            await context.conditions.say("descriptors_exhausted", message, EXHAUSTED_REMEDY)
             return
-        await desk.notes.over("descriptors_exhausted")
+        await context.conditions.over("descriptors_exhausted")
         if self._was_exhausted:
             self._was_exhausted = False
-            desk.look_again()  # events and sweeps of that time are void
+            context.look_again()  # events and sweeps of that time are void
         if exhausting:
-            hard = desk.settings.lancedb.hard_budget_share
+            hard = context.settings.lancedb.hard_budget_share
             message = f"more than {hard:.0%} of the {limit} file descriptors are open: new work waits"
-            await desk.notes.say("descriptors_over_budget", message, OVER_REMEDY)
+            await context.conditions.say("descriptors_over_budget", message, OVER_REMEDY)
         else:
-            await desk.notes.over("descriptors_over_budget")
+            await context.conditions.over("descriptors_over_budget")
 
     def _publish(self, count: int) -> None:
-        desk, index, settings = self.desk, self.desk.index, self.desk.settings.lancedb
+        context, index, settings = self.context, self.context.index, self.context.settings.lancedb
         limit, soft, hard = self._bounds()
         self.memory = descriptors.memory() or self.memory
-        point = Point(now_milliseconds(), count, self.memory.rss_bytes, desk.pressure.value, index.session_bytes())
-        desk.fds_history.append(point)
-        desk.fds = {
+        point = Point(now_milliseconds(), count, self.memory.rss_bytes, context.pressure.value, index.session_bytes())
+        context.fds_history.append(point)
+        context.fds = {
             "count": count,
             "peak": self.peak,
             "limit": limit,
             "soft_budget": soft,
             "hard_budget": hard,
-            "ceiling": ceiling.ceiling_of(desk.settings, cap_bytes=index.cap_bytes, pinned=self.pinning, limit=limit),
+            "ceiling": ceiling.ceiling_of(
+                context.settings, cap_bytes=index.cap_bytes, pinned=self.pinning, limit=limit
+            ),
             "counted_by": self.counted_by,
             "classes": self.classes,
             "mode": settings.descriptor_mode,
@@ -361,8 +363,8 @@ class Guard:
             "slope": None if self.slope is None else asdict(self.slope),
             "session_bytes": point.session_bytes,
             "rotations": index.rotations,
-            "generations_open": index.generations_open,
-            "exhaustions": desk.exhaustion.value,
+            "generations_open": index.sessions_open,
+            "exhaustions": context.exhaustion.value,
             "rss_bytes": point.rss_bytes,
             "memory": self.resident.as_data(point.rss_bytes),
             "threads": self.memory.threads,
@@ -376,15 +378,15 @@ class Guard:
             self._history_failed_for = self._history.append(json.dumps(line))
 
 
-def share_of_breadth(count: int, *, soft: int, hard: int) -> float:
+def share_of_descriptors(count: int, *, soft: int, hard: int) -> float:
     """1 up to the soft budget, falling evenly to 0 at the hard one."""
     if count <= soft:
         return 1.0
     return max(0.0, (hard - count) / max(1, hard - soft))
 
 
-def _kept(text: str | None) -> Law | None:
+def _kept(text: str | None) -> SelfTest | None:
     try:
-        return Law(**json.loads(text)) if text else None
+        return SelfTest(**json.loads(text)) if text else None
     except (ValueError, TypeError):
         return None

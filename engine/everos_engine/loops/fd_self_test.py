@@ -36,7 +36,7 @@ that is busy with other things such a thread may wait for seconds, so a law is c
 
 
 @dataclass(frozen=True, slots=True)
-class Law:
+class SelfTest:
     """What the self-test found: ``pinned`` index descriptors, where ``bound`` are allowed."""
 
     mode: DescriptorMode
@@ -54,7 +54,7 @@ class _Throwaway:
     fts_columns: tuple[str, ...] = ("text",)
 
 
-async def prove(bridge: Bridge, settings: LanceDBSettings, *, directory: Path, claimed: DescriptorMode) -> Law:
+async def self_test(bridge: Bridge, settings: LanceDBSettings, *, directory: Path, claimed: DescriptorMode) -> SelfTest:
     """Write, optimize and query a throw-away table below ``directory`` with ``settings``, and judge by ``claimed``.
 
     Raises Transient where the world is in the way: nothing is known then.
@@ -73,7 +73,7 @@ async def prove(bridge: Bridge, settings: LanceDBSettings, *, directory: Path, c
         index.close()
         shutil.rmtree(place, ignore_errors=True)
     spent = round(time.process_time() - began, 3)
-    law = Law(claimed, pinned <= bound, pinned, bound, LIBRARY, spent)
+    law = SelfTest(claimed, pinned <= bound, pinned, bound, LIBRARY, spent)
     logger.info(
         "descriptor_law mode={} holds={} pinned={} bound={} library={!r}", claimed, law.holds, pinned, bound, LIBRARY
     )

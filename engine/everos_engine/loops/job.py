@@ -34,16 +34,16 @@ class Job:
     fingerprint: files.Fingerprint | None = None
     racy: bool = False
     digest: bytes | None = None
-    hollow: bool = False
+    is_empty: bool = False
     vanished: bool = False
     place: Place | None = None
     sources: Mapping[str, bytes] = field(default_factory=dict)
     document: Document = field(default_factory=lambda: Document((), ()))
     plan: diff.Plan = field(default_factory=lambda: diff.Plan((), (), 0))
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    life: int = 0
+    epoch: int = 0
     size_bytes: int = 0
-    put_off: Transient | None = None
+    defer: Transient | None = None
     put_off_where: str = ""
     problems: list[Problem] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
@@ -89,10 +89,10 @@ def blamed(job: Job) -> set[str]:
     return names
 
 
-def put_off(job: Job, later: Mapping[str, Transient]) -> None:
+def defer(job: Job, later: Mapping[str, Transient]) -> None:
     """Entries whose text has no vector yet wait; they keep their last good rows, the others are written."""
     counting = [error for error in later.values() if error.counts_as_retry]
-    job.put_off = next(iter(counting or later.values()))
+    job.defer = next(iter(counting or later.values()))
     late = [entry for entry in job.plan.upserts if entry.embed_text in later and later[entry.embed_text] in counting]
     if late:
         more = f" and {len(late) - 1} more" if len(late) > 1 else ""
@@ -113,14 +113,14 @@ class Unsettled(Transient):
     waits_for = "settle"
 
 
-def looks_torn(job: Job, known: Mapping[str, bytes]) -> bool:
+def looks_truncated(job: Job, known: Mapping[str, bytes]) -> bool:
     """Whether the file lost its structure, or half of its entries, since it was last indexed, or is empty.
 
     A file written in place is empty for a moment: a skill with such a reference would be indexed without it.
     """
     if job.fingerprint is None:
         return False
-    if job.hollow:
+    if job.is_empty:
         return True
     if job.error is not None:
         return isinstance(job.error, BadFile)

@@ -13,7 +13,7 @@ from everos_engine.stores import ledger
 from everos_engine.system import ceiling
 
 if TYPE_CHECKING:
-    from everos_engine.loops.context import Desk
+    from everos_engine.loops.context import Context
 
 LEAST_SHARE = 0.25
 """What the worker keeps of its breadth however much memory is resident: work that stops does not free any."""
@@ -33,7 +33,7 @@ OVER_REMEDY = (
 class Resident:
     """What is known of resident memory from one look of the guard to the next."""
 
-    desk: Desk
+    context: Context
     rows: int = 0
     dimension: int = 0
     _over_since: float | None = None
@@ -43,24 +43,24 @@ class Resident:
     @property
     def bounds(self) -> ceiling.MemoryCeiling:
         """The ceiling for the settings in force and the rows there are."""
-        desk = self.desk
+        context = self.context
         return ceiling.memory_ceiling(
-            desk.settings, base_bytes=desk.base.rss_bytes, rows=self.rows, dimension=self.dimension
+            context.settings, base_bytes=context.base.rss_bytes, rows=self.rows, dimension=self.dimension
         )
 
     async def keep_counting(self) -> None:
         """Count the rows after changes were applied, once in ``COUNT_SECONDS`` at most. Never returns."""
         while True:
-            seen = self.desk.applied.value
+            seen = self.context.applied.value
             await self.count_rows()
             await trio.sleep(COUNT_SECONDS)
-            await self.desk.applied.wait_value(lambda now, seen=seen: now != seen)
+            await self.context.applied.wait_value(lambda now, seen=seen: now != seen)
 
     async def count_rows(self) -> None:
         """Count the rows, by the ledger; a database that is busy is asked again at the next time."""
-        index = self.desk.index
+        index = self.context.index
         with suppress(Transient):
-            self.rows = sum((await self.desk.database.aread(ledger.rows_per_kind)).values())
+            self.rows = sum((await self.context.database.aread(ledger.rows_per_kind)).values())
         self.dimension = max((index.dimension_of(kind) for kind in index.open_kinds()), default=0)
 
     def is_over(self, rss_bytes: int) -> bool:
@@ -72,7 +72,7 @@ class Resident:
         if not self.is_over(rss_bytes):
             self._rest_seconds = FIRST_REST_SECONDS
             return False
-        if now < self._rotate_after or not self.desk.index.session_bytes():
+        if now < self._rotate_after or not self.context.index.session_bytes():
             return False
         self._rotate_after = now + self._rest_seconds
         self._rest_seconds = min(2 * self._rest_seconds, MOST_REST_SECONDS)
@@ -90,13 +90,13 @@ class Resident:
         if rss_bytes <= bounds.ceiling_bytes:
             self._over_since = None
             if not self.is_over(rss_bytes):
-                await self.desk.notes.over(OVER)
+                await self.context.conditions.over(OVER)
             return
         self._over_since = now if self._over_since is None else self._over_since
         if now - self._over_since >= OVER_SECONDS:
             most = bounds.ceiling_bytes >> 20
             message = f"more than {most} MiB are resident, the ceiling for these settings and {self.rows} rows: new work is slowed"
-            await self.desk.notes.say(OVER, message, OVER_REMEDY)
+            await self.context.conditions.say(OVER, message, OVER_REMEDY)
 
     def as_data(self, rss_bytes: int) -> dict[str, object]:
         """What `fds` and `status` show."""

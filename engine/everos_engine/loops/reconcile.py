@@ -14,7 +14,7 @@ from loguru import logger
 
 from everos_engine.errors import BadFile, Exhausted, Transient
 from everos_engine.loops.context import now_milliseconds
-from everos_engine.loops.deletion_guard import Brake, let_go, without_moved
+from everos_engine.loops.deletion_guard import DeletionGuard, may_delete, without_moved
 from everos_engine.stores import full_scan, held, meta, queue
 from everos_engine.stores.held import WHY
 from everos_engine.stores.queue import Observation, Source
@@ -32,7 +32,7 @@ AUDIT_POSITION = "audit_position"
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class FullScan:
     """What one sweep found: files of a kind, paths queued, the newest lsn then, blind directories, what is held."""
 
     files: int
@@ -51,44 +51,49 @@ class _Look:
     trouble: Reason | None
 
 
-async def sweep(
-    settings: Settings, database: Database, *, source: Source, brake: Brake, threads: FileThreads | None = None
-) -> Sweep:
+async def reconcile_tree(
+    settings: Settings,
+    database: Database,
+    *,
+    source: Source,
+    deletion_guard: DeletionGuard,
+    threads: FileThreads | None = None,
+) -> FullScan:
     """One sweep, recorded. What vanished in a suspicious way is held instead of deleted.
 
     Raises Transient, with nothing recorded, if the root cannot be read; all files count as held then.
     """
     threads = threads or open_threads(deadline_seconds=settings.file_deadline_seconds)
     try:
-        seen = await _walk(settings, threads, brake)
-    except files.SweepAborted:
-        reason = await root_trouble(brake, threads)
+        seen = await _walk(settings, threads, deletion_guard)
+    except files.ScanAborted:
+        reason = await root_trouble(deletion_guard, threads)
         if reason is not None:
             await database.awrite(lambda tx: held.hold_all(tx, reason, now_milliseconds=now_milliseconds()))
         raise
-    async with database.sweeping:
+    async with database.scanning:
         return await _record(settings, database, threads, seen, source)
 
 
-async def root_trouble(brake: Brake, threads: FileThreads) -> Reason | None:
+async def root_trouble(deletion_guard: DeletionGuard, threads: FileThreads) -> Reason | None:
     """What is wrong with the root as a whole. One that does not answer cannot be read."""
     try:
-        return await threads.call(brake.trouble, what="root", name=os.fspath(brake.settings.root))
+        return await threads.call(deletion_guard.trouble, what="root", name=os.fspath(deletion_guard.settings.root))
     except NoAnswer:
         return "root_unreadable"
 
 
-async def is_root_lost(brake: Brake, threads: FileThreads) -> bool:
+async def is_root_lost(deletion_guard: DeletionGuard, threads: FileThreads) -> bool:
     """Whether the root, and with it the index in it, is not the one we began with, or does not answer."""
-    return await root_trouble(brake, threads) in {"root_missing", "root_unreadable", "root_replaced"}
+    return await root_trouble(deletion_guard, threads) in {"root_missing", "root_unreadable", "root_replaced"}
 
 
-async def _walk(settings: Settings, threads: FileThreads, brake: Brake) -> _Look:
+async def _walk(settings: Settings, threads: FileThreads, deletion_guard: DeletionGuard) -> _Look:
     """Walk the tree, a level at a time. A directory that does not answer is blind, and its neighbours are seen."""
-    before = await root_trouble(brake, threads)
+    before = await root_trouble(deletion_guard, threads)
     if before in {"root_missing", "root_unreadable"}:
         message = f"the sweep stopped: {WHY[before]}"
-        raise files.SweepAborted(message)
+        raise files.ScanAborted(message)
     walker = files.Walker(settings.root, partial(kinds.recognise, note_globs=settings.note.globs))
     todo: Sequence[str] = [os.fspath(settings.root)]
     late: Sequence[Call[str, files.Visit[kinds.Place]]] = []
@@ -105,14 +110,14 @@ async def _walk(settings: Settings, threads: FileThreads, brake: Brake) -> _Look
             except NoAnswer as error:
                 walker.lose(call.item, str(error))
         todo = await trio.to_thread.run_sync(_added, walker, visits)
-    return _Look(walker.walk(), await root_trouble(brake, threads) or before)
+    return _Look(walker.walk(), await root_trouble(deletion_guard, threads) or before)
 
 
 def _added(walker: files.Walker[kinds.Place], visits: Sequence[files.Visit[kinds.Place]]) -> Sequence[str]:
     return [directory for visit in visits for directory in walker.add(visit)]
 
 
-def observe_path(settings: Settings, path: str) -> Observation:
+def probe_path(settings: Settings, path: str) -> Observation:
     """Look at a single file again; one that no kind matches counts as gone. Raises Transient if the look fails."""
     place = kinds.recognise(path, note_globs=settings.note.globs)
     fingerprint = None if place is None else files.fingerprint(settings.root, place)
@@ -121,7 +126,7 @@ def observe_path(settings: Settings, path: str) -> Observation:
     )
 
 
-async def observe(
+async def probe(
     settings: Settings, threads: FileThreads, paths: Sequence[str]
 ) -> tuple[list[Observation], dict[str, Transient]]:
     """Look at single files again: what was seen, and by path why the others could not be looked at.
@@ -131,7 +136,7 @@ async def observe(
 
     def look(path: str) -> Observation | Transient:
         try:
-            return observe_path(settings, path)
+            return probe_path(settings, path)
         except Exhausted:
             raise
         except Transient as error:
@@ -219,7 +224,9 @@ def _name_in(settings: Settings) -> Callable[[tuple[Observation, bytes]], str]:
     return lambda one: files.path_of(settings.root, one[0].md_path)
 
 
-async def _record(settings: Settings, database: Database, threads: FileThreads, look: _Look, source: Source) -> Sweep:
+async def _record(
+    settings: Settings, database: Database, threads: FileThreads, look: _Look, source: Source
+) -> FullScan:
     """Record a walk. Files are read and looked at between the transactions, so that one that hangs holds up none."""
     walked, trouble = look.walked, look.trouble
     now, settle = now_milliseconds(), settings.settle_milliseconds
@@ -227,8 +234,8 @@ async def _record(settings: Settings, database: Database, threads: FileThreads, 
 
     def compare(tx: Transaction) -> tuple[full_scan.Compared, set[str], list[str]]:
         found = walked.found.items()
-        full_scan.load_sweep(tx, [Observation(path, place.kind, _four(print_)) for path, (place, print_) in found])
-        compared = full_scan.record_sweep(
+        full_scan.load_full_scan(tx, [Observation(path, place.kind, _four(print_)) for path, (place, print_) in found])
+        compared = full_scan.record_full_scan(
             tx, source=source, now_milliseconds=now, settle_milliseconds=settle, verified=verified
         )
         return compared, held.sticking(tx), _lost_mounts(settings, tx)
@@ -238,7 +245,7 @@ async def _record(settings: Settings, database: Database, threads: FileThreads, 
     excluded = [] if trouble else [one for one in compared.vanished if _is_of_no_kind(settings, one)]
     vanished = [one for one in compared.vanished if one.md_path not in sticking and one not in excluded]
     in_sight = [] if trouble else [one.md_path for one in vanished if _shade(one.md_path, dark) is None]
-    seen, unseen = await observe(settings, threads, in_sight)
+    seen, unseen = await probe(settings, threads, in_sight)
     again = [one for one in seen if one.fingerprint is not None]
     dark["unreadable"] = [*walked.blind, *unseen]
     found = {one.md_path for one in again}
@@ -246,20 +253,20 @@ async def _record(settings: Settings, database: Database, threads: FileThreads, 
     if excluded:
         logger.info("files_excluded count={} first={!r}", len(excluded), excluded[0].md_path)
 
-    def finish(tx: Transaction) -> Sweep:
+    def finish(tx: Transaction) -> FullScan:
         # Another process may have recorded or held some of them since they were compared.
         settled = held.sticking(tx)
         still = {one.md_path for one in full_scan.vanished(tx, [one.md_path for one in vanished])} - settled
         left = [one for one in vanished if one.md_path in still]
         going, holding = _sort(tx, settings, left, compared, trouble=trouble, dark=dark, now_milliseconds=now)
-        held.judge_anew(tx, [path for paths in holding.values() for path, _ in paths])
+        held.judge_again(tx, [path for paths in holding.values() for path, _ in paths])
         for reason, paths in holding.items():
             held.hold(tx, paths, reason, now_milliseconds=now)
         held.heal(tx)
         gone = [Observation(one.md_path, one.kind, None) for one in going + excluded]
         queued = queue.record(tx, again + gone, source=source, now_milliseconds=now)
         meta.put(tx, "last_scan", str(now_milliseconds()))
-        return Sweep(
+        return FullScan(
             len(walked.found),
             compared.queued + queued,
             queue.newest(tx),
@@ -300,7 +307,7 @@ def _sort(  # noqa: PLR0913 - what vanished, and all that may explain it
     gone, moved = without_moved(open_to_doubt, compared.appeared)
     full_scan.carry_age(tx, moved)
     known = full_scan.files(tx)
-    if let_go(tx, settings, gone, moved=len(moved), known=known, now_milliseconds=now_milliseconds):
+    if may_delete(tx, settings, gone, moved=len(moved), known=known, now_milliseconds=now_milliseconds):
         return gone + moved, holding
     holding["mass_delete"] = [(one.md_path, one.kind) for one in gone]
     return moved, holding

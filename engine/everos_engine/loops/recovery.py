@@ -18,12 +18,12 @@ from everos_engine.errors import Damaged, RootAway, Transient, Unexpected
 from everos_engine.loops.context import now_milliseconds
 from everos_engine.loops.reconcile import is_root_lost
 from everos_engine.stores import lance, ledger, meta, queue
-from everos_engine.stores.lance import PROBE_WORD, Model, Stranger, TableDamaged, Unrecognised
+from everos_engine.stores.lance import PROBE_WORD, ForeignTable, Model, TableDamaged, Unrecognised
 from everos_engine.stores.versions import Version
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
-    from everos_engine.loops.context import Desk
+    from everos_engine.loops.context import Context
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.index import Found
     from everos_engine.stores.ledger import Remembered
@@ -40,66 +40,66 @@ REBUILT = "table_rebuilt:"
 CONDITION = "index_damaged"
 
 
-async def agree(desk: Desk) -> None:
+async def reconcile_index(context: Context) -> None:
     """Make every kind's ledger and table agree, before the loops start. A kind that cannot be looked at now is left to the sweeps.
 
     Raises Fatal for a table of somebody else's.
     """
-    desk.unchecked.update(kinds.KINDS)
-    await inspect(desk)
+    context.unchecked.update(kinds.KINDS)
+    await inspect(context)
 
 
-async def inspect(desk: Desk) -> Transient | None:
+async def inspect(context: Context) -> Transient | None:
     """Look at every kind's table: one that is gone, replaced, restored, damaged or written by somebody else heals by itself.
 
     Costs some system calls a kind, and a whole read of a table whose files were changed. Nothing is done while the root is away.
     Returns why a kind is not in step, the first reason there is.
     """
-    if await is_root_lost(desk.brake, desk.threads):
+    if await is_root_lost(context.deletion_guard, context.threads):
         return None
     model, first = None, None
     for kind in kinds.KINDS:
-        if kind in desk.unchecked and model is None and os.path.lexists(desk.index.place_of(kind)):
-            model = await _model_now(desk)
-        async with desk.table(kind):
+        if kind in context.unchecked and model is None and os.path.lexists(context.index.place_of(kind)):
+            model = await _model_now(context)
+        async with context.table(kind):
             try:
-                await agree_on(desk, kind, model)
+                await reconcile_table(context, kind, model)
             except Damaged:  # the database's: the stores are opened again
                 raise
             except Transient as error:
                 first = first or error
                 if not isinstance(error, TableDamaged):  # that one has a condition
-                    desk.starved(error)
+                    context.starved(error)
                     logger.warning("index_not_checked kind={} error={!r}", kind, str(error))
     return first
 
 
-async def agree_on(desk: Desk, kind: str, model: Model | None = None) -> None:
+async def reconcile_table(context: Context, kind: str, model: Model | None = None) -> None:
     """Make one kind's ledger and table agree. Hold ``desk.table(kind)``.
 
     ``model`` is the one that answers today, None if it is not known. Raises Transient if the table cannot be looked at now.
     """
-    await expect_root(desk)
-    known = (await desk.database.aread(ledger.incarnations)).get(kind)
-    tampered = await desk.index.tampered(kind)
-    doubtful = tampered or kind in desk.unchecked or kind in desk.index.shunned
-    if doubtful and await _set_aside_if_damaged(desk, kind, PROBE_WORD):
+    await expect_root(context)
+    known = (await context.database.aread(ledger.incarnations)).get(kind)
+    tampered = await context.index.tampered(kind)
+    doubtful = tampered or kind in context.unchecked or kind in context.index.shunned
+    if doubtful and await _set_aside_if_damaged(context, kind, PROBE_WORD):
         known = None
     try:
-        found = await desk.index.found(kind)
+        found = await context.index.found(kind)
     except Unexpected as error:
-        if not await _set_aside_if_damaged(desk, kind, PROBE_WORD):
+        if not await _set_aside_if_damaged(context, kind, PROBE_WORD):
             raise error from None
         known = found = None
-    except Stranger as error:
+    except ForeignTable as error:
         if known is None:
             raise
         # its manifest may be damaged, or somebody put it in the place of ours: either way a copy is kept
-        await _set_aside(desk, kind, str(error))
+        await _set_aside(context, kind, str(error))
         known = found = None
     if found is None and known is None:
         pass
-    elif found is None and known is not None and known.number == 0 and not await _has_rows(desk, kind):
+    elif found is None and known is not None and known.number == 0 and not await _has_rows(context, kind):
         pass  # its birth did not come to an end, and nothing is missing
     elif (
         found is None
@@ -107,53 +107,53 @@ async def agree_on(desk: Desk, kind: str, model: Model | None = None) -> None:
         or found.incarnation != known.incarnation
         or (model is not None and found.model != model.name)
     ):
-        await _void(desk, kind, found, model)
-    elif known.version != found.version and await desk.index.recognise(kind, known.version) is None:
-        await _reconcile(desk, kind, known)
+        await _void(context, kind, found, model)
+    elif known.version != found.version and await context.index.recognise(kind, known.version) is None:
+        await _reconcile(context, kind, known)
     elif known.version != found.version:
-        await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, found.incarnation, version=found.version))
-    if kind in desk.unchecked:
-        await desk.index.tampered(kind)  # what it is compared with from now on
-        desk.unchecked.discard(kind)
+        await context.database.awrite(lambda tx: ledger.moved_on(tx, kind, found.incarnation, version=found.version))
+    if kind in context.unchecked:
+        await context.index.tampered(kind)  # what it is compared with from now on
+        context.unchecked.discard(kind)
 
 
-async def heal(desk: Desk, kind: str, error: Transient, *, words: str = PROBE_WORD) -> bool:
+async def heal(context: Context, kind: str, error: Transient, *, words: str = PROBE_WORD) -> bool:
     """Do what a failed commit or search of a kind calls for. Hold ``desk.table(kind)``. Returns whether the table is another now.
 
     Only an error that is on no list casts doubt on a table; a deadline, a lack of descriptors or a lost race proves nothing.
     Raises Transient while the root is out of reach, and TableDamaged if the table may not be made again yet.
     """
     if isinstance(error, Unrecognised):
-        await agree_on(desk, kind)
+        await reconcile_table(context, kind)
         return True
     if not isinstance(error, Unexpected):
         return False
-    await expect_root(desk)
-    if await _is_lost(desk, kind):
-        await agree_on(desk, kind)
+    await expect_root(context)
+    if await _is_lost(context, kind):
+        await reconcile_table(context, kind)
         return True
-    return await _set_aside_if_damaged(desk, kind, words)
+    return await _set_aside_if_damaged(context, kind, words)
 
 
-async def heal_reads(desk: Desk, words: str) -> bool:
+async def repair_reads(context: Context, words: str) -> bool:
     """Look into the tables that could not be searched. Returns whether one of them was damaged and is made again."""
     healed = False
-    for kind in sorted(desk.index.doubted):
-        desk.index.doubted.discard(kind)
-        if time.monotonic() - desk.probed.get(kind, float("-inf")) < PROBE_REST_SECONDS:
+    for kind in sorted(context.index.doubted):
+        context.index.doubted.discard(kind)
+        if time.monotonic() - context.probed.get(kind, float("-inf")) < PROBE_REST_SECONDS:
             continue
-        async with desk.table(kind):
+        async with context.table(kind):
             try:
-                changed = await heal(desk, kind, Unexpected("a search of it failed"), words=words)
+                changed = await heal(context, kind, Unexpected("a search of it failed"), words=words)
             except TableDamaged:
                 changed = True
         if not changed:
-            desk.probed[kind] = time.monotonic()
+            context.probed[kind] = time.monotonic()
         healed = healed or changed
     return healed
 
 
-async def begin_life(desk: Desk, kind: str, model: Model) -> int:
+async def recreate_table(context: Context, kind: str, model: Model) -> int:
     """Give a kind a new table for ``model``, and queue its files again. Returns how many. Hold ``desk.table(kind)``.
 
     SQLite first: an identity of which there is no table is found by the next look, a table that SQLite does not know would be
@@ -167,20 +167,20 @@ async def begin_life(desk: Desk, kind: str, model: Model) -> int:
         ledger.remember(tx, kind, incarnation, version=Version(0, b""), model=model.name)
         return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds()) if filled else 0
 
-    count = await desk.database.awrite(note)
-    version = await desk.index.create(kind, model, incarnation)
-    await desk.database.awrite(lambda tx: ledger.moved_on(tx, kind, incarnation, version=version))
-    desk.wake_up()
+    count = await context.database.awrite(note)
+    version = await context.index.create(kind, model, incarnation)
+    await context.database.awrite(lambda tx: ledger.moved_on(tx, kind, incarnation, version=version))
+    context.wake_up()
     return count
 
 
-async def expect_root(desk: Desk) -> None:
+async def expect_root(context: Context) -> None:
     """Raises Transient where the root is not the one we began with.
 
     LanceDB makes the directories of what it writes: a root that was moved away would lie there again, empty, in the way of
     the one that is moved back.
     """
-    if await is_root_lost(desk.brake, desk.threads):
+    if await is_root_lost(context.deletion_guard, context.threads):
         message = "the memory root is not there: its index is written when it is back"
         raise RootAway(message)
 
@@ -192,66 +192,66 @@ def _begin_again(tx: Transaction, kind: str) -> int:
     return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds())
 
 
-async def _has_rows(desk: Desk, kind: str) -> bool:
-    return await desk.database.aread(lambda tx: ledger.has_rows(tx, kind))
+async def _has_rows(context: Context, kind: str) -> bool:
+    return await context.database.aread(lambda tx: ledger.has_rows(tx, kind))
 
 
-async def _is_lost(desk: Desk, kind: str) -> bool:
-    return await desk.index.newest(kind) is None
+async def _is_lost(context: Context, kind: str) -> bool:
+    return await context.index.newest(kind) is None
 
 
-async def _set_aside_if_damaged(desk: Desk, kind: str, words: str) -> bool:
+async def _set_aside_if_damaged(context: Context, kind: str, words: str) -> bool:
     """Set a table aside if it is proven damaged. Returns whether that was so.
 
     Raises TableDamaged if that was done by itself less than an hour ago: then nobody reads the table, and a condition says so.
     """
-    reason = await _damage(desk, kind, words)
+    reason = await _damage(context, kind, words)
     if reason is None:
-        if desk.index.shunned.pop(kind, None) is not None:
-            await _end_condition(desk)
+        if context.index.shunned.pop(kind, None) is not None:
+            await _end_condition(context)
         return False
-    rebuilt = await desk.database.aread(lambda tx: meta.get(tx, REBUILT + kind))
+    rebuilt = await context.database.aread(lambda tx: meta.get(tx, REBUILT + kind))
     since = now_milliseconds() - int(rebuilt or 0)
     if rebuilt is not None and 0 <= since < REBUILD_MILLISECONDS:
-        desk.index.shunned[kind] = reason
+        context.index.shunned[kind] = reason
         minutes = (REBUILD_MILLISECONDS - since) // 60_000 + 1
-        await desk.notes.say(
+        await context.conditions.say(
             CONDITION,
             f"the table {kind!r} was made again within the last hour, and is damaged once more: {reason}",
             f"check the disk; it is made again in {minutes} minutes, or, with the engine stopped, after "
-            f"`rm -r {desk.index.place_of(kind)}` by `everos-engine sync`",
+            f"`rm -r {context.index.place_of(kind)}` by `everos-engine sync`",
         )
         message = f"the table {kind!r} is damaged: {reason}"
         raise TableDamaged(message)
-    await _set_aside(desk, kind, reason)
+    await _set_aside(context, kind, reason)
     return True
 
 
-async def _set_aside(desk: Desk, kind: str, reason: str) -> None:
-    kept = await desk.index.set_aside(kind)
+async def _set_aside(context: Context, kind: str, reason: str) -> None:
+    kept = await context.index.set_aside(kind)
 
     def note(tx: Transaction) -> int:
         meta.put(tx, REBUILT + kind, str(now_milliseconds()))
         return _begin_again(tx, kind)
 
-    count = await desk.database.awrite(note)
+    count = await context.database.awrite(note)
     logger.warning("index_damaged kind={} requeued={} kept={!r} error={!r}", kind, count, str(kept), reason)
-    await _end_condition(desk)
-    desk.wake_up()
+    await _end_condition(context)
+    context.wake_up()
 
 
-async def _end_condition(desk: Desk) -> None:
-    if not desk.index.shunned:
-        await desk.notes.over(CONDITION)
+async def _end_condition(context: Context) -> None:
+    if not context.index.shunned:
+        await context.conditions.over(CONDITION)
 
 
-async def _damage(desk: Desk, kind: str, words: str) -> str | None:
+async def _damage(context: Context, kind: str, words: str) -> str | None:
     """Return why a kind's table cannot be read, probed again before it is believed. None if it can, or if nothing is proven."""
     for tries_left in range(PROBES - 1, -1, -1):
         try:
-            await desk.index.probe(kind, words)
-        except Stranger as error:  # a damaged manifest may name nobody; a table that we did not make stays
-            if (await desk.database.aread(ledger.incarnations)).get(kind) is None:
+            await context.index.probe(kind, words)
+        except ForeignTable as error:  # a damaged manifest may name nobody; a table that we did not make stays
+            if (await context.database.aread(ledger.incarnations)).get(kind) is None:
                 raise
             return str(error)
         except Unexpected as error:
@@ -265,48 +265,51 @@ async def _damage(desk: Desk, kind: str, words: str) -> str | None:
     return None
 
 
-async def _model_now(desk: Desk) -> Model | None:
+async def _model_now(context: Context) -> Model | None:
     """The model that answers today; None while it does not answer, then the first commit will tell."""
     try:
         with trio.move_on_after(START_PATIENCE_SECONDS):
-            return await desk.vectors.model()
+            return await context.vectors.model()
     except Transient as error:
         logger.warning("embedder_silent error={!r}", str(error))
     return None
 
 
-async def _void(desk: Desk, kind: str, found: Found | None, model: Model | None) -> None:
+async def _void(context: Context, kind: str, found: Found | None, model: Model | None) -> None:
     """The ledger speaks of another table than the one there is: start the kind again from markdown."""
     if found is None:
-        count = await desk.database.awrite(lambda tx: _begin_again(tx, kind))
-        desk.index.forget(kind)
+        count = await context.database.awrite(lambda tx: _begin_again(tx, kind))
+        context.index.forget(kind)
         logger.warning("index_removed kind={} requeued={}", kind, count)
     else:
-        await desk.database.awrite(lambda tx: _begin_again(tx, kind))
-        count = await begin_life(desk, kind, model or Model(found.model, desk.index.dimension_of(kind)))
+        await context.database.awrite(lambda tx: _begin_again(tx, kind))
+        count = await recreate_table(context, kind, model or Model(found.model, context.index.dimension_of(kind)))
         logger.warning("index_replaced kind={} requeued={}", kind, count)
-    desk.wake_up()
+    context.wake_up()
 
 
-async def _reconcile(desk: Desk, kind: str, known: Remembered) -> None:
+async def _reconcile(context: Context, kind: str, known: Remembered) -> None:
     """Put right a table with a version that is not our own: compare every key and content hash, and queue what differs.
 
     If somebody else committed, all files of the kind are queued, since a row can be altered with its content hash kept: their
     rows are written again with cached vectors. A commit of our own that was cut off, by a crash or by its deadline, left keys
     unknown and altered nothing else. Rows of a key that the table has twice, or that belong to no file of the kind, are deleted.
     """
-    desk.index.reopen(kind)
-    left = await desk.index.newest(kind)
+    context.index.reopen(kind)
+    left = await context.index.newest(kind)
     if left is None:
         message = f"the table {kind!r} is not there any more: it is made again from markdown"
         raise Unrecognised(message)
-    (rows, twice), hashes = await desk.index.keys(kind), await desk.database.aread(lambda tx: ledger.hashes(tx, kind))
+    (rows, twice), hashes = (
+        await context.index.keys(kind),
+        await context.database.aread(lambda tx: ledger.hashes(tx, kind)),
+    )
     differing = {key for key in rows.keys() | hashes.keys() if rows.get(key) != hashes.get(key)} | twice
-    globs = desk.settings.note.globs
+    globs = context.settings.note.globs
     strays = {key for key in differing - hashes.keys() if not _is_of(kind, key[0], globs)}
     doubted = differing - strays
-    may_be_ours = desk.index.may_have_cut_off(kind) or (
-        kind in desk.unchecked and not all(hashes.values())  # a crash left the intention of a commit
+    may_be_ours = context.index.may_have_cut_off(kind) or (
+        kind in context.unchecked and not all(hashes.values())  # a crash left the intention of a commit
     )
 
     def note(tx: Transaction) -> int:
@@ -317,11 +320,13 @@ async def _reconcile(desk: Desk, kind: str, known: Remembered) -> None:
             paths -= {path for path, _ in hashes}
         return count + queue.requeue_paths(tx, sorted(paths), kind, now_milliseconds=now)
 
-    count = await desk.database.awrite(note)
+    count = await context.database.awrite(note)
     if twice or strays:
-        left = await desk.index.commit(kind, [], sorted(twice | strays), left=left)
-    await desk.database.awrite(lambda tx: ledger.remember(tx, kind, known.incarnation, version=left, model=known.model))
-    desk.wake_up()
+        left = await context.index.commit(kind, [], sorted(twice | strays), left=left)
+    await context.database.awrite(
+        lambda tx: ledger.remember(tx, kind, known.incarnation, version=left, model=known.model)
+    )
+    context.wake_up()
     if differing or not may_be_ours:
         logger.warning("index_reconciled kind={} keys={} requeued={}", kind, len(differing), count)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from everos_engine.keys import key_of
 from everos_engine.loops.context import now_milliseconds
 from everos_engine.loops.deletion_guard import to_hold
-from everos_engine.loops.reconcile import observe
+from everos_engine.loops.reconcile import probe
 from everos_engine.stores import held, queue
 from everos_engine.system.file_threads import open_threads
 
@@ -33,7 +33,7 @@ async def enqueue(
         await threads.call(partial(key_of, settings, path), what="stat", name=os.path.join(settings.root, path))
         for path in paths
     ]
-    observations, unseen = await observe(settings, threads, keys)
+    observations, unseen = await probe(settings, threads, keys)
     for error in unseen.values():
         raise error
     now = now_milliseconds()

@@ -13,8 +13,8 @@ import trio
 from loguru import logger
 
 from everos_engine.errors import Transient
-from everos_engine.loops.context import Desk, now_milliseconds, wait_moved
-from everos_engine.loops.reconcile import AUDIT_POSITION, Sweep, audit, sweep
+from everos_engine.loops.context import Context, now_milliseconds, wait_moved
+from everos_engine.loops.reconcile import AUDIT_POSITION, FullScan, audit, reconcile_tree
 from everos_engine.loops.recovery import inspect
 from everos_engine.stores import full_scan, held, meta
 from everos_engine.stores.held import BLIND_REMEDY, REMEDY, WHY
@@ -47,98 +47,106 @@ SILENT_REMEDY = (
 )
 
 
-async def scan(desk: Desk) -> None:
+async def scan(context: Context) -> None:
     """Sweep for ever; beside it, notice stalls and audit the tree's content a little at a time."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_notice_stalls, desk)
-        nursery.start_soon(_audit, desk)
-        await _sweeps(desk)
+        nursery.start_soon(_notice_stalls, context)
+        nursery.start_soon(_audit, context)
+        await _scans(context)
 
 
-async def _sweeps(desk: Desk) -> None:
+async def _scans(context: Context) -> None:
     first = True
     while True:
-        seen = desk.scan_now.value
-        desk.beat("scan", within_seconds=SWEEP_ALLOWANCE_SECONDS)
-        began, waited = time.monotonic(), desk.threads.waited_seconds
+        seen = context.scan_now.value
+        context.beat("scan", within_seconds=SWEEP_ALLOWANCE_SECONDS)
+        began, waited = time.monotonic(), context.threads.waited_seconds
         with unit("scan", "a sweep") as done:
             try:
-                await _sweep_once(desk, first=first)
+                await _scan_once(context, first=first)
             except Transient as error:
-                desk.starved(error)
-                await desk.notes.say("sweep_void", str(error), VOID_REMEDY)
+                context.starved(error)
+                await context.conditions.say("sweep_void", str(error), VOID_REMEDY)
             else:
                 first = False
-                await desk.notes.over("sweep_void")
-            await _say_held(desk)
+                await context.conditions.over("sweep_void")
+            await _say_held(context)
         if done.error is not None:
-            await desk.notes.say("sweep_void", f"the sweep met a bug: {done.error!r}"[:MOST_QUOTED], VOID_REMEDY)
-        took = time.monotonic() - began - (desk.threads.waited_seconds - waited)  # waiting for a directory is no load
-        pause = _interval(desk)
-        desk.beat("scan", within_seconds=pause + SWEEP_ALLOWANCE_SECONDS)
-        await wait_moved(desk.scan_now, seen, at_most_seconds=pause)
+            await context.conditions.say(
+                "sweep_void", f"the sweep met a bug: {done.error!r}"[:MOST_QUOTED], VOID_REMEDY
+            )
+        took = (
+            time.monotonic() - began - (context.threads.waited_seconds - waited)
+        )  # waiting for a directory is no load
+        pause = _interval(context)
+        context.beat("scan", within_seconds=pause + SWEEP_ALLOWANCE_SECONDS)
+        await wait_moved(context.scan_now, seen, at_most_seconds=pause)
         await trio.sleep(max(GATHER_SECONDS, REST_FACTOR * took))
 
 
-def _interval(desk: Desk) -> float:
-    settings = desk.settings
-    if desk.progress.polling:
+def _interval(context: Context) -> float:
+    settings = context.settings
+    if context.progress.polling:
         return min(settings.watch.poll_interval_seconds, settings.scan_interval_seconds)
     return settings.scan_interval_seconds
 
 
-async def _sweep_once(desk: Desk, *, first: bool) -> None:
-    progress = desk.progress
+async def _scan_once(context: Context, *, first: bool) -> None:
+    progress = context.progress
     listening = progress.watching and not first and time.monotonic() - progress.watched_since_seconds > GATHER_SECONDS
     burst, stall, progress.burst, progress.stall_seconds = progress.burst, progress.stall_seconds, 0, 0.0
-    found = await sweep(
-        desk.settings, desk.database, source="start" if first else "scan", brake=desk.brake, threads=desk.threads
+    found = await reconcile_tree(
+        context.settings,
+        context.database,
+        source="start" if first else "scan",
+        deletion_guard=context.deletion_guard,
+        threads=context.threads,
     )
     progress.last_scan_milliseconds = now_milliseconds()
     if found.queued:
         logger.info("sweep files={} queued={}", found.files, len(found.queued))
-        desk.wake_up()
-    await inspect(desk)
-    await _say_blind(desk, found)
+        context.wake_up()
+    await inspect(context)
+    await _say_blind(context, found)
     if listening:
         now = time.monotonic()
         progress.unseen.update(dict.fromkeys(found.queued, now))
         if burst or stall:
-            await _name_overflow(desk, burst, stall)
+            await _name_overflow(context, burst, stall)
     elif found.queued and not first and not progress.watching:  # there are no events that could tell of them
-        await desk.database.awrite(lambda tx: full_scan.credit(tx, "scan", len(found.queued)))
-    await _count_unseen(desk, blameless=not (burst or stall))
+        await context.database.awrite(lambda tx: full_scan.credit(tx, "scan", len(found.queued)))
+    await _count_unseen(context, blameless=not (burst or stall))
 
 
-async def _name_overflow(desk: Desk, burst: int, stall_seconds: float) -> None:
+async def _name_overflow(context: Context, burst: int, stall_seconds: float) -> None:
     """What no event tells of within the grace, after a burst or a stall, was lost in the kernel's queue.
 
     This sweep or one shortly before it may have found it: the first after a stall can come before the stall is noticed.
     """
-    paths = set(desk.progress.unseen)
+    paths = set(context.progress.unseen)
     if not paths:
         return
     await trio.sleep(EVENT_GRACE_SECONDS)
-    lost = len(paths & desk.progress.unseen.keys())
+    lost = len(paths & context.progress.unseen.keys())
     if lost:
-        desk.progress.lost_at_seconds = time.monotonic()
+        context.progress.lost_at_seconds = time.monotonic()
         cause = f"a burst of {burst} events" if burst else f"a stall of {stall_seconds:.0f} s"
         message = (
             f"{lost} changes reached the engine by the sweep only: after {cause} the kernel's event queue overflowed"
         )
-        await desk.notes.say("events_lost", message, LOST_REMEDY)
+        await context.conditions.say("events_lost", message, LOST_REMEDY)
 
 
-async def _count_unseen(desk: Desk, *, blameless: bool) -> None:
+async def _count_unseen(context: Context, *, blameless: bool) -> None:
     """Changes of which no event told within the grace were found by the scan only."""
-    progress, unseen, now = desk.progress, desk.progress.unseen, time.monotonic()
+    progress, unseen, now = context.progress, context.progress.unseen, time.monotonic()
     late = [path for path, at in unseen.items() if now - at > EVENT_GRACE_SECONDS]
     if late:  # SQLite first: what it refuses is counted by the next sweep
-        await desk.database.awrite(lambda tx: full_scan.credit(tx, "scan", len(late)))
+        await context.database.awrite(lambda tx: full_scan.credit(tx, "scan", len(late)))
     for path in late:
         unseen.pop(path, None)
     if now - progress.lost_at_seconds > FORGET_SECONDS:
-        await desk.notes.over("events_lost")
+        await context.conditions.over("events_lost")
     if not late:
         return
     if blameless:
@@ -146,22 +154,22 @@ async def _count_unseen(desk: Desk, *, blameless: bool) -> None:
     if progress.silent >= SHARE_FOUND_MANY and progress.silent > progress.told:
         both = progress.silent + progress.told
         message = f"{progress.silent} of {both} changes were found by sweeps only: file events do not reach the engine"
-        await desk.notes.say("events_missing", message, SILENT_REMEDY)
+        await context.conditions.say("events_missing", message, SILENT_REMEDY)
     else:
-        await desk.notes.over("events_missing")
+        await context.conditions.over("events_missing")
 
 
-async def _say_blind(desk: Desk, found: Sweep) -> None:
+async def _say_blind(context: Context, found: FullScan) -> None:
     if not found.blind:
-        await desk.notes.over("unreadable_directory")
+        await context.conditions.over("unreadable_directory")
         return
     key, reason = next(iter(found.blind.items()))
-    directory = files.path_of(desk.settings.root, key)
+    directory = files.path_of(context.settings.root, key)
     more = f" and {len(found.blind) - 1} more" if len(found.blind) > 1 else ""
     message = (
         f"the directory {directory!r}{more} cannot be read ({reason}): what is in it keeps its rows and is not updated"
     )
-    await desk.notes.say("unreadable_directory", message, _readable_again(directory, reason))
+    await context.conditions.say("unreadable_directory", message, _readable_again(directory, reason))
 
 
 def _readable_again(directory: str, reason: str) -> str:
@@ -174,18 +182,20 @@ def _readable_again(directory: str, reason: str) -> str:
     return BLIND_REMEDY
 
 
-async def _say_held(desk: Desk) -> None:
+async def _say_held(context: Context) -> None:
     """One note for all that is held; none when nothing is."""
-    kept: list[Held] = await desk.database.aread(held.counts)
+    kept: list[Held] = await context.database.aread(held.counts)
     if not kept:
-        await desk.notes.over("deletions_held")
+        await context.conditions.over("deletions_held")
         return
     total = sum(one.count for one in kept)
     message = f"{total} deletions are held: " + "; ".join(f"{one.count} because {WHY[one.reason]}" for one in kept)
-    await desk.notes.say("deletions_held", message, "; ".join(dict.fromkeys(REMEDY[one.reason] for one in kept)))
+    await context.conditions.say(
+        "deletions_held", message, "; ".join(dict.fromkeys(REMEDY[one.reason] for one in kept))
+    )
 
 
-async def _notice_stalls(desk: Desk) -> None:
+async def _notice_stalls(context: Context) -> None:
     """A process that was stopped, starved or suspended may have missed events: look again."""
     while True:
         wall, steady = time.time(), time.monotonic()
@@ -193,22 +203,24 @@ async def _notice_stalls(desk: Desk) -> None:
         slept = max(time.monotonic() - steady, time.time() - wall) - STALL_BEAT_SECONDS
         if slept > STALL_SECONDS:
             logger.info("stalled seconds={:.1f}", slept)
-            desk.progress.stall_seconds = max(desk.progress.stall_seconds, slept)
-            desk.look_again()
+            context.progress.stall_seconds = max(context.progress.stall_seconds, slept)
+            context.look_again()
 
 
-async def _audit(desk: Desk) -> None:
+async def _audit(context: Context) -> None:
     """Read every file again once in ``audit_interval_hours``, a few at a time, and go on where an earlier run stopped."""
-    hours = desk.settings.audit_interval_hours
+    hours = context.settings.audit_interval_hours
     if not hours:
         return
     while True:
-        known, position = await desk.database.aread(
+        known, position = await context.database.aread(
             lambda tx: (full_scan.files(tx), meta.get(tx, AUDIT_POSITION) or "")
         )
         await trio.sleep(max(1.0, hours * 3600 * AUDIT_FILES / max(known, AUDIT_FILES)))
         with unit("scan", f"an audit step after {position!r}"):
-            _, queued, _ = await audit(desk.settings, desk.database, desk.threads, after=position, limit=AUDIT_FILES)
+            _, queued, _ = await audit(
+                context.settings, context.database, context.threads, after=position, limit=AUDIT_FILES
+            )
             if queued:
                 logger.warning("audit_found_changes count={} first={!r}", len(queued), queued[0])
-                desk.wake_up()
+                context.wake_up()

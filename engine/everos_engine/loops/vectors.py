@@ -12,7 +12,7 @@ import trio
 from loguru import logger
 
 from everos_engine.embed.batcher import open_batcher
-from everos_engine.embed.circuit_breaker import Gate
+from everos_engine.embed.circuit_breaker import CircuitBreaker
 from everos_engine.embed.protocol import check_embedder, similar
 from everos_engine.errors import BadText, EngineError, Fatal, Transient, Unavailable
 from everos_engine.loops.context import now_milliseconds
@@ -43,12 +43,12 @@ class Vectors:
     ``registry`` is engine.db, which keeps the models that the tables' vectors are of: the cache may be lost at any time.
     """
 
-    def __init__(self, cache: Cache, gate: Gate | None, *, deadline_seconds: float = math.inf) -> None:
+    def __init__(self, cache: Cache, breaker: CircuitBreaker | None, *, deadline_seconds: float = math.inf) -> None:
         self.cache = cache
         self.registry: Database | None = None
-        self.gate = gate
+        self.breaker = breaker
         self.deadline_seconds = deadline_seconds
-        self.life = 0
+        self.epoch = 0
         self._batcher: Batcher | None = None
         self._model = NO_MODEL
         self._number = 0
@@ -62,18 +62,18 @@ class Vectors:
 
         ``life`` moves whenever it is another than before. Raises Unavailable while none was ever seen and the service is down.
         """
-        if self.gate is None:
+        if self.breaker is None:
             return NO_MODEL
-        if self.life == 0 or self.life != self.gate.life:
+        if self.epoch == 0 or self.epoch != self.breaker.epoch:
             async with self._lock:
-                probe = await self.gate.identify()
-                if self.life != self.gate.life:
-                    await self._recognise(probe, self.gate.life)
+                probe = await self.breaker.identify()
+                if self.epoch != self.breaker.epoch:
+                    await self._recognise(probe, self.breaker.epoch)
         return self._model
 
     async def cached(self, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Text -> vector of those known, all of one ``life``."""
-        if self.gate is None or not texts:
+        if self.breaker is None or not texts:
             return {}
         await self.model()
         now = self._today()
@@ -102,13 +102,13 @@ class Vectors:
 
     def raise_if_down(self, *, longer_than_seconds: float) -> None:
         """Raise Unavailable if the embedding service has been down for so long."""
-        if self.gate is not None:
-            self.gate.raise_if_down(longer_than_seconds=longer_than_seconds)
+        if self.breaker is not None:
+            self.breaker.raise_if_down(longer_than_seconds=longer_than_seconds)
 
-    async def keep(self, life: int, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+    async def keep(self, epoch: int, vectors: Mapping[str, NDArray[np.float32]]) -> None:
         """Put vectors into the cache under the model of ``life``. Raises Unavailable if another model answers by now."""
         await self.model()
-        if life != self.life:
+        if epoch != self.epoch:
             raise Unavailable(MODEL_CHANGED)
         now = self._today()
         await self._use(lambda tx, number: embeddings.put(tx, number, vectors, now_milliseconds=now), otherwise=None)
@@ -138,12 +138,12 @@ class Vectors:
         shown = [day for (_, day), end in zip(days, ends, strict=True) if end >= since]
         return min([*shown, now_milliseconds() - int(seconds * 1000)])
 
-    async def _recognise(self, probe: NDArray[np.float32], life: int) -> None:
-        if self.gate is None:
+    async def _recognise(self, probe: NDArray[np.float32], epoch: int) -> None:
+        if self.breaker is None:
             raise AssertionError
-        name, last = self.gate.embedder.model, self._number
+        name, last = self.breaker.embedder.model, self._number
         if last:
-            since = self._first_day(self.gate.unsure_seconds)
+            since = self._first_day(self.breaker.unsure_seconds)
 
             def distrust(tx: Transaction) -> bool:
                 embeddings.distrust(tx, last, since_milliseconds=since)
@@ -154,7 +154,7 @@ class Vectors:
         self._number = await self._number_of(name, probe)
         self._name, self._probe = name, probe
         self._model = Model(f"{name}#{self._number}", int(probe.shape[0]))
-        self.life = life
+        self.epoch = epoch
         if last:
             logger.warning("embedder_model_changed model={} dimension={}", self._model.name, self._model.dimension)
 
@@ -185,7 +185,7 @@ async def open_vectors(cache: Cache, embedder: Embedder | None, settings: Embedd
         yield Vectors(cache, None)
         return
     check_embedder(embedder)
-    gate = Gate(embedder, settings)
-    vectors = Vectors(cache, gate, deadline_seconds=settings.deadline_seconds)
-    async with open_batcher(gate, settings, vectors.keep) as vectors._batcher:  # noqa: SLF001 - each needs the other
+    breaker = CircuitBreaker(embedder, settings)
+    vectors = Vectors(cache, breaker, deadline_seconds=settings.deadline_seconds)
+    async with open_batcher(breaker, settings, vectors.keep) as vectors._batcher:  # noqa: SLF001 - each needs the other
         yield vectors

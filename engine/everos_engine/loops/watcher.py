@@ -17,9 +17,9 @@ from watchfiles._rust_notify import RustNotify
 
 from everos_engine.errors import Exhausted, Transient, exhausted
 from everos_engine.keys import key_in_root
-from everos_engine.loops.context import Desk, now_milliseconds
+from everos_engine.loops.context import Context, now_milliseconds
 from everos_engine.loops.deletion_guard import FEW, to_hold
-from everos_engine.loops.reconcile import observe, root_trouble, verify_racy
+from everos_engine.loops.reconcile import probe, root_trouble, verify_racy
 from everos_engine.stores import full_scan, queue
 from everos_engine.system import descriptors, files, limits
 from everos_engine.system.file_threads import NoAnswer
@@ -69,56 +69,56 @@ class DirectoryHangs(WatcherFailed):
     """A directory that would be watched does not answer. The library would stop the whole process in it."""
 
 
-async def watch(desk: Desk) -> None:
+async def watch(context: Context) -> None:
     """Record events until cancelled, and lay the watches anew whenever they may be stale.
 
     Where events cannot be had, or do not tell of every change, it says so and has the scan poll instead.
     """
-    mode = desk.settings.watch.mode
-    desk.progress.polling = mode == "poll"
+    mode = context.settings.watch.mode
+    context.progress.polling = mode == "poll"
     if mode in {"poll", "off"}:
-        await _idle(desk)
+        await _idle(context)
     if mode == "auto":
-        await _judge_mount(desk)
+        await _judge_mount(context)
     failures: deque[float] = deque(maxlen=FAILURES)
     while True:
-        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        context.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         try:
-            await _listen(desk)
-            logger.warning("watch_laid_anew root={}", desk.settings.root)
+            await _listen(context)
+            logger.warning("watch_laid_anew root={}", context.settings.root)
         except OSError as error:
             if error.errno in {errno.ENOENT, errno.ENOTDIR}:
                 await trio.sleep(LOOK_SECONDS)  # the root is gone: the scan says so
                 continue
-            await _degraded(desk, error)
+            await _degraded(context, error)
         except WatcherFailed as error:
-            await _again(desk, failures, error)
+            await _again(context, failures, error)
 
 
-async def _again(desk: Desk, failures: deque[float], error: WatcherFailed) -> None:
+async def _again(context: Context, failures: deque[float], error: WatcherFailed) -> None:
     """Wait before new watches, longer after each failure; after too many of them let the scan poll for a while."""
     now = time.monotonic()
     while failures and now - failures[0] > RETRY_SECONDS:
         failures.popleft()
     if len(failures) == FAILURES or isinstance(error, DirectoryHangs):
-        await _degraded(desk, error)
+        await _degraded(context, error)
         return
     pause = FIRST_PAUSE_SECONDS * 2 ** len(failures)
     failures.append(now)
     logger.warning("watch_restarted in_seconds={:.1f} error={!r}", pause, str(error))
-    desk.look_again()  # what its batch held has no other event
+    context.look_again()  # what its batch held has no other event
     await trio.sleep(pause)
 
 
-async def _idle(desk: Desk) -> None:
+async def _idle(context: Context) -> None:
     while True:
-        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        context.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         await trio.sleep(ALLOWANCE_SECONDS / 2)
 
 
-async def _judge_mount(desk: Desk) -> None:
+async def _judge_mount(context: Context) -> None:
     """Poll where the root, or a file system mounted in it, does not tell of every change; of layers only say so."""
-    root, seconds = os.fspath(desk.settings.root), desk.settings.watch.poll_interval_seconds
+    root, seconds = os.fspath(context.settings.root), context.settings.watch.poll_interval_seconds
     every = await trio.to_thread.run_sync(limits.mounts)
     own = limits.mount_below(root, every)
     silent = [mount for mount in (own, *limits.mounts_inside(root, every)) if limits.silence(mount)]
@@ -127,13 +127,13 @@ async def _judge_mount(desk: Desk) -> None:
         if mount not in told:
             logger.info("mount_layered point={!r} message={!r}", mount.point, limits.silence(mount))
     if told:
-        desk.progress.polling = True
+        context.progress.polling = True
         what = "the memory root is" if told[0] is own else f"{told[0].point!r} in the memory root is"
         remedy = f"the engine sweeps every {seconds:g} s instead (watch.poll_interval_seconds); `everos-engine sync` finds everything now"
-        await desk.notes.say("mount_silent", f"{what} on {limits.silence(told[0])}", remedy)
+        await context.conditions.say("mount_silent", f"{what} on {limits.silence(told[0])}", remedy)
 
 
-async def _degraded(desk: Desk, error: OSError | WatcherFailed) -> None:
+async def _degraded(context: Context, error: OSError | WatcherFailed) -> None:
     """No events for now: name the limit and its remedy, poll, and try again later."""
     code = "watch_failed"
     if isinstance(error, DirectoryHangs):
@@ -142,15 +142,15 @@ async def _degraded(desk: Desk, error: OSError | WatcherFailed) -> None:
         code = "watch_limit" if error.errno == errno.ENOSPC or "limit" in str(error) else code
         if error.errno in {errno.EMFILE, errno.ENFILE} or "open files" in str(error):
             code = "instance_limit"
-    desk.progress.polling = True
-    remedy = _raise(code) + POLL_REMEDY + f" every {desk.settings.watch.poll_interval_seconds:g} s"
+    context.progress.polling = True
+    remedy = _raise(code) + POLL_REMEDY + f" every {context.settings.watch.poll_interval_seconds:g} s"
     reason = str(error).partition(" about ")[0].rstrip(".")
-    await desk.notes.say(code, f"file events cannot be had: {reason}", remedy)
-    desk.look_again()
+    await context.conditions.say(code, f"file events cannot be had: {reason}", remedy)
+    context.look_again()
     with trio.move_on_after(RETRY_SECONDS):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_idle, desk)
-            await desk.threads.returned.wait_transition()  # what hung may answer again
+            nursery.start_soon(_idle, context)
+            await context.threads.returned.wait_transition()  # what hung may answer again
             nursery.cancel_scope.cancel()
 
 
@@ -165,13 +165,13 @@ def _raise(code: str) -> str:
     return f"this user namespace has a bound of its own, raise it there: `echo {wanted} | tee /proc/sys/{least.replace('.', '/')}`; the system's: {remedy}"
 
 
-async def _listen(desk: Desk) -> None:
+async def _listen(context: Context) -> None:
     """Lay the watches, and record what they tell until they are stale.
 
     Raises OSError where they cannot be laid, and WatcherFailed for whatever else their library raises.
     """
-    laid_on, stop = await _identity(desk), threading.Event()
-    silent = await _silent_directory(desk)
+    laid_on, stop = await _identity(context), threading.Event()
+    silent = await _silent_directory(context)
     if silent is not None:
         message = f"the directory {silent!r} does not answer"
         raise DirectoryHangs(message)
@@ -180,24 +180,24 @@ async def _listen(desk: Desk) -> None:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_cancelled, stop, thread)
-            nursery.start_soon(_receive, desk, receive)
-            nursery.start_soon(_in_thread, thread, partial(_run, desk, stop, send))
-            await _until_stale(desk, laid_on)
+            nursery.start_soon(_receive, context, receive)
+            nursery.start_soon(_in_thread, thread, partial(_run, context, stop, send))
+            await _until_stale(context, laid_on)
             nursery.cancel_scope.cancel()
     except* (OSError, WatcherFailed) as group:
         raise group.exceptions[0] from None
     finally:
-        desk.progress.watching = False
+        context.progress.watching = False
         stop.set()
 
 
-def _run(desk: Desk, stop: threading.Event, send: trio.MemorySendChannel[set[str]]) -> None:
+def _run(context: Context, stop: threading.Event, send: trio.MemorySendChannel[set[str]]) -> None:
     """In a thread of its own: laying thousands of watches takes its time, and waiting for events blocks."""
-    settings = desk.settings
+    settings = context.settings
     with _lay(settings) as watches:
         if stop.is_set():
             return
-        trio.from_thread.run_sync(_laid, desk)
+        trio.from_thread.run_sync(_laid, context)
         while True:
             with _translated():
                 found = watches.watch(settings.watch.debounce_milliseconds, STEP_MILLISECONDS, 0, stop)
@@ -254,20 +254,20 @@ def _new_watches(settings: Settings) -> RustNotify:
         return lay(ignore_permission_denied=True)
 
 
-def _laid(desk: Desk) -> None:
-    desk.progress.watching = True
-    desk.progress.watched_since_seconds = time.monotonic()
-    desk.look_again()  # what changed before the watches were laid has no event
+def _laid(context: Context) -> None:
+    context.progress.watching = True
+    context.progress.watched_since_seconds = time.monotonic()
+    context.look_again()  # what changed before the watches were laid has no event
 
 
-async def _silent_directory(desk: Desk) -> str | None:
+async def _silent_directory(context: Context) -> str | None:
     """The first directory that does not answer, None if all do. Links are followed, as the library does.
 
     It holds the interpreter's lock while it goes through the tree: a directory that hangs would stop every thread.
     """
-    todo, known = [os.fspath(desk.settings.root)], set[tuple[int, int]]()
+    todo, known = [os.fspath(context.settings.root)], set[tuple[int, int]]()
     while todo:
-        found = await desk.threads.all(todo, files.directories_in, what="list", name=str)
+        found = await context.threads.all(todo, files.directories_in, what="list", name=str)
         todo = []
         for directory, below in found:
             if isinstance(below, NoAnswer):
@@ -292,101 +292,105 @@ async def _stop_when_cancelled(stop: threading.Event, thread: trio.CancelScope) 
         thread.deadline = trio.current_time() + STOP_SECONDS
 
 
-async def _until_stale(desk: Desk, laid_on: tuple[int, int]) -> None:
+async def _until_stale(context: Context, laid_on: tuple[int, int]) -> None:
     """Return once the root is not the one the watches were laid on; meanwhile see that there is one for each directory."""
     due, added = time.monotonic() + LOOK_SECONDS, 0
-    short_before, exhausted_before = 0, desk.exhaustion.value
+    short_before, exhausted_before = 0, context.exhaustion.value
     began = time.monotonic()
     while True:
         await trio.sleep(LOOK_SECONDS)
-        desk.beat("watch", within_seconds=ALLOWANCE_SECONDS)
-        if await _identity(desk) != laid_on:
+        context.beat("watch", within_seconds=ALLOWANCE_SECONDS)
+        if await _identity(context) != laid_on:
             return
-        if not desk.progress.watching and time.monotonic() - began > desk.settings.file_deadline_seconds:
-            await _poll_meanwhile(desk)
-        if desk.exhaustion.value != exhausted_before:
-            if desk.pressure.value <= 0:
+        if not context.progress.watching and time.monotonic() - began > context.settings.file_deadline_seconds:
+            await _poll_meanwhile(context)
+        if context.exhaustion.value != exhausted_before:
+            if context.pressure.value <= 0:
                 continue  # there is no descriptor to look with
             return  # directories that appeared meanwhile may have got no watch
-        if time.monotonic() < due and added == desk.progress.directories_added:
+        if time.monotonic() < due and added == context.progress.directories_added:
             continue
-        added = desk.progress.directories_added
+        added = context.progress.directories_added
         due = time.monotonic() + CHECK_SECONDS
-        short = await _directories_unwatched(desk)
+        short = await _directories_unwatched(context)
         if short and short_before:
-            if not desk.progress.polling:
-                desk.progress.polling = True
-                desk.look_again()  # the scan may be in the midst of a long pause
-            seconds = desk.settings.watch.poll_interval_seconds
+            if not context.progress.polling:
+                context.progress.polling = True
+                context.look_again()  # the scan may be in the midst of a long pause
+            seconds = context.settings.watch.poll_interval_seconds
             message = (
                 f"file events cannot be had of about {short} directories: the kernel's limit of watches is reached"
             )
-            await desk.notes.say("watch_limit", message, f"{_raise('watch_limit')}{POLL_REMEDY} every {seconds:g} s")
+            await context.conditions.say(
+                "watch_limit", message, f"{_raise('watch_limit')}{POLL_REMEDY} every {seconds:g} s"
+            )
         elif not short:
-            await _well(desk)
+            await _well(context)
         else:
             due = time.monotonic() + LOOK_SECONDS  # directories come and go: look twice before saying anything
         short_before = short
 
 
-async def _poll_meanwhile(desk: Desk) -> None:
+async def _poll_meanwhile(context: Context) -> None:
     """The watches are still being made: a very large tree, or a directory that does not answer."""
-    seconds = desk.settings.watch.poll_interval_seconds
+    seconds = context.settings.watch.poll_interval_seconds
     message = "file events cannot be had yet: the watches are still being made, and a directory may not answer"
-    await desk.notes.say("watch_failed", message, f"{POLL_REMEDY} every {seconds:g} s")
-    if not desk.progress.polling:
-        desk.progress.polling = True
-        desk.look_again()
+    await context.conditions.say("watch_failed", message, f"{POLL_REMEDY} every {seconds:g} s")
+    if not context.progress.polling:
+        context.progress.polling = True
+        context.look_again()
 
 
-async def _well(desk: Desk) -> None:
+async def _well(context: Context) -> None:
     """Every directory is watched: no limit holds, and polling ends unless the mount asks for it."""
-    await desk.notes.over("watch_limit", "instance_limit", "watch_failed", "watch_hung")
-    desk.progress.polling = "mount_silent" in desk.notes.now
+    await context.conditions.over("watch_limit", "instance_limit", "watch_failed", "watch_hung")
+    context.progress.polling = "mount_silent" in context.conditions.now
 
 
-async def _directories_unwatched(desk: Desk) -> int:
+async def _directories_unwatched(context: Context) -> int:
     """About how many directories have no watch; 0 if it cannot be known."""
-    watched, root = limits.own_watches(), os.fspath(desk.settings.root)
+    watched, root = limits.own_watches(), os.fspath(context.settings.root)
     if watched is None:
         return 0
     try:
-        there = await desk.threads.call(partial(files.directories_below, root), what="list all", name=root)
+        there = await context.threads.call(partial(files.directories_below, root), what="list all", name=root)
     except NoAnswer:
         return 0
     return max(0, there - watched)
 
 
-async def _identity(desk: Desk) -> tuple[int, int]:
+async def _identity(context: Context) -> tuple[int, int]:
     """Which directory the root is. Raises OSError, and NoAnswer."""
-    root = desk.settings.root
-    found = await desk.threads.call(lambda: os.stat(root), what="stat", name=os.fspath(root))
+    root = context.settings.root
+    found = await context.threads.call(lambda: os.stat(root), what="stat", name=os.fspath(root))
     return found.st_dev, found.st_ino
 
 
-async def _receive(desk: Desk, batches: trio.MemoryReceiveChannel[set[str]]) -> None:
+async def _receive(context: Context, batches: trio.MemoryReceiveChannel[set[str]]) -> None:
     async for batch in batches:
         if len(batch) > BURST:
-            desk.progress.burst = max(desk.progress.burst, len(batch))
-            desk.look_again()
-        paths = {path for path in batch if not _ours(desk.settings, path)}
+            context.progress.burst = max(context.progress.burst, len(batch))
+            context.look_again()
+        paths = {path for path in batch if not _ours(context.settings, path)}
         if paths:
             with unit("watch", f"{len(paths)} events") as done:
-                await _record(desk, paths)
+                await _record(context, paths)
             if done.error is not None:
-                desk.look_again()
+                context.look_again()
 
 
-async def _record(desk: Desk, paths: set[str]) -> None:
+async def _record(context: Context, paths: set[str]) -> None:
     """Look at what a batch of events names, and queue it. What cannot be looked at is left to a sweep, which names it."""
-    settings = desk.settings
+    settings = context.settings
     try:
-        observations, again = await _observe(desk, paths)
-        verified = await verify_racy(settings, desk.database, desk.threads, [seen.md_path for seen in observations])
+        observations, again = await _probe(context, paths)
+        verified = await verify_racy(
+            settings, context.database, context.threads, [seen.md_path for seen in observations]
+        )
         observations = [seen for seen in observations if seen not in verified]
         gone = [seen for seen in observations if seen.fingerprint is None]
         there = [seen for seen in observations if seen.fingerprint is not None]
-        if gone and (len(gone) > FEW or await root_trouble(desk.brake, desk.threads) is not None):
+        if gone and (len(gone) > FEW or await root_trouble(context.deletion_guard, context.threads) is not None):
             gone, again = [], True
         now, settle = now_milliseconds(), settings.settle_milliseconds
 
@@ -397,20 +401,20 @@ async def _record(desk: Desk, paths: set[str]) -> None:
                 return there, queued  # a sweep sees the whole, and holds them
             return there + gone, queued + found(gone)
 
-        observations, queued = await desk.database.awrite(record)
+        observations, queued = await context.database.awrite(record)
         again = again or len(observations) < len(there) + len(gone)
     except Transient as error:
-        desk.starved(error)
+        context.starved(error)
         logger.warning("events_left_to_scan count={} error={!r}", len(paths), str(error))
-        desk.look_again()
+        context.look_again()
         return
     for seen in observations:
-        desk.progress.unseen.pop(seen.md_path, None)
-    desk.progress.told += len(queued)
+        context.progress.unseen.pop(seen.md_path, None)
+    context.progress.told += len(queued)
     if again:
-        desk.look_again()
+        context.look_again()
     if queued:
-        desk.wake_up()
+        context.wake_up()
 
 
 class _Named(NamedTuple):
@@ -421,21 +425,23 @@ class _Named(NamedTuple):
     gone: str | None
 
 
-async def _observe(desk: Desk, paths: set[str]) -> tuple[list[Observation], bool]:
+async def _probe(context: Context, paths: set[str]) -> tuple[list[Observation], bool]:
     """A look at every path named, at all below a directory that appeared, and at all known below one that went.
 
     True with it if a sweep should look again: files made in a new directory before its watch have no event.
     """
-    named = await desk.threads.all(sorted(paths), partial(_named, desk.settings), what="stat", name=str)
+    named = await context.threads.all(sorted(paths), partial(_named, context.settings), what="stat", name=str)
     found = [seen for _, seen in named if isinstance(seen, _Named)]
     directories = sum(seen.is_directory for seen in found)
-    desk.progress.directories_added += directories
+    context.progress.directories_added += directories
     keys = dict.fromkeys(key for seen in found for key in seen.changes)
     gone = [seen.gone for seen in found if seen.gone is not None]
     if gone:
-        known = await desk.database.aread(lambda tx: [path for key in gone for path in full_scan.known_below(tx, key)])
+        known = await context.database.aread(
+            lambda tx: [path for key in gone for path in full_scan.known_below(tx, key)]
+        )
         keys.update(dict.fromkeys(known))
-    observations, unseen = await observe(desk.settings, desk.threads, list(keys))
+    observations, unseen = await probe(context.settings, context.threads, list(keys))
     return observations, bool(directories or unseen or len(found) < len(named))
 
 

@@ -32,10 +32,10 @@ from everos_engine.errors import (
     exhausted,
 )
 from everos_engine.loops.acknowledge import Written, mark
-from everos_engine.loops.context import Desk, now_milliseconds, wait_moved
+from everos_engine.loops.context import Context, now_milliseconds, wait_moved
 from everos_engine.loops.deletion_guard import to_hold
-from everos_engine.loops.job import Job, keep, looks_torn, put_off, refuse, unsettled
-from everos_engine.loops.recovery import agree_on, begin_life, expect_root, heal
+from everos_engine.loops.job import Job, defer, keep, looks_truncated, refuse, unsettled
+from everos_engine.loops.recovery import expect_root, heal, reconcile_table, recreate_table
 from everos_engine.loops.vectors import MODEL_CHANGED
 from everos_engine.stores import held, ledger, meta, queue
 from everos_engine.stores.held import REMEDY, WHY
@@ -71,20 +71,20 @@ UNAVAILABLE = "database_unavailable"
 UNAVAILABLE_REMEDY = "make room on the disk, or end the process that holds the lock; nothing is lost, and it is tried again without pause"
 
 
-async def work(desk: Desk) -> None:
+async def work(context: Context) -> None:
     """Serve the queue until cancelled; whatever is held then is handed back.
 
     A claim is in SQLite first and in memory second, and leaves them in the same order. Two repairs serve a failure in between:
     a worker that starts takes back what an earlier one of this engine held, and a claim in SQLite that no task holds is handed
     back within REAP_SECONDS.
     """
-    worker = _Worker(desk)
+    worker = _Worker(context)
     await worker.take_back()
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.commit_loop)
             nursery.start_soon(worker.return_loop)
-            nursery.start_soon(_poll, desk)
+            nursery.start_soon(_poll, context)
             nursery.start_soon(worker.reap)
             nursery.start_soon(worker.take_up_answered)
             nursery.start_soon(worker.attend)
@@ -100,63 +100,63 @@ async def work(desk: Desk) -> None:
 class _Worker:
     """One run of the work loop. ``in_hand`` are its claims by number, with the bytes of what was read for each."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self.in_hand: dict[int, int] = {}
         self.held = AsyncValue(0)
         self.held_bytes = AsyncValue(0)
         self.claiming = trio.Lock()
         self.returning: AsyncValue[tuple[Job, ...]] = AsyncValue(())
-        self.life = 0
-        self.ready, self.ready_jobs = trio.open_memory_channel["Job | None"](4 * desk.settings.worker_batch_max)
+        self.epoch = 0
+        self.ready, self.ready_jobs = trio.open_memory_channel["Job | None"](4 * context.settings.worker_batch_max)
 
     async def take_back(self) -> None:
         """Hand back every claim of this engine."""
-        count = await self.desk.database.awrite(lambda tx: queue.recover(tx, [self.desk.owner]))
+        count = await self.context.database.awrite(lambda tx: queue.recover(tx, [self.context.owner]))
         if count:
             logger.info("claims_taken_back count={}", count)
 
     async def claim_loop(self) -> None:
-        settings, desk = self.desk.settings, self.desk
+        settings, context = self.context.settings, self.context
         async with trio.open_nursery() as nursery:
             while True:
-                seen = desk.wake.value
+                seen = context.wake.value
                 self._beat()
                 await self._breathe()
                 while claims := await self._patiently(self._claim):
                     self._beat()
                     nursery.start_soon(self._prepare, claims, nursery)
-                    most = max(1.0, HELD_FACTOR * settings.worker_batch_size * desk.pressure.value)
+                    most = max(1.0, HELD_FACTOR * settings.worker_batch_size * context.pressure.value)
                     await self.held.wait_value(lambda held, most=most: held < most)
                     await self._breathe()
                 due = await self._patiently(self._next_due)
                 pause = IDLE_SECONDS if due is None else min(IDLE_SECONDS, max(0.0, (due - now_milliseconds()) / 1000))
-                await wait_moved(desk.wake, seen, at_most_seconds=pause)
+                await wait_moved(context.wake, seen, at_most_seconds=pause)
 
     async def _next_due(self) -> int | None:
         due = partial(
             queue.next_due,
             now_milliseconds=now_milliseconds(),
-            longest_wait_milliseconds=_longest_wait_milliseconds(self.desk),
+            longest_wait_milliseconds=_longest_wait_milliseconds(self.context),
         )
-        return await self.desk.database.aread(due)
+        return await self.context.database.aread(due)
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do ``work`` on the database, again and again while the world is in its way, and say so meanwhile."""
-        delay, desk = FIRST_DELAY_SECONDS, self.desk
+        delay, context = FIRST_DELAY_SECONDS, self.context
         while True:
             try:
                 result = await work()
             except Damaged:
                 raise
             except Transient as error:
-                desk.starved(error)
+                context.starved(error)
                 self._beat()
-                await desk.notes.say(UNAVAILABLE, str(error), UNAVAILABLE_REMEDY)
+                await context.conditions.say(UNAVAILABLE, str(error), UNAVAILABLE_REMEDY)
                 await trio.sleep(delay * (1 + random.random() / 4))  # noqa: S311 - spreads tries
                 delay = min(2 * delay, MOST_DELAY_SECONDS)
             else:
-                await desk.notes.over(UNAVAILABLE)
+                await context.conditions.over(UNAVAILABLE)
                 return result
 
     @contextmanager
@@ -177,7 +177,7 @@ class _Worker:
         jobs = tuple(Job(claim) for claim in claims)
         if not jobs:
             return
-        self.desk.starved(error)
+        self.context.starved(error)
         if counts_as_retry:
             reason = Transient(f"internal error: {ascii(error)[:MOST_QUOTED]}")
         elif isinstance(error, Transient) and not error.counts_as_retry:
@@ -196,13 +196,14 @@ class _Worker:
             jobs = self.returning.value
             await self._patiently(
                 partial(
-                    self.desk.database.awrite, partial(mark, desk=self.desk, kind="", jobs=list(jobs), written=None)
+                    self.context.database.awrite,
+                    partial(mark, context=self.context, kind="", jobs=list(jobs), written=None),
                 )
             )
             self.returning.value = self.returning.value[len(jobs) :]
             self._let_go(jobs)
-            self.desk.wake_up()
-            self.desk.applied.value += 1
+            self.context.wake_up()
+            self.context.applied.value += 1
 
     def _let_go(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
@@ -214,75 +215,77 @@ class _Worker:
 
     async def reap(self) -> None:
         """Take back what dead processes held, and what this engine holds by SQLite's word but no task of it."""
-        desk = self.desk
+        context = self.context
         while True:
             try:
                 count = await self._reap_dead() + await self._reap_lost()
             except Damaged:
                 raise
             except Transient as error:  # the next round does it
-                desk.starved(error)
+                context.starved(error)
             else:
                 if count:
                     logger.info("cascade_recovered_orphan_processing count={}", count)
-                    desk.wake_up()
-            await desk.notes.keep()
+                    context.wake_up()
+            await context.conditions.keep()
             await trio.sleep(REAP_SECONDS)
 
     async def take_up_answered(self) -> None:
         """Have what waits for its file ready when a late look has returned."""
-        desk, seen = self.desk, self.desk.threads.returned.value
+        context, seen = self.context, self.context.threads.returned.value
         while True:
-            seen = await desk.threads.returned.wait_value(lambda value, seen=seen: value != seen)
-            await self._patiently(lambda: desk.database.awrite(lambda tx: queue.hurry(tx, "file")))
-            desk.wake_up()
+            seen = await context.threads.returned.wait_value(lambda value, seen=seen: value != seen)
+            await self._patiently(lambda: context.database.awrite(lambda tx: queue.hurry(tx, "file")))
+            context.wake_up()
 
     async def _reap_dead(self) -> int:
-        desk = self.desk
-        others = [owner for owner in await desk.database.aread(queue.owners) if owner != desk.owner]
-        return await desk.database.awrite(partial(queue.recover, dead_owners=_dead(desk, others))) if others else 0
+        context = self.context
+        others = [owner for owner in await context.database.aread(queue.owners) if owner != context.owner]
+        return (
+            await context.database.awrite(partial(queue.recover, dead_owners=_dead(context, others))) if others else 0
+        )
 
     async def _reap_lost(self) -> int:
-        desk = self.desk
+        context = self.context
         async with self.claiming:
-            ours = await desk.database.aread(lambda tx: queue.claimed(tx, desk.owner))
+            ours = await context.database.aread(lambda tx: queue.claimed(tx, context.owner))
             lost = [number for number in ours if number not in self.in_hand]
-            return await desk.database.awrite(lambda tx: queue.hand_back(tx, desk.owner, lost)) if lost else 0
+            return await context.database.awrite(lambda tx: queue.hand_back(tx, context.owner, lost)) if lost else 0
 
     async def _breathe(self) -> None:
         """New claims wait while the guard lets none through."""
-        while self.desk.pressure.value <= 0:
+        while self.context.pressure.value <= 0:
             self._beat()
             with trio.move_on_after(IDLE_SECONDS):
-                await self.desk.pressure.wait_value(lambda share: share > 0)
+                await self.context.pressure.wait_value(lambda share: share > 0)
 
     def _beat(self) -> None:
         """While changes are held the next sign is a commit, which one embedding call and one write may hold up."""
-        settings = self.desk.settings
+        settings = self.context.settings
         slowest = settings.embedder.deadline_seconds + settings.lancedb.write_deadline_seconds
-        self.desk.beat("work", within_seconds=IDLE_SECONDS + slowest)
+        self.context.beat("work", within_seconds=IDLE_SECONDS + slowest)
 
     async def _claim(self) -> list[queue.Claim]:
-        settings = self.desk.settings
+        settings = self.context.settings
 
-        share = self.desk.pressure.value
+        share = self.context.pressure.value
 
         def take(tx: Transaction) -> list[queue.Claim]:
             limit = min(settings.worker_batch_max, max(settings.worker_batch_size, queue.ready(tx)))
             limit = max(1, int(limit * share))
             return queue.claim(
                 tx,
-                self.desk.owner,
+                self.context.owner,
                 limit=limit,
                 now_milliseconds=now_milliseconds(),
                 longest_wait_milliseconds=longest,
             )
 
-        longest = _longest_wait_milliseconds(self.desk)
-        if not await self.desk.database.aread(partial(_has_ready, longest_wait_milliseconds=longest)):
+        longest = _longest_wait_milliseconds(self.context)
+        if not await self.context.database.aread(partial(_has_ready, longest_wait_milliseconds=longest)):
             return []
         async with self.claiming:
-            claims = await self.desk.database.awrite(take)
+            claims = await self.context.database.awrite(take)
             self.in_hand |= {claim.claim_no: 0 for claim in claims}
             self._count()
         return claims
@@ -294,7 +297,7 @@ class _Worker:
         """
         left = list(claims)
         with self._unit("read and compare", lambda: left):
-            known = await self.desk.database.aread(
+            known = await self.context.database.aread(
                 lambda tx: ledger.to_write_again(tx, [claim.md_path for claim in claims])
             )
             jobs = [Job(claim) for claim in claims]
@@ -318,13 +321,13 @@ class _Worker:
         now = now_milliseconds()
 
         def guard(tx: Transaction) -> None:
-            holding = to_hold(tx, self.desk.settings, list(vanished), now_milliseconds=now)
+            holding = to_hold(tx, self.context.settings, list(vanished), now_milliseconds=now)
             held.hold(tx, [(one.md_path, one.kind) for one in holding], "mass_delete", now_milliseconds=now)
             known = queue.fingerprints(tx, [one.md_path for one in holding])
             for one in holding:
                 keep(vanished[one.md_path], known[one.md_path])
 
-        await self.desk.database.awrite(guard)
+        await self.context.database.awrite(guard)
 
     async def _read_some(self, jobs: list[Job]) -> Calls[Job, Job]:
         """Read the first of ``jobs``, as many as fit into READ_BYTES."""
@@ -335,9 +338,9 @@ class _Worker:
             read_bytes += job.size_bytes
             return read_bytes >= READ_BYTES
 
-        root = self.desk.settings.root
+        root = self.context.settings.root
         named = partial(_path_of, root)
-        return await self.desk.threads.each(jobs, self._read, what="read", name=named, enough=enough)
+        return await self.context.threads.each(jobs, self._read, what="read", name=named, enough=enough)
 
     async def _await_read(
         self, call: Call[Job, Job], known: Mapping[str, Mapping[str, bytes]], nursery: trio.Nursery
@@ -368,7 +371,7 @@ class _Worker:
         await self._look_up(jobs)
         for job in jobs:
             left.remove(job.claim)
-            if job.error is None and job.missing and self.desk.vectors.gate is not None:
+            if job.error is None and job.missing and self.context.vectors.breaker is not None:
                 nursery.start_soon(self._embed, job)
             else:
                 await self.ready.send(job)
@@ -381,14 +384,14 @@ class _Worker:
                 self._parse(job)
             if job.error is None:
                 job.plan = diff.plan(job.document, before)
-            if looks_torn(job, before):
-                job.error = unsettled(job, self.desk.settings.settle_milliseconds) or job.error
+            if looks_truncated(job, before):
+                job.error = unsettled(job, self.context.settings.settle_milliseconds) or job.error
             if job.error is None and job.claim.source in REWRITES:
                 job.plan = diff.plan(job.document, dict.fromkeys(before, ledger.UNKNOWN))
 
     def _read(self, job: Job) -> Job:
         """Read the file of a change, or see that it is gone; changes nothing but the job."""
-        settings, claim = self.desk.settings, job.claim
+        settings, claim = self.context.settings, job.claim
         place = kinds.recognise(claim.md_path, note_globs=settings.note.globs)
         if place is None:
             return job  # of no kind any more: its rows go
@@ -396,7 +399,7 @@ class _Worker:
             reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
             job.fingerprint, job.racy, job.digest = reading.fingerprint, reading.racy, reading.digest
             job.size_bytes = sum(map(len, reading.sources.values()))
-            job.hollow = not all(reading.sources.values())
+            job.is_empty = not all(reading.sources.values())
             job.place, job.sources = place, reading.sources
         except files.Vanished:
             job.error = self._deletable()
@@ -433,7 +436,7 @@ class _Worker:
     def _deletable(self) -> Transient | None:
         """Why the rows of a file that is not there may not be deleted now; None where they may."""
         try:
-            trouble = self.desk.brake.trouble()
+            trouble = self.context.deletion_guard.trouble()
         except Exhausted as error:
             return error
         if trouble in {None, "root_empty"}:
@@ -443,15 +446,15 @@ class _Worker:
     async def _look_up(self, jobs: list[Job]) -> None:
         texts = list(dict.fromkeys(text for job in jobs if job.error is None for text in job.missing))
         try:
-            known = await self.desk.vectors.cached(texts)
+            known = await self.context.vectors.cached(texts)
         except Transient as error:
             for job in jobs:
                 if job.error is None and job.missing:
-                    put_off(job, dict.fromkeys(job.missing, error))
+                    defer(job, dict.fromkeys(job.missing, error))
             return
         for job in jobs:
             job.vectors = {text: known[text] for text in job.missing if text in known}
-            job.life = self.desk.vectors.life
+            job.epoch = self.context.vectors.epoch
 
     async def _embed(self, job: Job) -> None:
         with self._unit("embed", lambda: [job.claim]):
@@ -462,7 +465,7 @@ class _Worker:
         missing = job.missing
         refused: dict[str, EngineError] = {}
         later: dict[str, Transient] = {}
-        for text, outcome in zip(missing, await self.desk.vectors.embed(missing), strict=True):
+        for text, outcome in zip(missing, await self.context.vectors.embed(missing), strict=True):
             if isinstance(outcome, BadText):
                 refused[text] = outcome
             elif isinstance(outcome, Transient):
@@ -472,43 +475,43 @@ class _Worker:
         if refused:
             refuse(job, refused)
         if later:
-            put_off(job, later)
+            defer(job, later)
 
     async def attend(self) -> None:
         """Tell of the embedding service's outages, and have what waited for it done as soon as it answers."""
-        desk, gate = self.desk, self.desk.vectors.gate
-        if gate is None:
+        context, breaker = self.context, self.context.vectors.breaker
+        if breaker is None:
             return
 
         async def note() -> str | None:
-            reason: str | None = gate.down.value
-            await desk.database.awrite(partial(_note_outage, reason=reason, now_milliseconds=now_milliseconds()))
+            reason: str | None = breaker.down.value
+            await context.database.awrite(partial(_note_outage, reason=reason, now_milliseconds=now_milliseconds()))
             return reason
 
-        async with aclosing(gate.down.eventual_values()) as reasons:
+        async with aclosing(breaker.down.eventual_values()) as reasons:
             async for _ in reasons:
                 if await self._patiently(note) is None:
                     try:
-                        if desk.index.open_kinds():
-                            await desk.vectors.model()
+                        if context.index.open_kinds():
+                            await context.vectors.model()
                         await self.ready.send(None)
                     except Damaged:
                         raise
                     except Transient as error:  # the next batch of jobs asks again
-                        desk.starved(error)
-                    desk.wake_up()
+                        context.starved(error)
+                    context.wake_up()
 
     async def _renew(self) -> None:
         """Begin every kind again whose vectors are of a model that answers no more: two models never share a table."""
-        vectors = self.desk.vectors
-        if vectors.life in {0, self.life}:
+        vectors = self.context.vectors
+        if vectors.epoch in {0, self.epoch}:
             return
         model = await vectors.model()
-        for kind in self.desk.index.open_kinds():
-            if self.desk.index.model_of(kind) != model.name:
-                async with self.desk.table(kind):
-                    await self._new_life(kind, model)
-        self.life = vectors.life
+        for kind in self.context.index.open_kinds():
+            if self.context.index.model_of(kind) != model.name:
+                async with self.context.table(kind):
+                    await self._recreate_table(kind, model)
+        self.epoch = vectors.epoch
 
     async def commit_loop(self) -> None:
         while True:
@@ -534,7 +537,7 @@ class _Worker:
                 for of_kind in by_kind.values():
                     await self._commit_apart(of_kind)
             self._beat()
-            self.desk.applied.value += 1
+            self.context.applied.value += 1
 
     async def _commit_apart(self, jobs: list[Job]) -> None:
         """Commit jobs together. If that meets a bug, commit each by itself: one of them must not hold up the others."""
@@ -561,33 +564,33 @@ class _Worker:
         for job in jobs:
             by_kind[job.claim.kind].append(job)
         for kind, of_kind in by_kind.items():
-            async with self.desk.table(kind):
+            async with self.context.table(kind):
                 written = await self._commit_kind(kind, of_kind)
-            self.desk.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
-            self.desk.progress.applied += len(of_kind)
+            self.context.wake_up()  # one edited meanwhile is ready again, one postponed has a time it is due
+            self.context.progress.applied += len(of_kind)
             if written is not None:
-                self.desk.progress.commits[kind] = self.desk.progress.commits.get(kind, 0) + 1
+                self.context.progress.commits[kind] = self.context.progress.commits.get(kind, 0) + 1
 
     async def _commit_kind(self, kind: str, jobs: list[Job]) -> Written | None:
         """Commit one kind's jobs, and mark them. Nobody else may look at the table between the two."""
         writing = [job for job in jobs if job.error is None and (job.plan.upserts or job.plan.deletes)]
         written = await self._try_to_write(kind, writing) if writing else None
         for job in jobs:
-            if isinstance(job.error, Transient) and self.desk.starved(job.error):
+            if isinstance(job.error, Transient) and self.context.starved(job.error):
                 job.error = Exhausted(str(job.error))
-            if job.put_off is not None and self.desk.starved(job.put_off):
-                job.put_off = Exhausted(str(job.put_off))
-        await self.desk.database.awrite(partial(mark, desk=self.desk, kind=kind, jobs=jobs, written=written))
+            if job.defer is not None and self.context.starved(job.defer):
+                job.defer = Exhausted(str(job.defer))
+        await self.context.database.awrite(partial(mark, context=self.context, kind=kind, jobs=jobs, written=written))
         return written
 
     async def _try_to_write(self, kind: str, jobs: list[Job]) -> Written | None:
         """Commit to a kind's table. If that fails, heal the table if it calls for it, and give each job the reason."""
         try:
-            await expect_root(self.desk)
-            if kind in self.desk.unchecked:
-                await agree_on(self.desk, kind)
-            if kind in self.desk.index.shunned:
-                message = f"the table {kind!r} is damaged: {self.desk.index.shunned[kind]}"
+            await expect_root(self.context)
+            if kind in self.context.unchecked:
+                await reconcile_table(self.context, kind)
+            if kind in self.context.index.shunned:
+                message = f"the table {kind!r} is damaged: {self.context.index.shunned[kind]}"
                 raise TableDamaged(message)
             return await self._write(kind, jobs)
         except Damaged:
@@ -595,7 +598,7 @@ class _Worker:
         except Transient as failure:
             error = failure
             try:
-                if not await heal(self.desk, kind, failure) and isinstance(failure, Unexpected):
+                if not await heal(self.context, kind, failure) and isinstance(failure, Unexpected):
                     return await self._write_one_by_one(kind, jobs)
             except Damaged:
                 raise
@@ -625,11 +628,11 @@ class _Worker:
         return written
 
     async def _takes_commits(self, kind: str) -> bool:
-        known = (await self.desk.database.aread(ledger.incarnations)).get(kind)
+        known = (await self.context.database.aread(ledger.incarnations)).get(kind)
         if known is None:
             return False
         try:
-            version = await self.desk.index.commit(kind, [], [("", "")], left=known.version)
+            version = await self.context.index.commit(kind, [], [("", "")], left=known.version)
         except Transient:
             return False
         await self._move_on(kind, Written(known.incarnation, version))
@@ -637,13 +640,13 @@ class _Worker:
 
     async def _move_on(self, kind: str, written: Written) -> None:
         """Note a version before the batch is marked: the next commit compares the table with what is noted."""
-        await self.desk.database.awrite(
+        await self.context.database.awrite(
             lambda tx: ledger.moved_on(tx, kind, written.incarnation, version=written.version)
         )
 
     async def _write(self, kind: str, jobs: list[Job]) -> Written | None:
         """One commit to the kind's table, or None where only unknown keys of no table were deleted."""
-        index, database = self.desk.index, self.desk.database
+        index, database = self.context.index, self.context.database
         rows = [
             Row(job.claim.md_path, entry.entry_id, entry.content_hash, entry.values, job.vectors.get(entry.embed_text))
             for job in jobs
@@ -653,11 +656,11 @@ class _Worker:
         if index.model_of(kind) is None and not rows:
             return None
         if rows:
-            model = await self.desk.vectors.model()
-            if any(job.vectors and job.life != self.desk.vectors.life for job in jobs):
+            model = await self.context.vectors.model()
+            if any(job.vectors and job.epoch != self.context.vectors.epoch for job in jobs):
                 raise Unavailable(MODEL_CHANGED)
             if index.model_of(kind) != model.name:
-                await self._new_life(kind, model)
+                await self._recreate_table(kind, model)
 
         def intend(tx: Transaction) -> ledger.Remembered | None:
             for job in jobs:
@@ -671,9 +674,9 @@ class _Worker:
             raise Unrecognised(message)
         return Written(incarnation, await index.commit(kind, rows, deletes, left=known.version))
 
-    async def _new_life(self, kind: str, model: Model) -> None:
+    async def _recreate_table(self, kind: str, model: Model) -> None:
         """A table for ``model``; whatever the kind had goes, and its files come again with their cached vectors."""
-        count = await begin_life(self.desk, kind, model)
+        count = await recreate_table(self.context, kind, model)
         logger.info("table_created kind={} model={} requeued={}", kind, model.name, count)
 
 
@@ -706,9 +709,9 @@ def _bug(md_path: str, error: Exception) -> EngineError:
     )
 
 
-def _longest_wait_milliseconds(desk: Desk) -> int:
+def _longest_wait_milliseconds(context: Context) -> int:
     """Return the longest delay that a change can be given: the largest backoff with its jitter, or what a service may ask for."""
-    by_settings = int(1250 * desk.settings.worker_retry_backoff_max_seconds)
+    by_settings = int(1250 * context.settings.worker_retry_backoff_max_seconds)
     return max(by_settings, queue.LONGEST_WAIT_MILLISECONDS)
 
 
@@ -726,27 +729,27 @@ def _note_outage(tx: Transaction, *, reason: str | None, now_milliseconds: int) 
         queue.hurry(tx, "embedder")
 
 
-async def _poll(desk: Desk) -> None:
+async def _poll(context: Context) -> None:
     """The net under the wake-ups: another process' commit moves the data version."""
     last = None
     while True:
         try:
-            version = await desk.database.data_version()
+            version = await context.database.data_version()
         except Damaged:
             raise
         except Transient as error:  # the next look sees what this one missed
-            desk.starved(error)
+            context.starved(error)
         else:
             if last is not None and version != last:
-                desk.wake_up()
+                context.wake_up()
             last = version
-        await trio.sleep(desk.settings.worker_poll_interval_seconds)
+        await trio.sleep(context.settings.worker_poll_interval_seconds)
 
 
-def _dead(desk: Desk, owners: list[str]) -> set[str]:
+def _dead(context: Context, owners: list[str]) -> set[str]:
     try:
-        return locks.dead_owners(desk.settings.engine_directory / "owners", owners)
+        return locks.dead_owners(context.settings.engine_directory / "owners", owners)
     except OSError as error:
-        if not desk.starved(error):
+        if not context.starved(error):
             raise
         return set()  # nobody can be looked at now; the next round does

@@ -16,7 +16,7 @@ META = "notes"
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class Condition:
     """A condition by its code, what it means here, and what to do about it."""
 
     code: str
@@ -25,7 +25,7 @@ class Note:
 
 
 @dataclass(slots=True)
-class Notes:
+class Conditions:
     """The conditions that last now; kept in the queue's database so that ``status`` needs no engine to ask.
 
     Memory comes first, because the engine acts and answers by it. A write that SQLite refuses is made up for by the next
@@ -33,7 +33,7 @@ class Notes:
     """
 
     database: Database
-    now: dict[str, Note] = field(default_factory=dict)
+    now: dict[str, Condition] = field(default_factory=dict)
     _kept: str | None = None
 
     async def begin(self) -> None:
@@ -43,7 +43,7 @@ class Notes:
 
     async def say(self, code: str, message: str, remedy: str) -> None:
         """Begin or renew a condition; logged when it is new, kept when its words changed."""
-        note = Note(code, message, remedy)
+        note = Condition(code, message, remedy)
         if self.now.get(code) != note:
             if code not in self.now:
                 from loguru import logger  # noqa: PLC0415 - as below
@@ -77,6 +77,6 @@ class Notes:
         self._kept = text
 
 
-def kept(tx: Transaction) -> list[Note]:
+def kept(tx: Transaction) -> list[Condition]:
     """The conditions that lasted when the engine last spoke."""
-    return [Note(**note) for note in json.loads(meta.get(tx, META) or "[]")]
+    return [Condition(**note) for note in json.loads(meta.get(tx, META) or "[]")]

@@ -206,7 +206,7 @@ class Database:
         return self._limiter
 
     @property
-    def sweeping(self) -> trio.Lock:
+    def scanning(self) -> trio.Lock:
         """Held by a sweep from its first transaction to its last: the temporary table of this connection is its own."""
         import trio  # noqa: PLC0415 - as above
 

@@ -32,7 +32,7 @@ WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE
 """A file that has another name now keeps its inode; that of a skill stands for the names of its files too, and does not."""
 
 
-def load_sweep(tx: Transaction, observations: Iterable[Observation]) -> None:
+def load_full_scan(tx: Transaction, observations: Iterable[Observation]) -> None:
     """Put a whole sweep into a temporary table, for ``record_sweep``."""
     _drain(tx.execute(SWEEP_TABLE))
     rows: Iterable[tuple[Value, ...]] = (
@@ -66,7 +66,7 @@ class Compared:
     known: int
 
 
-def record_sweep(
+def record_full_scan(
     tx: Transaction,
     *,
     source: Source,

@@ -127,7 +127,7 @@ def sticking(tx: Transaction) -> set[str]:
     return {cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held WHERE reason = ?", (STICKY,))}
 
 
-def judge_anew(tx: Transaction, still: Iterable[str]) -> None:
+def judge_again(tx: Transaction, still: Iterable[str]) -> None:
     """Let go of all but the sticky and those of the paths ``still`` to be held, which keep their time."""
     sql = "DELETE FROM held WHERE reason <> ? AND md_path NOT IN (SELECT value FROM json_each(?))"
     _drain(tx.execute(sql, (STICKY, json.dumps(list(still)))))
@@ -197,7 +197,7 @@ __all__ = [
     "heal",
     "hold",
     "hold_all",
-    "judge_anew",
+    "judge_again",
     "let_through",
     "paths",
     "reason_of",

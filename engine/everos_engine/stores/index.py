@@ -14,8 +14,8 @@ import trio
 
 from everos_engine.errors import Exhausted, Unexpected, UnknownOutcome
 from everos_engine.stores import lance, versions
-from everos_engine.stores.lance import Stranger, Unrecognised
-from everos_engine.stores.session_pool import Generation, Generations
+from everos_engine.stores.lance import ForeignTable, Unrecognised
+from everos_engine.stores.session_pool import PooledSession, SessionPool
 from everos_engine.stores.versions import Version
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Bridge(Protocol):
 
 
 @dataclass(slots=True)
-class _Life:
+class _TableState:
     """What is known of a table, whichever generation has it open; ``current`` is False for one of an older schema.
 
     ``commits`` and ``rows`` were made since the last optimize; ``indexed`` are the rows that its full-text indexes cover.
@@ -87,8 +87,8 @@ class Index:
     directory: Path
     cap_bytes: int
     on_exhausted: Callable[[], object] | None = None
-    _generations: Generations = field(default_factory=Generations)
-    _lives: dict[str, _Life] = field(default_factory=dict)
+    _generations: SessionPool = field(default_factory=SessionPool)
+    _states: dict[str, _TableState] = field(default_factory=dict)
     _moved: dict[str, int] = field(default_factory=dict)
     _unmade: set[str] = field(default_factory=set)
     _turns: dict[str, trio.Lock] = field(default_factory=dict)
@@ -123,17 +123,17 @@ class Index:
 
         One of an older schema is dropped: it is made again from markdown. Raises Stranger for a table of somebody else's.
         """
-        with self._generations.using() as generation:
+        with self._generations.using() as session:
             newest = await self.newest(kind)
             if newest is None:
                 return None
-            table = await self._table(generation, kind)
-            life = self._lives.get(kind)
-            if table is not None and life is not None:
-                return Found(life.incarnation, life.model, newest)
-            if life is not None:
-                await self.write(lance.drop, await self.read(self._connect, generation), kind)
-                del self._lives[kind]
+            table = await self._table(session, kind)
+            state = self._states.get(kind)
+            if table is not None and state is not None:
+                return Found(state.incarnation, state.model, newest)
+            if state is not None:
+                await self.write(lance.drop, await self.read(self._connect, session), kind)
+                del self._states[kind]
         return None
 
     async def newest(self, kind: str) -> Version | None:
@@ -154,14 +154,14 @@ class Index:
 
     async def tampered(self, kind: str) -> bool:
         """Whether a file of the table changed, or went without an optimize, since the last call. Lance never changes a file."""
-        life = self._lives.get(kind)
-        if life is None:
+        state = self._states.get(kind)
+        if state is None:
             return False
-        pruned, life.pruned = life.pruned, False
+        pruned, state.pruned = state.pruned, False
         with lance.sorted_troubles():
             files = await trio.to_thread.run_sync(versions.stamps, self.place_of(kind))
-        before, life.files = life.files, files
-        gone = any(name not in files for name in before if not name.isdecimal()) and not pruned and not life.pruned
+        before, state.files = state.files, files
+        gone = any(name not in files for name in before if not name.isdecimal()) and not pruned and not state.pruned
         return gone or any(before.get(name, stamp) != stamp for name, stamp in files.items())
 
     def may_have_cut_off(self, kind: str) -> bool:
@@ -170,17 +170,17 @@ class Index:
 
     def model_of(self, kind: str) -> str | None:
         """The model whose vectors the kind's table holds; None where there is no table yet."""
-        life = self._lives.get(kind)
-        return None if life is None else life.model
+        state = self._states.get(kind)
+        return None if state is None else state.model
 
     def incarnation_of(self, kind: str) -> str:
         """The identity of the table's present life; empty where there is none."""
-        life = self._lives.get(kind)
-        return "" if life is None else life.incarnation
+        state = self._states.get(kind)
+        return "" if state is None else state.incarnation
 
     def dimension_of(self, kind: str) -> int:
         """Width of the vectors in the kind's table; 0 where it has none."""
-        return self._lives[kind].dimension
+        return self._states[kind].dimension
 
     async def create(self, kind: str, model: Model, incarnation: str = "") -> Version:
         """Begin a new life of a kind's table, dropping what was there. Returns its version.
@@ -189,23 +189,23 @@ class Index:
         leave files of the old table in the new one's folder.
         """
         incarnation = incarnation or lance.new_incarnation()
-        with self._generations.using() as generation:
-            async with self._turn(kind), self._compaction(kind), generation.opening:
-                old = generation.tables.pop(kind, None)
+        with self._generations.using() as session:
+            async with self._turn(kind), self._compaction(kind), session.opening:
+                old = session.tables.pop(kind, None)
                 if old is not None:
                     old.close()
-                self._lives.pop(kind, None)
+                self._states.pop(kind, None)
                 self._unmade.add(kind)  # until it has its indexes nobody may take it for a table
                 try:
-                    table = await self.write(self._create, generation, kind, model, incarnation)
+                    table = await self.write(self._create, session, kind, model, incarnation)
                 except UnknownOutcome:
                     self._adrift.add(kind)
                     raise
                 finally:
                     self._written(kind, None)
                 self._unmade.discard(kind)
-                generation.tables[kind] = table
-                self._lives[kind] = _Life(incarnation, model.name, dimension=model.dimension)
+                session.tables[kind] = table
+                self._states[kind] = _TableState(incarnation, model.name, dimension=model.dimension)
                 self.shunned.pop(kind, None)
                 return await self.newest(kind) or Version(0, b"")
 
@@ -218,19 +218,19 @@ class Index:
         else's commit came between ours. Raises Transient when the outcome is unknown or the world is in the way: do the same
         commit again.
         """
-        life = self._lives.get(kind)
-        if life is None:
+        state = self._states.get(kind)
+        if state is None:
             raise Unrecognised(self._gone(kind))
         with lance.sorted_troubles():
             batches = [
-                lance.batch_of(self.kinds[kind], life.dimension, rows[start : start + MERGE_ROWS])
+                lance.batch_of(self.kinds[kind], state.dimension, rows[start : start + MERGE_ROWS])
                 for start in range(0, len(rows), MERGE_ROWS)
             ]
         keys = [deletes[start : start + DELETE_KEYS] for start in range(0, len(deletes), DELETE_KEYS)]
         async with self._turn(kind), self._writing(kind) as table:
             version = await self._commit(table, kind, left, batches, keys)
-        life.commits += 1
-        life.rows += len(rows) + len(deletes)
+        state.commits += 1
+        state.rows += len(rows) + len(deletes)
         return version
 
     async def _commit(
@@ -250,12 +250,12 @@ class Index:
         A search reads the rows that no index covers yet one by one; optimizing whenever they are a share of the table costs
         a constant for each row ever written.
         """
-        life = self._lives.get(kind)
-        if life is None:
+        state = self._states.get(kind)
+        if state is None:
             return False
         due = self.settings
-        share = max(OPTIMIZE_LEAST_ROWS, due.optimize_after_share * life.indexed)
-        return life.commits >= due.optimize_after_commits or life.rows >= min(due.optimize_after_rows, share)
+        share = max(OPTIMIZE_LEAST_ROWS, due.optimize_after_share * state.indexed)
+        return state.commits >= due.optimize_after_commits or state.rows >= min(due.optimize_after_rows, share)
 
     def reopen(self, kind: str) -> None:
         """Have the table opened again by its next user: a handle does not see what somebody else commits."""
@@ -263,7 +263,7 @@ class Index:
 
     def forget(self, kind: str) -> None:
         """Let go of a table that is gone; the next commit makes another."""
-        self._lives.pop(kind, None)
+        self._states.pop(kind, None)
         self.rotate()  # the Session's caches speak of files that are gone, and of versions that the next table has too
 
     async def probe(self, kind: str, words: str = lance.PROBE_WORD) -> None:
@@ -294,11 +294,11 @@ class Index:
 
     def open_kinds(self) -> list[str]:
         """Kinds that have a table."""
-        return list(self._lives)
+        return list(self._states)
 
     def unoptimized(self, kind: str) -> int:
         """Commits since the last optimize."""
-        return self._lives[kind].commits
+        return self._states[kind].commits
 
     async def optimize(self, kind: str, *, alone: bool = True) -> None:
         """Compact, fold new rows into the indexes, prune old versions.
@@ -306,42 +306,42 @@ class Index:
         ``alone`` has commits wait meanwhile; else one that comes in between voids the work, and Transient is raised. What
         voided work and killed engines left in the table's folder is removed by the next that is alone.
         """
-        life, keep_seconds = self._lives[kind], self.settings.keep_versions_seconds
-        commits, rows = life.commits, life.rows
+        state, keep_seconds = self._states[kind], self.settings.keep_versions_seconds
+        commits, rows = state.commits, state.rows
         async with self._turn(kind) if alone else nullcontext(), self._compaction(kind), self._writing(kind) as table:
             optimize = partial(lance.optimize, nobody_else=alone and kind not in self._adrift)
-            life.pruned = True
-            life.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
-            life.pruned = True
-        life.commits -= commits
-        life.rows -= rows
+            state.pruned = True
+            state.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
+            state.pruned = True
+        state.commits -= commits
+        state.rows -= rows
 
     async def erase(self, kind: str, *, keep_seconds: float) -> None:
         """Leave nothing in a kind's table, if there is one, but the rows it has, and versions younger than ``keep_seconds``.
 
         Commits wait meanwhile. If no old version is to be kept, their readers are waited for.
         """
-        with self._generations.using() as generation:
-            if await self._table(generation, kind) is None:
+        with self._generations.using() as session:
+            if await self._table(session, kind) is None:
                 return
         async with self._turn(kind), self._compaction(kind):
-            life = self._lives[kind]
-            life.pruned = True
+            state = self._states[kind]
+            state.pruned = True
             async with self._writing(kind) as table:
                 await self.write(lance.erase, table, self.kinds[kind])
             if not keep_seconds:
                 await self._last_readers()
             async with self._writing(kind) as table:
                 optimize = partial(lance.optimize, nobody_else=kind not in self._adrift)
-                life.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
-            life.pruned = True
-            life.commits = life.rows = 0
+                state.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
+            state.pruned = True
+            state.commits = state.rows = 0
 
     async def _last_readers(self) -> None:
         """Begin a new generation, and wait until nobody reads in an old one, as long as a read may take."""
         self.rotate()
         with trio.move_on_after(self.settings.read_deadline_seconds):
-            while self.generations_open > 1:  # noqa: ASYNC110 - a reader that ends announces it to nobody
+            while self.sessions_open > 1:  # noqa: ASYNC110 - a reader that ends announces it to nobody
                 await trio.sleep(READERS_LOOK_SECONDS)
 
     async def visit(self, kind: str, names: Sequence[str], take: Callable[[list[dict[str, object]]], None]) -> None:
@@ -364,16 +364,16 @@ class Index:
         self, kind: str, vector: NDArray[np.float32], *, model: str, where: str, limit: int
     ) -> list[Hit]:
         """The nearest rows by cosine; none where the table holds another model's vectors."""
-        if kind not in self._lives:
-            with self._generations.using() as generation:
-                await self._table(generation, kind)
-        life = self._lives.get(kind)
-        if life is None or not life.dimension or life.model != model:
+        if kind not in self._states:
+            with self._generations.using() as session:
+                await self._table(session, kind)
+        state = self._states.get(kind)
+        if state is None or not state.dimension or state.model != model:
             return []
         return await self._ask(kind, lance.search_vector, self.kinds[kind], vector, where, limit) or []
 
     @asynccontextmanager
-    async def turn_to_read(self) -> AsyncIterator[None]:
+    async def acquire_read(self) -> AsyncIterator[None]:
         """One of the ``concurrent_reads``, for whoever opens index files by other means meanwhile."""
         async with self._reads:
             yield
@@ -390,7 +390,7 @@ class Index:
         return self._generations.rotate()
 
     @property
-    def generations_open(self) -> int:
+    def sessions_open(self) -> int:
         """1, and one for each old generation that waits for its last reader."""
         return self._generations.open
 
@@ -406,7 +406,7 @@ class Index:
 
     def close(self) -> None:
         """Let go of every table, the connection and the Session."""
-        self._lives.clear()
+        self._states.clear()
         self._generations.close()
 
     async def _ask(self, kind: str, function: Callable[..., Awaitable[T]], *args: object) -> T | None:
@@ -418,8 +418,8 @@ class Index:
             end = trio.current_time() + self.settings.read_deadline_seconds
             while True:
                 try:
-                    with self._generations.using() as generation:
-                        table = await self._table(generation, kind)
+                    with self._generations.using() as session:
+                        table = await self._table(session, kind)
                         return None if table is None else await self.read(function, table, *args)
                 except Exhausted:
                     (self.on_exhausted or self.rotate)()
@@ -444,8 +444,8 @@ class Index:
     @asynccontextmanager
     async def _writing(self, kind: str) -> AsyncIterator[AsyncTable]:
         """The kind's table, to write to."""
-        with self._generations.using() as generation:
-            table = await self._table(generation, kind)
+        with self._generations.using() as session:
+            table = await self._table(session, kind)
             if table is None:
                 raise Unrecognised(self._gone(kind))
             try:
@@ -462,56 +462,56 @@ class Index:
             self._moved[kind] = self._moved.get(kind, 0) + 1
             self._generations.current.tables.pop(kind, None)
 
-    async def _table(self, generation: Generation, kind: str) -> AsyncTable | None:
+    async def _table(self, session: PooledSession, kind: str) -> AsyncTable | None:
         """The table of a kind, opened once a generation; None where there is none, or one of an older schema."""
-        if kind in generation.tables:
-            return generation.tables[kind]
-        async with generation.opening:
+        if kind in session.tables:
+            return session.tables[kind]
+        async with session.opening:
             if kind in self._unmade:
                 return None
-            while kind not in generation.tables:
+            while kind not in session.tables:
                 moved = self._moved.get(kind, 0)
-                opened = await self.read(self._open, generation, kind)
+                opened = await self.read(self._open, session, kind)
                 if opened is None:
                     return None
-                table, life = opened
-                known = self._lives.get(kind)
-                if known is None or known.incarnation != life.incarnation:
-                    self._lives[kind] = life
-                if not life.current:
+                table, state = opened
+                known = self._states.get(kind)
+                if known is None or known.incarnation != state.incarnation:
+                    self._states[kind] = state
+                if not state.current:
                     return None
                 if moved == self._moved.get(kind, 0):
-                    generation.tables[kind] = table
-            return generation.tables[kind]
+                    session.tables[kind] = table
+            return session.tables[kind]
 
-    async def _open(self, generation: Generation, kind: str) -> tuple[AsyncTable, _Life] | None:
+    async def _open(self, session: PooledSession, kind: str) -> tuple[AsyncTable, _TableState] | None:
         if not (self.directory / f"{kind}.lance").is_dir():
             return None
         try:
-            opened = await lance.open_table(await self._connect(generation), self.kinds[kind])
-        except Stranger as error:
-            if kind not in self._lives:
+            opened = await lance.open_table(await self._connect(session), self.kinds[kind])
+        except ForeignTable as error:
+            if kind not in self._states:
                 raise
             raise Unexpected(str(error)) from error  # it was ours a moment ago
         if opened is None:
             return None
         identity = opened.identity
-        life = _Life(
+        state = _TableState(
             identity.incarnation, identity.model.name, dimension=identity.model.dimension, current=opened.current
         )
-        if opened.current and kind not in self._lives:
-            life.indexed, life.rows = await lance.covered(opened.table, self.kinds[kind])
-        return opened.table, life
+        if opened.current and kind not in self._states:
+            state.indexed, state.rows = await lance.covered(opened.table, self.kinds[kind])
+        return opened.table, state
 
-    async def _create(self, generation: Generation, kind: str, model: Model, incarnation: str) -> AsyncTable:
-        connection = await self._connect(generation)
+    async def _create(self, session: PooledSession, kind: str, model: Model, incarnation: str) -> AsyncTable:
+        connection = await self._connect(session)
         return await lance.create_table(connection, self.directory, self.kinds[kind], model, incarnation)
 
-    async def _connect(self, generation: Generation) -> AsyncConnection:
-        if generation.connection is None:
+    async def _connect(self, session: PooledSession) -> AsyncConnection:
+        if session.connection is None:
             mode, cap_bytes = self.settings.descriptor_mode, self.cap_bytes
-            generation.connection, generation.session = await lance.connect(self.directory, mode, cap_bytes)
-        return generation.connection
+            session.connection, session.session = await lance.connect(self.directory, mode, cap_bytes)
+        return session.connection
 
 
 def open_index(

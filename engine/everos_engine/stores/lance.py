@@ -149,7 +149,7 @@ async def looking(directory: Path) -> AsyncIterator[AsyncConnection]:
         connection.close()
 
 
-class Stranger(Fatal):
+class ForeignTable(Fatal):
     """A table under one of our names was not made by this engine."""
 
 
@@ -165,7 +165,7 @@ async def open_table(connection: AsyncConnection, kind: TableKind) -> Opened | N
     identity = identity_of(schema)
     expected = schema_of(kind, identity.model, identity.incarnation)
     if not identity.incarnation:
-        raise Stranger(_drift(kind.name, schema, expected))
+        raise ForeignTable(_drift(kind.name, schema, expected))
     return Opened(table, identity, schema.equals(expected) and identity.format == FORMAT)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Generation:
+class PooledSession:
     """A Session, its connection and the tables opened on it; whoever uses one counts as its reader."""
 
     number: int
@@ -35,12 +35,12 @@ class Generation:
         self.connection = self.session = None
 
 
-class Generations:
+class SessionPool:
     """The current generation, and those that still have readers. For tasks of one Trio run only."""
 
     def __init__(self) -> None:
-        self.current = Generation(0)
-        self._retired: set[Generation] = set()
+        self.current = PooledSession(0)
+        self._retired: set[PooledSession] = set()
 
     @property
     def open(self) -> int:
@@ -48,19 +48,19 @@ class Generations:
         return 1 + len(self._retired)
 
     @contextmanager
-    def using(self) -> Iterator[Generation]:
+    def using(self) -> Iterator[PooledSession]:
         """The current generation, kept open for the length of the block."""
-        generation = self.current
-        generation.readers += 1
+        session = self.current
+        session.readers += 1
         try:
-            yield generation
+            yield session
         finally:
-            generation.readers -= 1
-            self._let_go(generation)
+            session.readers -= 1
+            self._let_go(session)
 
     def rotate(self) -> int:
         """Begin a new generation; its number. The old one closes now, or when its last reader is done."""
-        old, self.current = self.current, Generation(self.current.number + 1)
+        old, self.current = self.current, PooledSession(self.current.number + 1)
         old.retired = True
         self._retired.add(old)
         self._let_go(old)
@@ -68,11 +68,11 @@ class Generations:
 
     def close(self) -> None:
         """Close all of them, whoever reads."""
-        for generation in (self.current, *self._retired):
-            generation.close()
+        for session in (self.current, *self._retired):
+            session.close()
         self._retired.clear()
 
-    def _let_go(self, generation: Generation) -> None:
-        if generation.retired and not generation.readers:
-            generation.close()
-            self._retired.discard(generation)
+    def _let_go(self, session: PooledSession) -> None:
+        if session.retired and not session.readers:
+            session.close()
+            self._retired.discard(session)

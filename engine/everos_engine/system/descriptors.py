@@ -120,7 +120,7 @@ class Reserve:
             os.close(handle)
 
     @contextmanager
-    def lend(self) -> Iterator[bool]:
+    def borrow(self) -> Iterator[bool]:
         """One descriptor is free in this block, if nobody else is faster; taken back after it, then or later."""
         had = self.held
         self.release()

@@ -254,9 +254,9 @@ class _Row(Generic[T, R]):
 
     def start(self) -> None:
         """Go on in a new thread. Raises Transient if the system gives none."""
-        turn = self._turn
+        acquire = self._turn
         try:
-            trio.lowlevel.start_thread_soon(lambda: self._run(turn), lambda _: None, name="files")
+            trio.lowlevel.start_thread_soon(lambda: self._run(acquire), lambda _: None, name="files")
         except (RuntimeError, OSError) as error:
             message = f"no thread could be started to look at files: {error}"
             raise Transient(message, counts_as_retry=False) from error
@@ -273,10 +273,10 @@ class _Row(Generic[T, R]):
             self._now = None
             return call
 
-    def _run(self, turn: int) -> None:
+    def _run(self, acquire: int) -> None:
         while True:
             with self._lock:
-                if self._turn != turn:
+                if self._turn != acquire:
                     return
                 if not self.todo:
                     self._say(self.ended.set)
@@ -289,7 +289,7 @@ class _Row(Generic[T, R]):
                 call.error = error
             with self._lock:
                 call.is_over = True
-                if self._turn == turn:
+                if self._turn == acquire:
                     self.over.append(call)
                     self._now = None
                     if call.error is None and self._enough(cast("R", call.result)):

@@ -66,7 +66,7 @@ class Vanished(Exception):  # noqa: N818 - no error: the file is simply gone
     """There is no such file (any more)."""
 
 
-class SweepAborted(Transient):
+class ScanAborted(Transient):
     """Part of the tree could not be read: what was not seen must not look deleted."""
 
 
@@ -292,8 +292,8 @@ class Walker(Generic[P]):
                 self._found[key] = (self._places[key], _fold(members))
         return Walk(self._found, self._blind, self._directories)
 
-    def _aborted(self, directory: str, reason: str) -> SweepAborted:
-        return SweepAborted(
+    def _aborted(self, directory: str, reason: str) -> ScanAborted:
+        return ScanAborted(
             f"the sweep stopped at {directory!r}: {reason}; nothing was recorded, the next sweep tries again"
         )
 
