@@ -267,6 +267,34 @@ async def test_no_error_of_the_events_library_ends_the_engine(
                 await trio.sleep(0.05)
 
 
+class Recording(Failing):
+    """The library's class, which writes down the steps it is asked to take."""
+
+    point, errors = "new", []
+    steps: list[int]
+
+    def watch(self, *arguments: Any) -> object:
+        self.steps.append(arguments[1])
+        return super().watch(*arguments)
+
+
+async def test_a_quiet_tree_is_looked_at_less_often_until_the_next_event(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Recording.steps = steps = []
+    monkeypatch.setattr(watcher, "RustNotify", Recording)
+    monkeypatch.setattr(watcher, "QUIET_AFTER_MILLISECONDS", 100)
+    async with open_engine(listening(root), embedder=FakeEmbedder()) as engine:
+        for number in (1, 2):
+            with trio.fail_after(HANG_SECONDS):
+                while not steps or steps[-1] != watcher.QUIET_STEP_MILLISECONDS:  # noqa: ASYNC110 - in a thread
+                    await trio.sleep(0.05)
+            quiet = len(steps)
+            put(root, f"{number}.md", "# A\ntext")
+            await counted(engine, lambda counts, number=number: counts.done == number)  # type: ignore[misc]  # a default binds the value of this turn
+            assert watcher.STEP_MILLISECONDS in steps[quiet:]
+
+
 def test_the_watches_of_this_process_are_counted() -> None:
     counted = limits.own_watches()
     assert counted is None or counted >= 0

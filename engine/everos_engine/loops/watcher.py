@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from everos_engine.stores.database import Transaction
     from everos_engine.stores.queue import Observation
 
-STEP_MILLISECONDS = 20
+STEP_MILLISECONDS, QUIET_STEP_MILLISECONDS = 20, 45
+"""The library looks for events once a step, and reports them two steps later. A longer step saves wake-ups."""
+QUIET_AFTER_MILLISECONDS = 10_000
 WATCHER_DESCRIPTORS = 4
 """What laying the watches opens: inotify, two polls and their wake-up."""
 INDEX_DIRECTORY = ".index"
@@ -198,11 +200,14 @@ def _run(context: Context, stop: threading.Event, send: trio.MemorySendChannel[s
         if stop.is_set():
             return
         trio.from_thread.run_sync(_laid, context)
+        is_quiet = False
         while True:
+            step, timeout = (QUIET_STEP_MILLISECONDS, 0) if is_quiet else (STEP_MILLISECONDS, QUIET_AFTER_MILLISECONDS)
             with _translated():
-                found = watches.watch(settings.watch.debounce_milliseconds, STEP_MILLISECONDS, 0, stop)
+                found = watches.watch(settings.watch.debounce_milliseconds, step, timeout, stop)
             if found == "stop":
                 return
+            is_quiet = found == "timeout"
             if isinstance(found, set):
                 trio.from_thread.run(send.send, {path for _, path in found})
 
