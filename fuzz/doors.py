@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from everos_engine.embed.protocol import Embedder
     from everos_engine.settings import Settings
 
+GIVEN_UP = "SELECT md_path, retryable, error FROM md_change_state WHERE status = 'failed'"
 SETTLE_SECONDS = 300
 """No settling takes a tenth of it: what takes longer hangs."""
 TRIES = 40
@@ -340,10 +341,23 @@ class Run:
             raise Mismatch(message)
         TRAP.make = None
         await self.settled(engine)
+        await self.fix(engine)
         await self.check(engine)
         if not self.logged:
             message = f"{TRAP.sprung} errors, and the log says nothing of them"
             raise Mismatch(message)
+
+
+    async def fix(self, engine: Engine) -> None:
+        """Do as a user does after a long storm: try again what used up its attempts, with its reason, and only that."""
+        failed = await engine.context.database.aread(lambda tx: list(tx.execute(GIVEN_UP)))
+        wrong = [row for row in failed if not row[1] or not row[2]]
+        if wrong:
+            message = f"failed for good, or without a reason: {wrong}"
+            raise Mismatch(message)
+        if failed:
+            await engine.fix()
+            await self.settled(engine)
 
 
 async def run(door: str, types: dict[str, foreign.Make], *, seconds: float, all_calls: bool) -> str:
