@@ -337,14 +337,14 @@ async def main():
         os.chmod(root / "users" / "u1", 0)
         status = await engine.settle()
         print([(one.reason, one.count) for one in status.held], sum(status.rows.values()))
-        engine.desk.look_again()
-        while "unreadable_directory" not in engine.desk.notes.now:
+        engine.context.look_again()
+        while "unreadable_directory" not in engine.context.conditions.now:
             await trio.sleep(0.05)
         if {releasing}:
             print({{outcome.status for outcome in await engine.release()}}, await engine.search("word1"))
             status = await engine.settle()
             print(status.held, sum(status.rows.values()))
-        (command,) = commands_in(engine.desk.notes.now["unreadable_directory"].remedy)
+        (command,) = commands_in(engine.context.conditions.now["unreadable_directory"].remedy)
         subprocess.run(["bash", "-c", command], check=True, cwd="/")
         status = await engine.settle()
         print(status.held, sum(status.rows.values()))

@@ -247,7 +247,7 @@ def stop(tx):
 async def main():
     async with open_engine(load({"memory.root": sys.argv[1]})) as engine:
         await engine.settle()
-        await engine.desk.database.awrite(stop)
+        await engine.context.database.awrite(stop)
         print("moves", flush=True)
         await trio.sleep_forever()
 

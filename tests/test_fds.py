@@ -121,7 +121,7 @@ def test_the_reserve_gives_one_descriptor_back_and_takes_it_again() -> None:
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
-    script = "from everos_engine.system import fds; print(fds.raise_soft_limit(), fds.limits())"
+    script = "from everos_engine.system import descriptors; print(descriptors.raise_soft_limit(), descriptors.limits())"
     command = f"ulimit -Sn 100; ulimit -Hn 512; exec {sys.executable} -c '{script}'"
     told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
     assert told == "(100, 512) (512, 512)\n"

@@ -84,7 +84,7 @@ def snapshot(root: Path) -> dict[str, Any]:
 
 
 def notes(root: Path) -> set[str]:
-    return {note["code"] for note in snapshot(root)["watch"]["notes"]}
+    return {note["code"] for note in snapshot(root)["watch"]["conditions"]}
 
 
 def day(number: int) -> str:

@@ -106,16 +106,16 @@ def test_a_running_engine_names_what_hangs_indexes_it_later_and_stops_in_time(ro
         assert time.monotonic() - began < HANG_SECONDS / 2
 
 
-class CircuitBreaker:
+class Gate:
     """Calls of which some do not return before they are let go."""
 
     def __init__(self, *hanging: str) -> None:
-        self.hanging, self.may_delete, self.seen = set(hanging), threading.Event(), list[str]()
+        self.hanging, self.let_go, self.seen = set(hanging), threading.Event(), list[str]()
 
     def look(self, name: str) -> str:
         self.seen.append(name)
         if name in self.hanging:
-            self.may_delete.wait(HANG_SECONDS)
+            self.let_go.wait(HANG_SECONDS)
         return name.upper()
 
 
@@ -124,7 +124,7 @@ def name_of(item: str) -> str:
 
 
 async def test_calls_after_one_that_hangs_are_made_and_it_is_not_made_twice() -> None:
-    gate, threads = CircuitBreaker("b"), FileThreads(deadline_seconds=0.2)
+    gate, threads = Gate("b"), FileThreads(deadline_seconds=0.2)
     threads.slow_seconds = 0.01
     found = dict(await threads.all(["a", "b", "c"], gate.look, what="read", name=name_of))
     assert (found["a"], found["c"]) == ("A", "C")
@@ -135,7 +135,7 @@ async def test_calls_after_one_that_hangs_are_made_and_it_is_not_made_twice() ->
     assert again["d"] == "D"
     assert gate.seen.count("b") == 1
     seen = threads.returned.value
-    gate.may_delete.set()
+    gate.let_go.set()
     with trio.fail_after(HANG_SECONDS):
         await threads.returned.wait_value(lambda value: value > seen)
     assert dict(await threads.all(["b"], gate.look, what="read", name=name_of)) == {"b": "B"}
@@ -144,13 +144,13 @@ async def test_calls_after_one_that_hangs_are_made_and_it_is_not_made_twice() ->
 
 async def test_the_threads_that_hang_are_bounded_and_the_bound_is_named() -> None:
     names = [f"f{number}" for number in range(6)]
-    gate, threads = CircuitBreaker(*names[:4]), FileThreads(deadline_seconds=0.2, late_most=2)
+    gate, threads = Gate(*names[:4]), FileThreads(deadline_seconds=0.2, late_most=2)
     threads.slow_seconds = 0.01
     found = dict(await threads.all(names, gate.look, what="read", name=name_of))
     assert all(isinstance(error, NoAnswer) for error in found.values())
     assert "files and directories do not answer, among them 'f0'" in str(found["f5"])
     assert gate.seen == names[:2]
-    gate.may_delete.set()
+    gate.let_go.set()
 
 
 async def test_a_call_that_raises_raises_for_its_caller() -> None:
@@ -162,14 +162,14 @@ async def test_a_call_that_raises_raises_for_its_caller() -> None:
 
 
 async def test_who_is_cancelled_waits_for_no_call() -> None:
-    gate, threads = CircuitBreaker("a"), FileThreads(deadline_seconds=HANG_SECONDS)
+    gate, threads = Gate("a"), FileThreads(deadline_seconds=HANG_SECONDS)
     with trio.fail_after(HANG_SECONDS), trio.move_on_after(0.05):
         await threads.all(["a"], gate.look, what="read", name=name_of)
-    gate.may_delete.set()
+    gate.let_go.set()
 
 
 async def test_a_call_waits_for_one_that_its_caller_gave_up_and_is_made() -> None:
-    gate, threads = CircuitBreaker("a"), FileThreads(deadline_seconds=HANG_SECONDS)
+    gate, threads = Gate("a"), FileThreads(deadline_seconds=HANG_SECONDS)
     with trio.fail_after(HANG_SECONDS):
         with trio.move_on_after(0.05):
             await threads.all(["a"], gate.look, what="read", name=name_of)
@@ -182,7 +182,7 @@ async def test_a_call_waits_for_one_that_its_caller_gave_up_and_is_made() -> Non
             nursery.start_soon(ask)
             nursery.start_soon(ask)
             await trio.testing.wait_all_tasks_blocked(0.05)
-            gate.may_delete.set()
+            gate.let_go.set()
     assert found == {"a": "A", "b": "B"}
     assert not threads.hung()
 
@@ -197,7 +197,7 @@ async def test_a_caller_that_gives_up_at_any_moment_leaves_no_call_behind() -> N
 
 
 def test_a_directory_that_hangs_hides_no_other_outside_the_loop() -> None:
-    gate, seen = CircuitBreaker("b"), list[str]()
+    gate, seen = Gate("b"), list[str]()
 
     def visit(name: str) -> list[str]:
         seen.append(gate.look(name))
@@ -207,4 +207,4 @@ def test_a_directory_that_hangs_hides_no_other_outside_the_loop() -> None:
     assert sorted(seen) == ["A", "C"]
     with pytest.raises(NoAnswer):
         call_within(lambda: gate.look("b"), name="b", seconds=0.05)
-    gate.may_delete.set()
+    gate.let_go.set()

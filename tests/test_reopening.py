@@ -103,7 +103,7 @@ async def test_a_loop_that_keeps_dying_never_ends_the_engine(
     ("module", "name"),
     [
         (watcher, "_record"),
-        (scanner, "_sweep_once"),
+        (scanner, "_scan_once"),
         (scanner, "audit"),
         (fd_guard.Guard, "look"),
         (compactor, "_optimize"),
@@ -170,7 +170,7 @@ async def test_a_call_waits_for_the_stores_and_is_made_again_on_the_new_ones(
     with trio.fail_after(HANG_SECONDS):
         async with open_engine(settings, embedder=FakeEmbedder()) as engine, trio.open_nursery() as nursery:
             nursery.start_soon(engine.settle)
-            while not engine.context.vectors.gate or not engine.context.vectors.gate.embedder.calls:  # type: ignore[attr-defined]  # the fake's
+            while not engine.context.vectors.breaker or not engine.context.vectors.breaker.embedder.calls:  # type: ignore[attr-defined]  # the fake's
                 await trio.sleep(0.01)
             put(root, FACTS, facts(fact(1, "the heron eats fish")))
             strike.set()

@@ -30,7 +30,7 @@ SHAPE = {
     "found_by": {"watch": int, "scan": int, "scan_share": (float, type(None))},
     "held": {"count": int, "oldest_seconds": (float, type(None)), "reasons": dict},
     "embedder": {"down_seconds": (float, type(None)), "reason": (str, type(None))},
-    "notes": list, "descriptors": dict, "warnings": {"count": int},
+    "conditions": list, "descriptors": dict, "warnings": {"count": int},
 }  # fmt: skip
 
 
@@ -81,10 +81,10 @@ async def test_a_new_engine_does_not_repeat_what_an_earlier_one_said(settings: S
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.context.conditions.say("watch_limit", "events cannot be had", "raise it")
         said = status.as_json(await trio.to_thread.run_sync(status.snapshot, settings))
-        assert "watch_limit" in str(said["notes"])
+        assert "watch_limit" in str(said["conditions"])
     async with open_engine(settings, embedder=FakeEmbedder()):
         found = status.as_json(await trio.to_thread.run_sync(status.snapshot, settings))
-        assert found["notes"] == []
+        assert found["conditions"] == []
 
 
 async def test_status_imports_nothing_heavy(settings: Settings, root: Path) -> None:

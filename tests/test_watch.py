@@ -74,12 +74,12 @@ def wait_done(env: dict[str, str], count: int) -> None:
 def watch_of(root: Path) -> dict[str, Any]:
     """What the engine says of its watching; nothing before it listens."""
     snapshot = ask(root / ".index" / "engine" / "control.sock", "pulse", deadline_seconds=HANG_SECONDS)
-    found: Any = snapshot["watch"] if snapshot else {"watching": False, "notes": []}
+    found: Any = snapshot["watch"] if snapshot else {"watching": False, "conditions": []}
     return dict(found)
 
 
 def notes(root: Path) -> dict[str, str]:
-    return {note["code"]: note["remedy"] for note in watch_of(root)["notes"]}
+    return {note["code"]: note["remedy"] for note in watch_of(root)["conditions"]}
 
 
 QUEUE = Path("/proc/sys/fs/inotify/max_queued_events")
@@ -156,7 +156,7 @@ def test_a_mount_that_stays_silent_is_named_and_polled_wherever_it_is(
     env = environment(root)
     with running(root, env, prefix=[*MOUNTINFO, str(told)]):
         wait_done(env, 1)
-        (note,) = [note for note in status(env)["notes"] if note["code"] == "mount_silent"]
+        (note,) = [note for note in status(env)["conditions"] if note["code"] == "mount_silent"]
         assert said in note["message"]
         assert "sweeps every 1 s" in note["remedy"]
 
