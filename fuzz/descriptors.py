@@ -339,10 +339,10 @@ class Weighed(Index):
     async def _connect(self, session: PooledSession) -> lancedb.AsyncConnection:
         if session.connection is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            session = lancedb.Session(index_cache_size_bytes=self.cap_bytes, metadata_cache_size_bytes=0)
+            of_lancedb = lancedb.Session(index_cache_size_bytes=self.cap_bytes, metadata_cache_size_bytes=0)
             uri = uri_of(self.directory, self.settings.descriptor_mode)
-            session.connection = await lancedb.connect_async(uri, session=session)
-            session.session = session
+            session.connection = await lancedb.connect_async(uri, session=of_lancedb)
+            session.session = of_lancedb
         return session.connection
 
 

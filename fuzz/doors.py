@@ -347,7 +347,6 @@ class Run:
             message = f"{TRAP.sprung} errors, and the log says nothing of them"
             raise Mismatch(message)
 
-
     async def fix(self, engine: Engine) -> None:
         """Do as a user does after a long storm: try again what used up its attempts, with its reason, and only that."""
         failed = await engine.context.database.aread(lambda tx: list(tx.execute(GIVEN_UP)))

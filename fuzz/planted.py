@@ -20,7 +20,7 @@ class KeepsSessions(Index):
     """A Session is kept alive after its rotation."""
 
     def rotate(self) -> int:
-        current = self._generations.current
+        current = self._sessions.current
         KEPT.append((current.session, current.connection, list(current.tables.values())))
         return super().rotate()
 
@@ -29,7 +29,7 @@ class NeverRotates(Index):
     """The rotation is asked for, and does nothing."""
 
     def rotate(self) -> int:
-        return self._generations.current.number
+        return self._sessions.current.number
 
 
 class PinsWhatItClaimsToReopen(Index):

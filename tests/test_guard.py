@@ -331,7 +331,7 @@ async def test_memory_of_an_old_session_goes_back_once_its_last_reader_is_done(
         monkeypatch.setattr("everos_engine.loops.fd_guard.TRIM_SECONDS", float("inf"))  # but for what growth asks
         del trims[:]
         assert len(await engine.search("heron")) == 1
-        with index._generations.using():
+        with index._sessions.using():
             await guard.look()
             assert (index.rotations, index.sessions_open, trims) == (1, 2, [])
         for _ in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 
 from derived import counted
 from everos_engine.diagnose import status
-from everos_engine.engine import Engine, open_engine
+from everos_engine.engine import Engine, open_engine, open_queue
 from everos_engine.errors import BadText, Transient, Unavailable
+from everos_engine.loops.context import now_milliseconds
+from everos_engine.loops.requests import enqueue
 from everos_engine.settings import Settings, load
-from everos_engine.stores import reports
+from everos_engine.stores import meta, queue, reports
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
 from writer import FACTS, fact, facts, put
@@ -48,6 +51,29 @@ def quick(root: Path, **more: object) -> Settings:
 async def down(engine: Engine) -> None:
     assert engine.context.vectors.breaker is not None
     await engine.context.vectors.breaker.down.wait_value(lambda reason: reason is not None)
+
+
+@pytest.mark.parametrize("reason", queue.OUTSIDE)
+async def test_an_engine_that_starts_waits_for_nothing_that_only_the_last_one_knew_of(
+    root: Path, reason: queue.WaitsFor
+) -> None:
+    """The next one has another embedder, a root that is back, or room on its disk, and no event tells so."""
+    settings = load({"memory.root": str(root), "embedder.kind": "none"}, environment={}, user_file=root / "none")
+    put(root, FACTS, facts(fact(1, "heron")))
+    database = open_queue(settings)
+    try:
+        await enqueue(settings, database, [FACTS])
+        (claim,) = database.write(lambda tx: queue.claim(tx, "dead", limit=1, now_milliseconds=1))
+        due = now_milliseconds() + queue.LONGEST_WAIT_MILLISECONDS
+        postponed = partial(queue.postpone, held=claim, error="down", not_before=due, now_milliseconds=1)
+        database.write(partial(postponed, waits_for=reason))
+        database.write(lambda tx: meta.note_outage(tx, "down", now_milliseconds=1))
+    finally:
+        database.close()
+    async with open_engine(settings, watching=False) as engine:
+        with trio.fail_after(HANG_SECONDS):
+            assert (await engine.settle()).counts.done == 1
+        assert await engine.context.database.aread(meta.outage) is None
 
 
 async def test_changes_outlive_an_outage_without_losing_an_attempt(root: Path) -> None:

@@ -620,16 +620,25 @@ def _index(settings: Settings, bridge: AsyncioThread, database: Database) -> Ind
 
 
 async def _recover(context: Context) -> None:
-    """Take back what dead engines held: we hold the engine's lock, but a CLI may live."""
+    """Take back what dead engines held, and try again what waited for something outside itself.
+
+    We hold the engine's lock, but a command may live. The reason of a wait may be gone, by other settings for instance, and then
+    no event tells so.
+    """
 
     def reap() -> int:
         others = context.database.read(queue.owners)
         dead = locks.dead_owners(context.settings.engine_directory / "owners", others)
         return context.database.write(lambda tx: queue.recover(tx, dead)) if dead else 0
 
+    def try_again(tx: Transaction) -> None:
+        queue.hurry(tx, *queue.OUTSIDE)
+        meta.note_outage(tx, None, now_milliseconds=now_milliseconds())
+
     count = await trio.to_thread.run_sync(reap, limiter=context.database.limiter)
     if count:
         logger.info("cascade_recovered_orphan_processing count={}", count)
+    await context.database.awrite(try_again)
 
 
 async def _control(engine: Engine) -> None:

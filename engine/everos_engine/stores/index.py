@@ -87,7 +87,7 @@ class Index:
     directory: Path
     cap_bytes: int
     on_exhausted: Callable[[], object] | None = None
-    _generations: SessionPool = field(default_factory=SessionPool)
+    _sessions: SessionPool = field(default_factory=SessionPool)
     _states: dict[str, _TableState] = field(default_factory=dict)
     _moved: dict[str, int] = field(default_factory=dict)
     _unmade: set[str] = field(default_factory=set)
@@ -123,7 +123,7 @@ class Index:
 
         One of an older schema is dropped: it is made again from markdown. Raises Stranger for a table of somebody else's.
         """
-        with self._generations.using() as session:
+        with self._sessions.using() as session:
             newest = await self.newest(kind)
             if newest is None:
                 return None
@@ -189,7 +189,7 @@ class Index:
         leave files of the old table in the new one's folder.
         """
         incarnation = incarnation or lance.new_incarnation()
-        with self._generations.using() as session:
+        with self._sessions.using() as session:
             async with self._turn(kind), self._compaction(kind), session.opening:
                 old = session.tables.pop(kind, None)
                 if old is not None:
@@ -321,7 +321,7 @@ class Index:
 
         Commits wait meanwhile. If no old version is to be kept, their readers are waited for.
         """
-        with self._generations.using() as session:
+        with self._sessions.using() as session:
             if await self._table(session, kind) is None:
                 return
         async with self._turn(kind), self._compaction(kind):
@@ -365,7 +365,7 @@ class Index:
     ) -> list[Hit]:
         """The nearest rows by cosine; none where the table holds another model's vectors."""
         if kind not in self._states:
-            with self._generations.using() as session:
+            with self._sessions.using() as session:
                 await self._table(session, kind)
         state = self._states.get(kind)
         if state is None or not state.dimension or state.model != model:
@@ -387,27 +387,27 @@ class Index:
 
         The old ones, and every descriptor they pin, go when their last reader is done. No call fails for it.
         """
-        return self._generations.rotate()
+        return self._sessions.rotate()
 
     @property
     def sessions_open(self) -> int:
         """1, and one for each old generation that waits for its last reader."""
-        return self._generations.open
+        return self._sessions.open
 
     @property
     def rotations(self) -> int:
         """How often the Session was rotated."""
-        return self._generations.current.number
+        return self._sessions.current.number
 
     def session_bytes(self) -> int:
         """Bytes in the current Session's caches, 0 before the first call."""
-        session = self._generations.current.session
+        session = self._sessions.current.session
         return 0 if session is None else int(session.size_bytes)
 
     def close(self) -> None:
         """Let go of every table, the connection and the Session."""
         self._states.clear()
-        self._generations.close()
+        self._sessions.close()
 
     async def _ask(self, kind: str, function: Callable[..., Awaitable[T]], *args: object) -> T | None:
         """One read of a kind's table, in its turn; None where there is none. Waits for descriptors as long as a read may take.
@@ -418,7 +418,7 @@ class Index:
             end = trio.current_time() + self.settings.read_deadline_seconds
             while True:
                 try:
-                    with self._generations.using() as session:
+                    with self._sessions.using() as session:
                         table = await self._table(session, kind)
                         return None if table is None else await self.read(function, table, *args)
                 except Exhausted:
@@ -444,7 +444,7 @@ class Index:
     @asynccontextmanager
     async def _writing(self, kind: str) -> AsyncIterator[AsyncTable]:
         """The kind's table, to write to."""
-        with self._generations.using() as session:
+        with self._sessions.using() as session:
             table = await self._table(session, kind)
             if table is None:
                 raise Unrecognised(self._gone(kind))
@@ -458,9 +458,9 @@ class Index:
 
     def _written(self, kind: str, table: AsyncTable | None) -> None:
         """A handle does not see what another one commits: where the current one is not the writer's, open anew."""
-        if table is None or self._generations.current.tables.get(kind) is not table:
+        if table is None or self._sessions.current.tables.get(kind) is not table:
             self._moved[kind] = self._moved.get(kind, 0) + 1
-            self._generations.current.tables.pop(kind, None)
+            self._sessions.current.tables.pop(kind, None)
 
     async def _table(self, session: PooledSession, kind: str) -> AsyncTable | None:
         """The table of a kind, opened once a generation; None where there is none, or one of an older schema."""

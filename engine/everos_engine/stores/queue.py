@@ -68,6 +68,8 @@ A change that waited without a typed reason is ready now. One that failed withou
 
 Status = Literal["pending", "processing", "done", "failed"]
 WaitsFor = Literal["retry", "settle", "embedder", "root", "descriptors", "disk", "file"]
+OUTSIDE: tuple[WaitsFor, ...] = ("embedder", "root", "descriptors", "disk", "file")
+"""Reasons that lie outside a change and its file: an engine that starts does not know whether they still hold."""
 """Why a pending change may not be claimed before a set time."""
 Fingerprint4 = tuple[int, int, int, int]
 Source = Literal["watch", "start", "scan", "sync", "sync_path", "rebuild", "audit", "release"]
@@ -341,13 +343,14 @@ def postpone(
 
 
 HURRY = """
-UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND waits_for = ?
+UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0
+    AND waits_for IN (SELECT value FROM json_each(?))
 """
 
 
-def hurry(tx: Transaction, waits_for: WaitsFor) -> None:
-    """Make every change ready that waits for this reason."""
-    _drain(tx.execute(HURRY, (waits_for,)))
+def hurry(tx: Transaction, *reasons: WaitsFor) -> None:
+    """Make every change ready that waits for one of these reasons."""
+    _drain(tx.execute(HURRY, (json.dumps(reasons),)))
 
 
 RELEASE = """
