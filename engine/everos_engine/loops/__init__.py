@@ -1,1 +1,1 @@
-"""One supervised Trio task each; they meet in the queue and in the shared values the engine passes in."""
+"""The loops: one supervised Trio task each. They meet in the queue and in the values that the engine shares."""

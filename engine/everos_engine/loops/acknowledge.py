@@ -1,4 +1,4 @@
-"""What became of claimed changes, in one transaction with the ledger: done, failed for good, or to be tried later."""
+"""Record what became of claimed changes, in one transaction with the ledger: done, failed, or to be tried later."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """A commit: to which life of the table, and its version then."""
+    """A commit: the table's incarnation, and its version after the commit."""
 
     incarnation: str
     version: Version
 
 
 def mark(tx: Transaction, *, context: Context, kind: str, jobs: list[Job], written: Written | None) -> None:
-    """Note in ledger and queue what became of a batch's jobs of one kind; ``written`` is None where nothing was committed."""
+    """Record in ledger and queue what became of one batch's jobs of one kind.
+
+    ``written`` is None if nothing was committed.
+    """
     now, values = now_milliseconds(), _values(context)
     if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
         for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
@@ -71,7 +74,7 @@ def mark(tx: Transaction, *, context: Context, kind: str, jobs: list[Job], writt
 
 
 async def retry_for_settings(context: Context) -> None:
-    """Queue what failed for a setting that has another value since."""
+    """Queue what failed because of a setting that has another value since."""
     again = await context.database.awrite(
         lambda tx: queue.requeue_for_settings(tx, _values(context), now_milliseconds=now_milliseconds())
     )
@@ -120,6 +123,9 @@ def _try_later(tx: Transaction, context: Context, job: Job, error: Transient, no
 
 
 def backoff_seconds(retries: int, *, seed: float, most: float, asked: float | None) -> float:
-    """Delay before the next attempt: doubles per retry with up to 25 % jitter on top, and never less than was asked for."""
+    """Return the delay before the next attempt, in seconds.
+
+    It doubles with each retry, with up to 25 % of jitter on top. It is never shorter than the service asked for.
+    """
     jitter = 1 + random.random() / 4  # noqa: S311 - spreads retries, guards nothing
     return max(min(seed * float(2**retries) * jitter, most), asked or 0.0)

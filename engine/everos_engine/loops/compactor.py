@@ -1,4 +1,4 @@
-"""Maintenance: keeps tables compact after they were written, and the SQLite files small. Never on a timer alone."""
+"""Keep tables compact after they were written, and the SQLite files small. Nothing happens on a timer alone."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ LONG_SECONDS = 3600.0
 ERASE_LOOK_SECONDS = 600.0
 ALLOWANCE_SECONDS = 60.0
 LEAST_VERSIONS = 2
-"""The version in force, and the one before it: no pass of an optimize leaves fewer."""
+"""The current version and the one before it. An optimize always leaves these two."""
 LEAST_REST_SECONDS = 0.05
 MOST_PASSES = 4
 EARLY_SHARE = 0.25
-"""Of the time for which versions are kept: a table in which so long nobody wrote is compacted, due or not. So one that is
-edited all the time is not, and one that is edited now and then costs one optimize in that time at most."""
+"""A share of the time for which versions are kept. A table that was not written for that long is compacted, due or
+not. A table that is edited all the time is therefore not, and one that is edited now and then costs one optimize in
+that time."""
 MANY = 4
-"""A table that is written without pause is optimized all the same once it is this many times over its threshold."""
+"""A table that is written without a pause is optimized all the same once it is this many times over its threshold."""
 
 
 async def maintain(context: Context) -> None:
-    """After commits, once they pause, optimize each table that is due; then prune caches. Compact what has come to rest.
+    """Optimize each table that is due, once commits pause. Then prune caches, and compact tables that are at rest.
 
-    In a pause a table is optimized beside whatever comes, for an edit must not wait; where commits came in between and
-    voided that, or do not pause at all, they wait for it.
+    In a pause a table is optimized while edits go on, because an edit must not wait. If commits void that optimize, or
+    if they never pause, the next one makes them wait.
     """
     voided: set[str] = set()
     rest = Rest(context)
@@ -83,18 +84,19 @@ async def maintain(context: Context) -> None:
 
 @dataclass(slots=True)
 class Rest:
-    """Compacts a table that nobody has written to for as long as old versions are kept, until nothing is left to prune.
+    """Compact a table that was not written to for as long as old versions are kept, until nothing is left to prune.
 
-    An optimize leaves the versions before it for ``keep_versions_seconds``, so the last one before a pause leaves many files.
-    The folder of versions says when it was last written to, and how many there are, after a restart too. Two passes are
-    needed: one to compact what was written last, early, after ``EARLY_SHARE`` of that time, and one to prune what that
-    replaced. After ``MOST_PASSES`` it is left alone until somebody writes to it, so an idle engine is not woken for ever.
+    An optimize leaves the versions before it for ``keep_versions_seconds``, so the last one before a pause leaves many
+    files. The folder of versions says when it was last written to and how many there are, also after a restart. Two
+    passes are needed. The first compacts what was written last, after ``EARLY_SHARE`` of that time. The second prunes
+    what the first replaced. After ``MOST_PASSES`` the table is left alone until the next write, so that an idle engine
+    is not woken forever.
     """
 
     context: Context
     _look_at: float | None = field(init=False)
     _passes: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """Kind -> when its folder was last written to by us, and our passes since somebody else did."""
+    """Kind -> when we last wrote to its folder, and how many passes we made since another writer did."""
 
     def __post_init__(self) -> None:
         self._look_at = time.monotonic() + EARLY_SHARE * self._keep_seconds
@@ -104,11 +106,14 @@ class Rest:
         return self.context.settings.lancedb.keep_versions_seconds
 
     def seconds(self) -> float:
-        """Return how long until the tables should be looked at; for ever where nothing is left to prune."""
+        """Return how long until the tables should be looked at, in seconds.
+
+        It is infinite if nothing is left to prune.
+        """
         return float("inf") if self._look_at is None else self._look_at - time.monotonic()
 
     def wake(self) -> None:
-        """Something was written: look when it may be pruned, unless a look is planned."""
+        """Plan a look for the time when what was just written may be pruned, unless one is planned."""
         if self._look_at is None:
             self._look_at = time.monotonic() + EARLY_SHARE * self._keep_seconds
 
@@ -124,7 +129,7 @@ class Rest:
         self._look_at = time.monotonic() + max(LEAST_REST_SECONDS, min(waits)) if waits else None
 
     async def _compact(self, kind: str) -> float | None:
-        """Seconds until this table should be looked at again; None where nothing is left to prune."""
+        """Return the seconds until this table should be looked at again, or None if nothing is left to prune."""
         context, folder = self.context, self.context.index.directory / f"{kind}.lance" / "_versions"
         written, count = await trio.to_thread.run_sync(_versions, folder)
         ours, passes = self._passes.get(kind, (written, 0))
@@ -144,7 +149,7 @@ class Rest:
 
 
 def _versions(folder: Path) -> tuple[float, int]:
-    """When a table's folder of versions last changed (seconds since the epoch), and how many there are."""
+    """Return when a table's folder of versions last changed, in seconds since the epoch, and the number of versions."""
     try:
         return folder.stat().st_mtime, len(os.listdir(folder))
     except OSError:
@@ -152,7 +157,7 @@ def _versions(folder: Path) -> tuple[float, int]:
 
 
 async def compact(context: Context) -> None:
-    """Optimize every table that is due, once: for commands that write and end."""
+    """Optimize every table that is due, once. This is for commands that write and end."""
     for kind in context.index.open_kinds():
         if context.index.wants_optimize(kind):
             await _optimize(context, kind, alone=True)
@@ -165,7 +170,7 @@ def _patience(context: Context) -> float:
 
 
 async def _optimize(context: Context, kind: str, *, alone: bool) -> bool:
-    """Whether the table is compact now."""
+    """Optimize one table. Returns whether it is compact now."""
     try:
         await expect_root(context)
         known = (await context.database.aread(ledger.incarnations)).get(kind)
@@ -183,7 +188,10 @@ async def _optimize(context: Context, kind: str, *, alone: bool) -> bool:
 
 
 async def _move_on(context: Context, kind: str, before: Version) -> None:
-    """Note the version that an optimize left, if nothing but it came after what is noted. Else the next commit's look finds it."""
+    """Record the version that an optimize left, if only the optimize came after the recorded one.
+
+    Otherwise the next commit finds the difference.
+    """
     async with context.table(kind):
         known = (await context.database.aread(ledger.incarnations)).get(kind)
         if known is None or known.incarnation != context.index.incarnation_of(kind):

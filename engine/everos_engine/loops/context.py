@@ -27,23 +27,25 @@ if TYPE_CHECKING:
     from everos_engine.stores.index import Index
 
 STARVED_SECONDS = 5.0
-"""Errors that do not name their cause (a name server, a TLS file) are put down to a lack of descriptors for so long."""
+"""For so long after an exhaustion, errors that do not name their cause (a name server, a TLS file) count as a lack
+of descriptors."""
 
 HUNG_NAMED = 20
 READER = "reader"
-"""The owner's name of stores that are open for reading only."""
+"""The owner name of stores that are open for reading only."""
 HISTORY = 3600
 POINT_CODES = "qqqdq"
-"""The types of a point's columns, as `array` knows them."""
+"""The type codes of a point's columns, for `array`."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """What happened since the start, for the status line and the loops' judgement.
+    """What happened since the start, for the status line and for the decisions of the loops.
 
-    ``unseen`` are changes that a sweep found first, with the time (monotonic seconds): an event may still tell of them.
-    ``burst`` is the size of the largest batch of events, and ``stall_seconds`` the longest sleep, since the last sweep.
-    ``told`` changes came by events; ``silent`` ones did not, with no burst to blame.
+    ``unseen`` are changes that a full scan found first, with the time (monotonic seconds). An event may still report
+    them. ``burst`` is the size of the largest batch of events since the last full scan, ``stall_seconds`` the longest
+    sleep. ``told`` counts the changes that events reported, ``silent`` those that they did not report without a burst
+    as the cause.
     """
 
     applied: int = 0
@@ -63,14 +65,17 @@ class Progress:
 
 @dataclass(slots=True)
 class Beat:
-    """The last sign of life of a loop (monotonic seconds), and how soon it promised the next."""
+    """The last heartbeat of a loop (monotonic seconds), and the time within which it promised the next."""
 
     at: float
     within_seconds: float
 
 
 class Point(NamedTuple):
-    """One second of the descriptor guard: when, descriptors, resident bytes, the worker's share, the Session's bytes."""
+    """One second of the descriptor guard.
+
+    The columns are the time, the descriptors, the resident bytes, the worker's share and the Session's bytes.
+    """
 
     at_milliseconds: int
     descriptors: int
@@ -88,20 +93,26 @@ class Base:
 
 
 def base_now() -> Base:
-    """Measure what the process holds now; zero resident bytes where the system does not report them."""
+    """Measure what the process holds now.
+
+    Resident bytes are zero if the system does not report them.
+    """
     memory = descriptors.memory()
     return Base(descriptors.counter()[0](), 0 if memory is None else memory.rss_bytes)
 
 
 class History:
-    """The last HISTORY points, in memory laid out at the start: an hour of them costs no more than the first."""
+    """Keep the last HISTORY points.
+
+    Their memory is allocated at the start, so an hour of them costs no more than the first.
+    """
 
     def __init__(self) -> None:
         self._columns: list[array[Any]] = [array(code, bytes(8 * HISTORY)) for code in POINT_CODES]
         self._count = 0
 
     def append(self, point: Point) -> None:
-        """Keep a point; the oldest goes where there are HISTORY."""
+        """Keep a point. The oldest one goes if there are HISTORY of them."""
         at = self._count % HISTORY
         for column, value in zip(self._columns, point, strict=True):
             column[at] = value
@@ -111,18 +122,20 @@ class History:
         return min(self._count, HISTORY)
 
     def __iter__(self) -> Iterator[Point]:
-        """Oldest first."""
+        """Yield the points, the oldest first."""
         for number in range(self._count - len(self), self._count):
             yield Point(*(column[number % HISTORY] for column in self._columns))
 
 
 @dataclass(slots=True)
 class Context:
-    """The parts every loop may use. ``wake`` moves when there may be work, ``applied`` when changes were marked.
+    """The parts that every loop may use.
 
-    ``exhaustion`` moves when somebody found no descriptor. ``pressure`` is the share of their usual breadth that the worker and
-    searches may use: 1 all; at 0 new claims wait, and searches go one at a time. ``unchecked`` are the kinds whose tables nobody
-    could look at since the start, and ``probed`` says when (monotonic seconds) a search had a sound table read whole.
+    ``wake`` moves when there may be work, ``applied`` when changes were marked, and ``exhaustion`` when no descriptor
+    was left. ``pressure`` is the share of their usual width that the worker and searches may use. At 1 they use all of
+    it. At 0 new claims wait, and searches go one at a time. ``unchecked`` are the kinds whose tables could not be
+    looked at since the start. ``probed`` says when (monotonic seconds) a failed search caused a whole read of a table
+    that was sound.
     """
 
     settings: Settings
@@ -168,39 +181,45 @@ class Context:
             await self.conditions.say("database_recreated", message, remedy)
 
     def table(self, kind: str) -> trio.Lock:
-        """Return the lock of who writes to a kind's table, or compares it with the ledger, from the first look to the last note."""
+        """Return the lock of a kind's table.
+
+        Hold it to write to the table or to compare it with the ledger, from the first read to the last record.
+        """
         return self.tables.setdefault(kind, trio.Lock())
 
     def wake_up(self) -> None:
-        """There may be work in the queue."""
+        """Report that there may be work in the queue."""
         self.wake.value += 1
 
     def look_again(self) -> None:
-        """A sweep is wanted soon, without waiting for its beat."""
+        """Ask for a full scan soon, before its regular time."""
         self.scan_now.value += 1
 
     def exhaust(self) -> None:
-        """Somebody found no file descriptor: the guard acts at once."""
+        """Report that no file descriptor was left. The guard acts immediately."""
         self.exhausted_at_seconds = time.monotonic()
         self.exhaustion.value += 1
 
     def starved(self, error: BaseException) -> bool:
-        """Whether an error came of a lack of descriptors: by its own words, or by the moment it happened in."""
+        """Return whether an error came from a lack of descriptors: its text says so, or an exhaustion was just seen."""
         if exhausted(error):
             self.exhaust()
             return True
         return time.monotonic() - self.exhausted_at_seconds < STARVED_SECONDS
 
     def beat(self, loop: str, *, within_seconds: float) -> None:
-        """The loop lives, and beats again within so many seconds; else it counts as stalled."""
+        """Record that the loop is alive and will beat again within so many seconds.
+
+        A loop that does not counts as stalled.
+        """
         self.beats[loop] = Beat(time.monotonic(), within_seconds)
 
     def history(self) -> dict[str, object]:
-        """What the control socket answers to "history": the last hour, a point a second."""
+        """Return the answer to "history" on the control socket: the last hour, one point per second."""
         return {"columns": list(Point._fields), "points": [list(point) for point in self.fds_history]}
 
     def snapshot(self) -> dict[str, object]:
-        """What the control socket answers to "pulse": plain data, made without touching any store."""
+        """Return the answer to "pulse" on the control socket: plain data, made without a read of any store."""
         now = time.monotonic()
         return {
             "pid": os.getpid(),
@@ -231,12 +250,12 @@ class Context:
 
 
 def now_milliseconds() -> int:
-    """Wall-clock time, as the queue keeps it."""
+    """Return the wall-clock time in milliseconds since the epoch, as the queue keeps it."""
     return time.time_ns() // 1_000_000
 
 
 async def wait_moved(value: AsyncValue[int], seen: int, *, at_most_seconds: float) -> bool:
-    """Wait until ``value`` is no longer ``seen``; False when the time is over first."""
+    """Wait until ``value`` is no longer ``seen``. Returns False if the time is over first."""
     with trio.move_on_after(at_most_seconds):
         await value.wait_value(lambda now: now != seen)
         return True

@@ -1,4 +1,4 @@
-"""The mass-delete brake: tells an accident (an unmounted disk, a replaced root) from files that somebody removed."""
+"""The deletion guard: tell an accident (an unmounted disk, a replaced root) from files that a person removed."""
 
 from __future__ import annotations
 
@@ -21,34 +21,37 @@ if TYPE_CHECKING:
     from everos_engine.stores.held import Reason
 
 WINDOW_SECONDS = 60.0
-"""Deletions within this time count together, whoever records them: a tree removed in many small steps is removed all the same."""
+"""Deletions within this time count together, in any process. A tree removed in many small steps is removed all the
+same."""
 FEW = 5
-"""That many deletions of one batch of events are believed at once; more are left to a sweep, which sees the whole."""
+"""This many deletions in one batch of events are accepted. More of them are left to a full scan, which sees the
+whole tree."""
 MARKER = "marker"
 
 
 @dataclass(slots=True)
 class DeletionGuard:
-    """Remember which root we began with, and say what is wrong with it."""
+    """Remember the root as it was at the start, and find what is wrong with it now."""
 
     settings: Settings
     device: int = 0
     inode: int = 0
 
     def arm(self) -> None:
-        """Remember the root as it is now, and leave the marker in it."""
+        """Remember the root as it is now, and write the marker into it."""
         self.capture_root()
         write_marker(self.settings)
 
     def capture_root(self) -> None:
-        """Remember the root as it is now: for a sweep beside the engine that laid the marker."""
+        """Remember the root as it is now, for a scan while an engine is running that wrote the marker."""
         found = os.stat(self.settings.root)
         self.device, self.inode = found.st_dev, found.st_ino
 
     def trouble(self) -> Reason | None:
-        """What is wrong with the root as a whole.
+        """Return what is wrong with the root as a whole, or None.
 
-        Raises Fatal where the index folder was removed under the engine, Exhausted where no descriptor is left to look.
+        Raises Fatal if the index folder was removed while the engine was running, and Exhausted if no descriptor is
+        left to look.
         """
         if not self.inode:
             return None
@@ -81,11 +84,11 @@ def may_delete(  # noqa: PLR0913 - who decides, what vanished, and the moment
     known: int,
     now_milliseconds: int,
 ) -> bool:
-    """Decide in ``tx`` whether the files ``gone`` count as deleted, and remember that they were let through.
+    """Decide in ``tx`` whether the files ``gone`` count as deleted, and record that they were let through.
 
-    Every deletion that nobody released is decided here, in the transaction that records it: sweeps, events, ``sync``,
-    the worker, in any process. ``known`` counts the files known now, ``moved`` those of them that only have another name.
-    A file that came after the window began, and goes again, is no loss.
+    Every deletion that was not released by a person is decided here, in the transaction that records it: full scans,
+    events, ``sync`` and the worker, in any process. ``known`` counts the files known now, ``moved`` those of them that
+    were renamed. A file that came after the window began and goes again is not a loss.
     """
     window_milliseconds = int(WINDOW_SECONDS * 1000)
     window = held.recent(tx, now_milliseconds=now_milliseconds, window_milliseconds=window_milliseconds)
@@ -99,7 +102,7 @@ def may_delete(  # noqa: PLR0913 - who decides, what vanished, and the moment
 
 
 def to_hold(tx: Transaction, settings: Settings, paths: Sequence[str], *, now_milliseconds: int) -> list[Vanished]:
-    """Return the known files of ``paths``, all found gone, whose deletion must be held: none, or all that did not move."""
+    """Return which of ``paths``, all found gone, must be held: none, or all known ones that were not renamed."""
     vanished = full_scan.vanished(tx, paths)
     if not vanished:
         return []
@@ -112,9 +115,10 @@ def to_hold(tx: Transaction, settings: Settings, paths: Sequence[str], *, now_mi
 
 
 def is_too_much(settings: Settings, window: Sequence[Passed], count: int, *, known: int) -> bool:
-    """Check whether ``count`` more files may not vanish in the window, of which ``window`` was let through already.
+    """Return whether ``count`` more files are too many to vanish in a window.
 
-    The share is of the files that were known when the window began, as far as they are still of a kind.
+    The window has let ``window`` through already. The share is of the files that were known when it began, as far as a
+    kind still matches them.
     """
     used = sum(one.files for one in window)
     at_first = min(window[0].known if window else known, known + used)
@@ -122,7 +126,7 @@ def is_too_much(settings: Settings, window: Sequence[Passed], count: int, *, kno
 
 
 def most(settings: Settings, *, known: int) -> float:
-    """How many of ``known`` files may vanish within one window."""
+    """Return how many of ``known`` files may vanish within one window."""
     return max(settings.brake_least, settings.brake_ratio * known)
 
 
@@ -137,9 +141,10 @@ def write_marker(settings: Settings) -> None:
 def without_moved(
     vanished: Sequence[Vanished], appeared: Iterable[tuple[int, int]]
 ) -> tuple[list[Vanished], list[Vanished]]:
-    """(gone, moved): a file that appeared with the size and mtime of one that vanished is taken for it, renamed.
+    """Split the vanished files into (gone, moved).
 
-    Events may have told of the new name before: then it did not appear now, and is known to be elsewhere by its inode.
+    A file that appeared with the size and mtime of a vanished one counts as that file under a new name. Events may have
+    reported the new name earlier. Then its inode shows that it is known elsewhere.
     """
     left = Counter(appeared)
     gone, moved = [], []

@@ -1,8 +1,8 @@
-"""Erase what no file holds any more: old rows and versions, vectors nobody uses, free pages, copies that were set aside.
+"""Erase what no file holds any more: old rows and versions, unused vectors, free pages and set-aside copies.
 
-A deletion only marks a row. Its text stays in the table's files until the fragment is rewritten, in the full-text index until that
-is built again, and in older versions until they are pruned. `erase_table` does all three, and changes no row. So a crash at any
-point leaves a table that is right, and the next call begins again.
+A deletion only marks a row. Its text stays in the table's files until the fragment is rewritten, in the full-text index
+until that is built again, and in older versions until they are pruned. `erase_table` does all three and changes no row.
+A crash at any point therefore leaves a correct table, and the next call starts again.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from everos_engine.text.kinds import Kind
 
 MARK = "erased_"
-"""Before the kind, in ``meta``: the version that was erased last, and when."""
+"""The prefix before the kind, in ``meta``. The value is the version that was erased last, and when."""
 HOUR_MILLISECONDS = 3_600_000
 FORGOTTEN = "(forgotten)"
 EVERY_PATH = "SELECT md_path FROM md_change_state"
 
 
 async def forget(context: Context, keys: Sequence[str], text: str | None) -> int:
-    """Leave no byte below the index of what ``keys`` held, of ``text``, or of anything else that no file holds now.
+    """Leave no byte below the index of what ``keys`` held, of ``text``, or of anything that no file holds now.
 
-    Returns the number of bytes that the files of the index have less. Raises BadQuestion if a file still holds it.
+    Returns by how many bytes the files of the index shrank. Raises BadQuestion if a file still holds it.
     """
     await expect_root(context)
     holding = await _holding(context, keys, text)
@@ -65,9 +65,10 @@ async def forget(context: Context, keys: Sequence[str], text: str | None) -> int
 
 
 async def erase_due(context: Context) -> bool:
-    """Erase each table that was written to and not erased for ``lancedb.erase_after_hours``, and then the vectors nobody uses.
+    """Erase each table with writes that were not erased for ``lancedb.erase_after_hours``, and then the unused vectors.
 
-    Returns whether a table was erased. Its older versions go with the next compaction after ``lancedb.keep_versions_seconds``.
+    Returns whether a table was erased. Its older versions go with the next compaction after
+    ``lancedb.keep_versions_seconds``.
     """
     hours = context.settings.lancedb.erase_after_hours
     if not hours:
@@ -87,7 +88,10 @@ async def erase_due(context: Context) -> bool:
 
 
 async def _erase(context: Context, kind: str, *, keep_seconds: float) -> int:
-    """Erase one table, and note its new version if we left the one before; else the next commit compares the two."""
+    """Erase one table, and record its new version if the recorded one was the last.
+
+    Otherwise the next commit compares them.
+    """
     async with context.table(kind):
         known = (await context.database.aread(ledger.incarnations)).get(kind)
         ours = known is not None and await context.index.recognise(kind, known.version) is not None
@@ -99,7 +103,7 @@ async def _erase(context: Context, kind: str, *, keep_seconds: float) -> int:
 
 
 async def _erase_if_due(context: Context, kind: str, *, now_milliseconds: int, after_milliseconds: int) -> bool:
-    """Whether a table was erased, because it has another version than noted, and that was noted long enough ago."""
+    """Erase a table if its version changed long enough ago since the recorded one. Returns whether it was erased."""
     newest = await context.index.newest(kind)
     version = 0 if newest is None else newest.number
     known = await context.database.aread(lambda tx: meta.get(tx, MARK + kind))
@@ -118,7 +122,7 @@ async def _erase_if_due(context: Context, kind: str, *, now_milliseconds: int, a
 
 
 async def _holding(context: Context, keys: Sequence[str], text: str | None) -> list[str]:
-    """The files that still hold what is to be forgotten."""
+    """Return the files that still hold what is to be forgotten."""
     root = context.settings.root
     if text is None:
         return [key for key in keys if os.path.lexists(files.path_of(root, key))]
@@ -141,7 +145,7 @@ def _add_hashes(live: set[bytes], kind: Kind, rows: Sequence[Mapping[str, object
 
 
 def _files_with(root: Path, paths: Sequence[str], text: str) -> list[str]:
-    """The files that hold a text, as bytes, or in their names."""
+    """Return the files that hold a text, in their bytes or in their names."""
     needle, found = text.encode("utf-8", "surrogateescape"), []
     for path in paths:
         with suppress(OSError), open(files.path_of(root, path), "rb") as file:
@@ -151,7 +155,7 @@ def _files_with(root: Path, paths: Sequence[str], text: str) -> list[str]:
 
 
 async def _drop_vectors(context: Context, *, unused_since_milliseconds: int | None) -> None:
-    """Drop the cached vectors of texts that no row holds, and of which the cache was not asked since a moment."""
+    """Drop the cached vectors of texts that no row holds and that were not used for a moment."""
     live: set[bytes] = set()
     for kind, known in kinds.KINDS.items():
         await context.index.visit(kind, known.embed_columns, partial(_add_hashes, live, known))
@@ -171,7 +175,7 @@ def _remove_copies(lancedb: Path, engine: Path) -> None:
 
 
 def _scrub(tx: Transaction, keys: Sequence[str], text: str | None) -> None:
-    """Take paths, and a text, out of every table of the queue's database."""
+    """Remove paths and a text from every table of the queue's database."""
     tables = [str(name) for (name,) in tx.execute("SELECT name FROM main.sqlite_schema WHERE type = 'table'")]
     for table in tables:
         columns = [

@@ -1,4 +1,7 @@
-"""The descriptor guard: counts every second, and acts before the limit is reached. It never kills, loses or spins."""
+"""The descriptor guard: count every second, and act before the limit is reached.
+
+No task is stopped and no work is lost.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +38,19 @@ LEAST_PAUSE_SECONDS = 0.1
 CLASSIFY_SECONDS = 10.0
 JUMP = 8
 WALK_SHARE = 1 / 2000
-"""Walking the index's folder may take this share of the time."""
+"""The share of the time that walks of the index folder may take."""
 FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
-"""A rotation that freed nothing is tried again after a rest that doubles."""
+"""After a rotation that freed nothing, the rest before the next one doubles, from the first value up to the second."""
 CALM_SECONDS = 2.0
-"""After an exhaustion new work waits until none was seen for so long."""
+"""After an exhaustion, new work waits until none was seen for this long."""
 BYTES_REST_SECONDS = 5.0
-"""Between two rotations for the Session's bytes."""
+"""The rest between two rotations for the Session's bytes."""
 TRIM_SECONDS, TRIM_BYTES = 5.0, 256 << 10
-"""How often the allocator is asked for what it holds free, and how much more than after the last time must be resident."""
+"""How often the allocator is asked to return free memory, and how much must have been added since the last time."""
 KEEP_DIFFERENCE = 0.2
-"""Share by which a learned slope must differ from the kept one to be kept in its place."""
+"""The share by which a learned slope must differ from the kept one to replace it."""
 PROVE_AFTER_SECONDS = 3.0
-"""The first changes after a start go before the self-test."""
+"""The self-test waits this long after a start, so that the first changes go before it."""
 PROVE_AGAIN_SECONDS = 30.0
 LAW = "descriptor_law"
 LAW_REMEDY = (
@@ -60,7 +63,7 @@ OVER_REMEDY = f"{EXHAUSTED_REMEDY}; where others hold them for good, raise lance
 
 
 async def guard(context: Context, *, proving: bool = True) -> None:
-    """Look every second, and at once when somebody found no descriptor; first prove the law of the mode in force."""
+    """Run the self-test, then look every second, and immediately when no descriptor was left."""
     watcher = Guard(context)
     async with trio.open_nursery() as nursery:
         if proving:
@@ -112,7 +115,7 @@ class Guard:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the spare descriptor, and the history file if one is wanted."""
+        """Hold the spare descriptor, and the history file if one is configured."""
         named = self.context.settings.lancedb.history_file
         with ExitStack() as stack:
             self.context.reserve.take()
@@ -123,7 +126,7 @@ class Guard:
             yield
 
     async def look(self) -> None:
-        """Count; act if the count is over a budget or somebody found no descriptor; publish the sample."""
+        """Count the descriptors, act if the count is over a budget or none was left, and publish the sample."""
         context, now, count = self.context, time.monotonic(), self.count()
         limit, soft, hard = self._bounds()
         heard, self._heard = context.exhaustion.value != self._heard, context.exhaustion.value
@@ -160,7 +163,7 @@ class Guard:
         await self._trim(now)
 
     async def _say_history(self) -> None:
-        """Say why the history file does not grow, while it does not."""
+        """Report why the history file does not grow, while it does not."""
         if self._history_failed_for is None:
             await self.context.conditions.over("history_file_failed")
             return
@@ -169,7 +172,10 @@ class Guard:
         await self.context.conditions.say("history_file_failed", message, HISTORY_REMEDY)
 
     async def _trim(self, now: float) -> None:
-        """What was freed in a heap's midst goes back to the system only when asked for: by growth, and by a Session let go."""
+        """Return freed memory to the system after growth or after a Session was dropped.
+
+        The allocator keeps what was freed in the middle of a heap until it is asked.
+        """
         at, rss_bytes = self._trimmed
         if self._trim_due and self.context.index.sessions_open == 1:
             self._trim_due = False
@@ -182,7 +188,7 @@ class Guard:
         self._trimmed = now, self.memory.rss_bytes
 
     async def learn_slope(self, after_seconds: float = 0.0) -> None:
-        """The law of the mode in force: proven once for each version of the library, and loudly missed."""
+        """Prove the law of the current mode, once for each version of the library, and report a failure loudly."""
         await trio.sleep(after_seconds)
         context, mode = self.context, self.context.settings.lancedb.descriptor_mode
         law = _kept(await context.database.aread(lambda tx: meta.get(tx, LAW)))
@@ -217,7 +223,7 @@ class Guard:
         return law
 
     async def measure_disk(self) -> None:
-        """Files, directories and bytes of the index on disk, as often as that is cheap."""
+        """Count the files, directories and bytes of the index on disk, as often as that is cheap."""
         while True:
             began = time.monotonic()
             found = await trio.to_thread.run_sync(descriptors.tree_size, self.context.settings.lancedb_directory)
@@ -225,18 +231,18 @@ class Guard:
             await trio.sleep(max(CLASSIFY_SECONDS, (time.monotonic() - began) / WALK_SHARE))
 
     def _bounds(self) -> tuple[int, int, int]:
-        """The limit, the soft and the hard budget."""
+        """Return the limit, the soft and the hard budget, in descriptors."""
         limit = descriptors.limits()[0]
         return limit, *ceiling.budgets_of(self.context.settings, limit=limit, others=self.context.base.descriptors)
 
     @property
     def pinning(self) -> bool:
-        """Whether indexes pin descriptors: in mode `pinned`, and when the law of `reopen` was found broken."""
+        """Return whether indexes pin descriptors: in mode `pinned`, and if the self-test of `reopen` failed."""
         mode = self.context.settings.lancedb.descriptor_mode
         return mode == "pinned" or (self.law is not None and not self.law.holds)
 
     def _learn_slope(self, count: int, *, soft: int) -> None:
-        """Learn from one more pair; lower the cap when what a full Session will pin passes the soft budget."""
+        """Learn from one more pair. Lower the cap if what a full Session would pin passes the soft budget."""
         index, pinned = self.context.index, self.classes["lance_index"] + self.classes["deleted"]
         self.learner.see(index.rotations, index.session_bytes(), pinned)
         self.slope = self.learner.slope() or self.slope
@@ -257,7 +263,7 @@ class Guard:
             self._rotate(count, reason="slope")
 
     async def _keep_slope(self) -> None:
-        """Keep what was learned for the cap of the next start; not for every small difference."""
+        """Keep the learned slope for the cap of the next start, unless it differs too little from the kept one."""
         slope, known = self.slope, self._kept_slope
         if slope is None or (known is not None and abs(slope.high - known.high) <= KEEP_DIFFERENCE * known.high):
             return
@@ -266,7 +272,7 @@ class Guard:
         self._kept_slope = slope
 
     def _classify(self, now: float, count: int) -> bool:
-        """Sort the descriptors into classes if that is due; whether it was."""
+        """Sort the descriptors into classes if that is due. Returns whether it was."""
         at, counted = self._classified
         if now - at < CLASSIFY_SECONDS and abs(count - counted) < JUMP:
             return False
@@ -276,7 +282,7 @@ class Guard:
         return True
 
     def _rotate_for_descriptors(self, now: float, before: int, *, reason: str) -> None:
-        """Rotate, unless the last rotation freed none and its rest is not over."""
+        """Rotate, unless the last rotation freed no descriptor and its rest is not over."""
         if now < self._rotate_after:
             return
         self._rotate(before, reason=reason)
@@ -286,7 +292,7 @@ class Guard:
         self._before_last = self._lowest_since = before
 
     def _rotate_for_bytes(self, now: float, before: int) -> None:
-        """Rotate for what the Session holds, or for what the process holds; not sooner than a rest after the last time."""
+        """Rotate because of the Session's bytes or the process's bytes, not sooner than a rest after the last time."""
         index = self.context.index
         if index.session_bytes() > self.context.settings.lancedb.session_most_bytes:
             if now - self._rotated_for_bytes >= BYTES_REST_SECONDS:
@@ -379,7 +385,7 @@ class Guard:
 
 
 def share_of_descriptors(count: int, *, soft: int, hard: int) -> float:
-    """1 up to the soft budget, falling evenly to 0 at the hard one."""
+    """Return the worker's share: 1 up to the soft budget, falling evenly to 0 at the hard one."""
     if count <= soft:
         return 1.0
     return max(0.0, (hard - count) / max(1, hard - soft))

@@ -1,4 +1,4 @@
-"""The law of the descriptor mode in force, proven on a throw-away table, so that no library upgrade changes it unseen.
+"""Prove the law of the descriptor mode on a temporary table, so that no library upgrade changes it unnoticed.
 
 ``reopen`` pins no index descriptor. ``pinned`` pins at most 4n-1 for a column after n optimizes.
 """
@@ -29,15 +29,15 @@ PREFIX = "self-test-"
 KIND = "throwaway"
 CYCLES = 3
 ROWS, WORDS, VOCABULARY = 20, 100, 20_000
-"""Many different words: LanceDB holds a small index whole, and keeps a descriptor only for a larger one."""
+"""Many different words. LanceDB holds a small index whole, and keeps a descriptor only for a larger one."""
 LOOKS, MOST_LOOKS, LOOK_SECONDS = 20, 300, 0.01
-"""A reader that is just being closed on one of Lance's threads does not count: the least of a few looks does. On a machine
-that is busy with other things such a thread may wait for seconds, so a law is called broken after MOST_LOOKS only."""
+"""The result is the smallest of several samples, because Lance may still be closing a reader on another thread. On a
+busy machine that can take seconds, so the law counts as broken only after MOST_LOOKS."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """What the self-test found: ``pinned`` index descriptors, where ``bound`` are allowed."""
+    """The result of a self-test: ``pinned`` index descriptors, of which ``bound`` are allowed."""
 
     mode: DescriptorMode
     holds: bool
@@ -55,9 +55,9 @@ class _Throwaway:
 
 
 async def self_test(bridge: Bridge, settings: LanceDBSettings, *, directory: Path, claimed: DescriptorMode) -> SelfTest:
-    """Write, optimize and query a throw-away table below ``directory`` with ``settings``, and judge by ``claimed``.
+    """Write, optimize and query a temporary table below ``directory`` with ``settings``, and compare with ``claimed``.
 
-    Raises Transient where the world is in the way: nothing is known then.
+    Raises Transient if the surroundings prevent it. Nothing is known then.
     """
     began = time.process_time()
     for stale in directory.glob(PREFIX + "*"):
@@ -92,7 +92,7 @@ async def _exercise(index: Index) -> None:
 
 
 async def pinned_below(place: Path, *, bound: int) -> int:
-    """The index descriptors of files below ``place`` that stay open; ``bound`` is what is expected at most."""
+    """Return how many index descriptors of files below ``place`` stay open. At most ``bound`` are expected."""
     least = 1 << 30
     for look in range(MOST_LOOKS):
         found = descriptors.classify(descriptors.limits()[0], lancedb=place, engine=place / "none")

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Job:
     """One claimed change on its way: what was read, what is to be written, and why it failed if it did.
 
-    ``put_off`` is why some of its entries wait, ``put_off_where`` names them if they are to blame; the others are written. ``life`` is that of the model of its vectors. ``refused`` are the entries whose text the embedder refuses: they are
-    written without a vector.
+    ``put_off`` is why some of its entries wait. ``put_off_where`` names them if they are to blame. The other entries
+    are written. ``life`` is the number of the model that made its vectors. ``refused`` are the entries whose text the
+    embedder refuses. They are written without a vector.
     """
 
     claim: queue.Claim
@@ -51,13 +52,16 @@ class Job:
 
     @property
     def missing(self) -> list[str]:
-        """Texts that still have no vector."""
+        """Return the texts that have no vector yet."""
         texts = dict.fromkeys(entry.embed_text for entry in self.plan.upserts if entry.embed_text)
         return [text for text in texts if text not in self.vectors]
 
 
 def refuse(job: Job, refused: dict[str, EngineError]) -> None:
-    """Entries whose text the embedder refuses become problems. They are written without a vector, and found by words."""
+    """Turn the entries whose text the embedder refuses into problems.
+
+    They are written without a vector, and found by words.
+    """
     bad = [entry for entry in job.plan.upserts if entry.embed_text in refused]
     job.refused = {entry.entry_id for entry in bad}
     job.problems += [
@@ -72,7 +76,10 @@ def refuse(job: Job, refused: dict[str, EngineError]) -> None:
 
 
 def values_to_blame(settings: Settings, model: str) -> dict[str, str]:
-    """Return each setting that a change can fail for, with its value today. The embedder's is a digest: a URL may hold a password."""
+    """Return each setting that a change can fail for, with its value today.
+
+    The embedder's value is a digest, because a URL may hold a password.
+    """
     embedder = f"{settings.embedder.kind}\n{settings.embedder.url}\n{model}"
     return {
         "max_file_bytes": str(settings.max_file_bytes),
@@ -90,7 +97,10 @@ def blamed(job: Job) -> set[str]:
 
 
 def defer(job: Job, later: Mapping[str, Transient]) -> None:
-    """Entries whose text has no vector yet wait; they keep their last good rows, the others are written."""
+    """Let the entries whose text has no vector yet wait.
+
+    They keep their last good rows, and the other entries are written.
+    """
     counting = [error for error in later.values() if error.counts_as_retry]
     job.defer = next(iter(counting or later.values()))
     late = [entry for entry in job.plan.upserts if entry.embed_text in later and later[entry.embed_text] in counting]
@@ -102,21 +112,24 @@ def defer(job: Job, later: Mapping[str, Transient]) -> None:
 
 
 def keep(job: Job, known: queue.Fingerprint4) -> None:
-    """Leave the rows of a file that vanished as they are; it is queued again when it comes back, whatever its fingerprint."""
+    """Leave the rows of a file that vanished as they are.
+
+    The file is queued again when it comes back, whether or not its fingerprint changed.
+    """
     job.plan = diff.Plan((), (), 0)
     job.fingerprint, job.racy, job.digest = files.Fingerprint(*known), True, None
 
 
 class Unsettled(Transient):
-    """The file is so young, and looks so torn, that somebody may still be writing it."""
+    """The file is so young, and looks so truncated, that it may still be being written."""
 
     waits_for = "settle"
 
 
 def looks_truncated(job: Job, known: Mapping[str, bytes]) -> bool:
-    """Whether the file lost its structure, or half of its entries, since it was last indexed, or is empty.
+    """Return whether the file is empty, or lost its structure or half of its entries since it was last indexed.
 
-    A file written in place is empty for a moment: a skill with such a reference would be indexed without it.
+    A file that is written in place is empty for a moment. A skill with such a reference would be indexed without it.
     """
     if job.fingerprint is None:
         return False
@@ -129,7 +142,7 @@ def looks_truncated(job: Job, known: Mapping[str, bytes]) -> bool:
 
 
 def unsettled(job: Job, settle_milliseconds: int) -> Unsettled | None:
-    """The error to wait with, where the file is younger than it takes to settle."""
+    """Return the error to wait with if the file is younger than it takes to settle."""
     if job.fingerprint is None:
         return None
     now = now_milliseconds()
@@ -143,7 +156,7 @@ def unsettled(job: Job, settle_milliseconds: int) -> Unsettled | None:
 
 
 def note_written(tx: Transaction, kind: str, job: Job) -> None:
-    """Note in the ledger what the commit of the job's plan did."""
+    """Record in the ledger what the commit of the job's plan did."""
     written: set[str] = {entry.entry_id for entry in job.plan.upserts}
     moved: list[Entry] = [entry for entry in job.document.entries if entry.entry_id not in written]
     ledger.apply(
@@ -161,7 +174,7 @@ def note_written(tx: Transaction, kind: str, job: Job) -> None:
 
 
 def complaint(job: Job) -> str | None:
-    """What a person must know of the change: its error, or its bad entries, a line each; None where all is well."""
+    """Return what a person must know of the change: its error, or its bad entries, a line each. None if all is well."""
     if job.error is not None:
         return clipped(str(job.error))
     if not job.problems:

@@ -1,4 +1,4 @@
-"""Resident memory: held against its documented ceiling, a part of the descriptor guard's look."""
+"""Hold resident memory against its documented ceiling, as a part of the descriptor guard's look."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from everos_engine.loops.context import Context
 
 LEAST_SHARE = 0.25
-"""What the worker keeps of its breadth however much memory is resident: work that stops does not free any."""
+"""The share of its width that the worker always keeps. Work that stops does not free memory."""
 COUNT_SECONDS = 10.0
 OVER_SECONDS = 30.0
 """How long memory must be over its ceiling, after trims and a rotation, before that is reported."""
 FIRST_REST_SECONDS, MOST_REST_SECONDS = 10.0, 600.0
-"""A rotation for memory's sake is done again after a rest that doubles while memory stays over its soft part."""
+"""A rotation for memory is repeated after a rest that doubles while memory stays over its soft part."""
 OVER = "memory_over_ceiling"
 OVER_REMEDY = (
     "see `everos-engine fds` for the parts; a file with very many entries may be in work, then wait; else lower "
@@ -42,14 +42,14 @@ class Resident:
 
     @property
     def bounds(self) -> ceiling.MemoryCeiling:
-        """The ceiling for the settings in force and the rows there are."""
+        """Return the ceiling for the current settings and number of rows."""
         context = self.context
         return ceiling.memory_ceiling(
             context.settings, base_bytes=context.base.rss_bytes, rows=self.rows, dimension=self.dimension
         )
 
     async def keep_counting(self) -> None:
-        """Count the rows after changes were applied, once in ``COUNT_SECONDS`` at most. Never returns."""
+        """Count the rows after changes were applied, at most once in ``COUNT_SECONDS``. Never returns."""
         while True:
             seen = self.context.applied.value
             await self.count_rows()
@@ -57,7 +57,7 @@ class Resident:
             await self.context.applied.wait_value(lambda now, seen=seen: now != seen)
 
     async def count_rows(self) -> None:
-        """Count the rows, by the ledger; a database that is busy is asked again at the next time."""
+        """Count the rows in the ledger. If the database is busy, try again at the next time."""
         index = self.context.index
         with suppress(Transient):
             self.rows = sum((await self.context.database.aread(ledger.rows_per_kind)).values())
@@ -68,7 +68,10 @@ class Resident:
         return rss_bytes > self.bounds.soft_bytes
 
     def wants_rotation(self, rss_bytes: int, now: float) -> bool:
-        """Return whether the Session should be let go for memory's sake. Asked once a look; a yes begins a rest."""
+        """Return whether the Session should be dropped to free memory.
+
+        Call it once for each look. A yes begins a rest.
+        """
         if not self.is_over(rss_bytes):
             self._rest_seconds = FIRST_REST_SECONDS
             return False
@@ -79,13 +82,16 @@ class Resident:
         return True
 
     def share(self, rss_bytes: int) -> float:
-        """Return the share of its breadth that the worker may use: 1 up to the soft part, falling to ``LEAST_SHARE`` at the ceiling."""
+        """Return the share of its width that the worker may use.
+
+        It is 1 up to the soft part and falls to ``LEAST_SHARE`` at the ceiling.
+        """
         bounds = self.bounds
         over = (rss_bytes - bounds.soft_bytes) / max(1, bounds.ceiling_bytes - bounds.soft_bytes)
         return min(1.0, max(LEAST_SHARE, 1.0 - (1.0 - LEAST_SHARE) * over))
 
     async def report(self, rss_bytes: int, now: float) -> None:
-        """Report memory that stays over its ceiling, and that it is over no more."""
+        """Report memory that stays over its ceiling, and clear the report once it is below."""
         bounds = self.bounds
         if rss_bytes <= bounds.ceiling_bytes:
             self._over_since = None
@@ -99,7 +105,7 @@ class Resident:
             await self.context.conditions.say(OVER, message, OVER_REMEDY)
 
     def as_data(self, rss_bytes: int) -> dict[str, object]:
-        """What `fds` and `status` show."""
+        """Return what `fds` and `status` show."""
         bounds = self.bounds
         return {
             "rss_bytes": rss_bytes,

@@ -1,4 +1,4 @@
-"""Looking at the disk and recording what differs from the queue: whole sweeps, single paths, and the audit."""
+"""Look at the disk and record what differs from the queue: full scans, single paths, and the audit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ AUDIT_POSITION = "audit_position"
 
 @dataclass(frozen=True, slots=True)
 class FullScan:
-    """What one sweep found: files of a kind, paths queued, the newest lsn then, blind directories, what is held."""
+    """The result of a full scan.
+
+    It has the number of matching files, the paths queued, the newest lsn then, the unreadable directories, and what is
+    held.
+    """
 
     files: int
     queued: Sequence[str]
@@ -59,9 +63,9 @@ async def reconcile_tree(
     deletion_guard: DeletionGuard,
     threads: FileThreads | None = None,
 ) -> FullScan:
-    """One sweep, recorded. What vanished in a suspicious way is held instead of deleted.
+    """Run one full scan and record it. Files that vanished in a suspicious way are held instead of deleted.
 
-    Raises Transient, with nothing recorded, if the root cannot be read; all files count as held then.
+    Raises Transient, with nothing recorded, if the root cannot be read. All files count as held then.
     """
     threads = threads or open_threads(deadline_seconds=settings.file_deadline_seconds)
     try:
@@ -76,7 +80,7 @@ async def reconcile_tree(
 
 
 async def root_trouble(deletion_guard: DeletionGuard, threads: FileThreads) -> Reason | None:
-    """What is wrong with the root as a whole. One that does not answer cannot be read."""
+    """Return what is wrong with the root as a whole, or None. A root that does not answer counts as unreadable."""
     try:
         return await threads.call(deletion_guard.trouble, what="root", name=os.fspath(deletion_guard.settings.root))
     except NoAnswer:
@@ -84,12 +88,12 @@ async def root_trouble(deletion_guard: DeletionGuard, threads: FileThreads) -> R
 
 
 async def is_root_lost(deletion_guard: DeletionGuard, threads: FileThreads) -> bool:
-    """Whether the root, and with it the index in it, is not the one we began with, or does not answer."""
+    """Return whether the root, and the index in it, was replaced since the start or does not answer."""
     return await root_trouble(deletion_guard, threads) in {"root_missing", "root_unreadable", "root_replaced"}
 
 
 async def _walk(settings: Settings, threads: FileThreads, deletion_guard: DeletionGuard) -> _Look:
-    """Walk the tree, a level at a time. A directory that does not answer is blind, and its neighbours are seen."""
+    """Walk the tree level by level. A directory that does not answer is skipped, and its neighbours are still seen."""
     before = await root_trouble(deletion_guard, threads)
     if before in {"root_missing", "root_unreadable"}:
         message = f"the sweep stopped: {WHY[before]}"
@@ -118,7 +122,10 @@ def _added(walker: files.Walker[kinds.Place], visits: Sequence[files.Visit[kinds
 
 
 def probe_path(settings: Settings, path: str) -> Observation:
-    """Look at a single file again; one that no kind matches counts as gone. Raises Transient if the look fails."""
+    """Look at a single file again. A file that no kind matches counts as gone.
+
+    Raises Transient if the look fails.
+    """
     place = kinds.recognise(path, note_globs=settings.note.globs)
     fingerprint = None if place is None else files.fingerprint(settings.root, place)
     return Observation(
@@ -129,7 +136,7 @@ def probe_path(settings: Settings, path: str) -> Observation:
 async def probe(
     settings: Settings, threads: FileThreads, paths: Sequence[str]
 ) -> tuple[list[Observation], dict[str, Transient]]:
-    """Look at single files again: what was seen, and by path why the others could not be looked at.
+    """Look at single files again. Returns what was seen, and by path why the other files could not be looked at.
 
     Raises Exhausted if there is no descriptor to look with.
     """
@@ -156,9 +163,11 @@ async def probe(
 async def verify_racy(
     settings: Settings, database: Database, threads: FileThreads, paths: Sequence[str] | None = None
 ) -> frozenset[queue.Observation]:
-    """Read those of ``paths`` (of all) whose fingerprint is not to be trusted; the ones that are what was indexed.
+    """Read those of ``paths`` (default: all) whose fingerprint cannot be trusted.
 
-    Git's rule: a file observed within a tick of its last change could change again and keep its fingerprint.
+    Returns those whose content was indexed.
+
+    This is Git's rule. A file observed within a tick of its last change could change again and keep its fingerprint.
     """
 
     def compare(doubtful: tuple[Observation, bytes]) -> files.Reading | None:
@@ -184,9 +193,9 @@ async def verify_racy(
 async def audit(
     settings: Settings, database: Database, threads: FileThreads, *, after: str, limit: int
 ) -> tuple[int, list[str], str | None]:
-    """Read the next ``limit`` files in order of path and queue those whose content is not what was indexed.
+    """Read the next ``limit`` files in order of path, and queue those whose content differs from what was indexed.
 
-    (files read, paths queued, the path to go on after); None at the end of the tree.
+    Returns (files read, paths queued, the path to go on after). The last is None at the end of the tree.
     """
 
     def differs(todo: tuple[Observation, bytes]) -> bool:
@@ -210,7 +219,7 @@ async def audit(
 
 
 def _read(settings: Settings, md_path: str) -> files.Reading | None:
-    """The content of a change; None if it cannot be had, which is a sweep's business."""
+    """Return the content of a change, or None if it cannot be read. The next full scan looks at that file."""
     place = kinds.recognise(md_path, note_globs=settings.note.globs)
     if place is None:
         return None
@@ -227,7 +236,10 @@ def _name_in(settings: Settings) -> Callable[[tuple[Observation, bytes]], str]:
 async def _record(
     settings: Settings, database: Database, threads: FileThreads, look: _Look, source: Source
 ) -> FullScan:
-    """Record a walk. Files are read and looked at between the transactions, so that one that hangs holds up none."""
+    """Record a walk.
+
+    Files are read and looked at between the transactions, so that a hanging file blocks none of them.
+    """
     walked, trouble = look.walked, look.trouble
     now, settle = now_milliseconds(), settings.settle_milliseconds
     verified = await verify_racy(settings, database, threads)
@@ -279,7 +291,7 @@ async def _record(
 
 
 def _is_of_no_kind(settings: Settings, one: Vanished) -> bool:
-    """Check whether the settings no longer match a known file: its rows go, and nothing was lost on the disk."""
+    """Return whether the settings no longer match a known file. Its rows go, although nothing was lost on the disk."""
     return kinds.recognise(one.md_path, note_globs=settings.note.globs) is None
 
 
@@ -293,7 +305,7 @@ def _sort(  # noqa: PLR0913 - what vanished, and all that may explain it
     dark: Mapping[Reason, Sequence[str]],
     now_milliseconds: int,
 ) -> tuple[list[Vanished], dict[Reason, list[tuple[str, str]]]]:
-    """Which of the vanished are deleted, and which are held for what."""
+    """Sort the vanished files: those that are deleted, and by reason those that are held."""
     if trouble is not None:
         return [], {trouble: [(one.md_path, one.kind) for one in vanished]}
     holding: dict[Reason, list[tuple[str, str]]] = {}
@@ -314,7 +326,7 @@ def _sort(  # noqa: PLR0913 - what vanished, and all that may explain it
 
 
 def _shade(path: str, dark: Mapping[Reason, Sequence[str]]) -> Reason | None:
-    """Why nothing can be said of a path, if it is out of sight or lies below a directory that is."""
+    """Return why a path cannot be seen: it is unreadable or lies below a directory that is. None if it can be seen."""
     for reason, directories in dark.items():
         if any(path == directory or path.startswith(directory + "/") for directory in directories):
             return reason
@@ -322,7 +334,7 @@ def _shade(path: str, dark: Mapping[Reason, Sequence[str]]) -> Reason | None:
 
 
 def _lost_mounts(settings: Settings, tx: Transaction) -> list[str]:
-    """Directories of the tree that were mounts at an earlier sweep and are none now, by key."""
+    """Return the directories, by key, that were mount points at an earlier full scan and are not now."""
     root = os.fspath(settings.root)
     inside = {files.key_of(settings.root, mount.point) or "" for mount in limits.mounts_inside(root, limits.mounts())}
     known = set(json.loads(meta.get(tx, held.MOUNTS) or "[]"))

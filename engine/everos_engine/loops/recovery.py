@@ -1,8 +1,8 @@
-"""Makes ledger and tables agree, at the start and in each sweep: whatever happened to the tables heals by itself.
+"""Make ledger and tables agree, at the start and in each full scan. Anything that happened to a table is repaired.
 
-Two stores without a common transaction need an order. A table's identity is noted in SQLite before the table is created, and the
-files of a table that is lost are queued before it is forgotten in memory. If the second half fails, SQLite speaks of a table that
-is not there, which every look at the tables finds, and puts right.
+Two stores without a common transaction need an order. A table's identity is noted in SQLite before the table is
+created, and the files of a table that is lost are queued before it is forgotten in memory. If the second half fails,
+SQLite speaks of a table that is not there. Every look at the tables finds that and repairs it.
 """
 
 from __future__ import annotations
@@ -31,29 +31,31 @@ if TYPE_CHECKING:
 PROBES = 2
 PROBE_PAUSE_SECONDS = 0.3
 PROBE_REST_SECONDS = 30.0
-"""A probe reads the whole table: searches that fail although it is sound ask for no other one so soon."""
+"""A probe reads the whole table. If the table is sound, failing searches ask for no second probe within this time."""
 START_PATIENCE_SECONDS = 5.0
-"""How long a start waits for the embedder to say which model it is; the worker sees to it later."""
+"""How long a start waits for the embedder to name its model. After that the worker takes care of it."""
 REBUILD_MILLISECONDS = 3_600_000
-"""A table is made again by itself at most once in so long: a disk that damages what is written to it needs a person."""
+"""A table is rebuilt automatically at most once in this time. A disk that damages what is written to it needs a
+person."""
 REBUILT = "table_rebuilt:"
 CONDITION = "index_damaged"
 
 
 async def reconcile_index(context: Context) -> None:
-    """Make every kind's ledger and table agree, before the loops start. A kind that cannot be looked at now is left to the sweeps.
+    """Make every kind's ledger and table agree, before the loops start.
 
-    Raises Fatal for a table of somebody else's.
+    A kind that cannot be looked at now is left to the full scans. Raises Fatal if a table belongs to another program.
     """
     context.unchecked.update(kinds.KINDS)
     await inspect(context)
 
 
 async def inspect(context: Context) -> Transient | None:
-    """Look at every kind's table: one that is gone, replaced, restored, damaged or written by somebody else heals by itself.
+    """Look at every kind's table, and repair those that changed outside the engine.
 
-    Costs some system calls a kind, and a whole read of a table whose files were changed. Nothing is done while the root is away.
-    Returns why a kind is not in step, the first reason there is.
+    A table may be gone, replaced, restored, damaged or written by another program. This costs some system calls for
+    each kind, and a whole read of a table whose files were changed. It does nothing while the root is away. Returns why
+    a kind is not in step, the first reason there is.
     """
     if await is_root_lost(context.deletion_guard, context.threads):
         return None
@@ -75,9 +77,10 @@ async def inspect(context: Context) -> Transient | None:
 
 
 async def reconcile_table(context: Context, kind: str, model: Model | None = None) -> None:
-    """Make one kind's ledger and table agree. Hold ``desk.table(kind)``.
+    """Make one kind's ledger and table agree. The caller holds ``context.table(kind)``.
 
-    ``model`` is the one that answers today, None if it is not known. Raises Transient if the table cannot be looked at now.
+    ``model`` is the one that answers today, None if it is not known. Raises Transient if the table cannot be looked at
+    now.
     """
     await expect_root(context)
     known = (await context.database.aread(ledger.incarnations)).get(kind)
@@ -118,10 +121,11 @@ async def reconcile_table(context: Context, kind: str, model: Model | None = Non
 
 
 async def heal(context: Context, kind: str, error: Transient, *, words: str = PROBE_WORD) -> bool:
-    """Do what a failed commit or search of a kind calls for. Hold ``desk.table(kind)``. Returns whether the table is another now.
+    """Do what a failed commit or search of a kind calls for. The caller holds ``context.table(kind)``.
 
-    Only an error that is on no list casts doubt on a table; a deadline, a lack of descriptors or a lost race proves nothing.
-    Raises Transient while the root is out of reach, and TableDamaged if the table may not be made again yet.
+    Returns whether the table was replaced. Only an unknown error casts doubt on a table. A deadline, a lack of
+    descriptors or a lost race proves nothing. Raises Transient while the root is out of reach, and TableDamaged if the
+    table may not be rebuilt yet.
     """
     if isinstance(error, Unrecognised):
         await reconcile_table(context, kind)
@@ -136,7 +140,7 @@ async def heal(context: Context, kind: str, error: Transient, *, words: str = PR
 
 
 async def repair_reads(context: Context, words: str) -> bool:
-    """Look into the tables that could not be searched. Returns whether one of them was damaged and is made again."""
+    """Check the tables that could not be searched. Returns whether one of them was damaged and is rebuilt."""
     healed = False
     for kind in sorted(context.index.doubted):
         context.index.doubted.discard(kind)
@@ -154,10 +158,10 @@ async def repair_reads(context: Context, words: str) -> bool:
 
 
 async def recreate_table(context: Context, kind: str, model: Model) -> int:
-    """Give a kind a new table for ``model``, and queue its files again. Returns how many. Hold ``desk.table(kind)``.
+    """Give a kind a new table for ``model``, and queue its files again. The caller holds ``context.table(kind)``.
 
-    SQLite first: an identity of which there is no table is found by the next look, a table that SQLite does not know would be
-    refused by every commit.
+    Returns how many files were queued. SQLite comes first. The next look finds an identity without a table, but every
+    commit would refuse a table that SQLite does not know.
     """
     incarnation = lance.new_incarnation()
 
@@ -175,10 +179,10 @@ async def recreate_table(context: Context, kind: str, model: Model) -> int:
 
 
 async def expect_root(context: Context) -> None:
-    """Raises Transient where the root is not the one we began with.
+    """Raise Transient if the root is not the one of the start.
 
-    LanceDB makes the directories of what it writes: a root that was moved away would lie there again, empty, in the way of
-    the one that is moved back.
+    LanceDB makes the directories of what it writes. A root that was moved away would be created again, empty, and would
+    be in the way of the one that is moved back.
     """
     if await is_root_lost(context.deletion_guard, context.threads):
         message = "the memory root is not there: its index is written when it is back"
@@ -186,7 +190,10 @@ async def expect_root(context: Context) -> None:
 
 
 def _begin_again(tx: Transaction, kind: str) -> int:
-    """The ledger of a kind whose table is gone: nothing is indexed, everything is queued. Returns how many changes."""
+    """Clear the ledger of a kind whose table is gone, and queue all of its files.
+
+    Returns how many changes were queued.
+    """
     ledger.void(tx, kind)
     ledger.forget(tx, kind)
     return queue.requeue_kind(tx, kind, now_milliseconds=now_milliseconds())
@@ -203,7 +210,8 @@ async def _is_lost(context: Context, kind: str) -> bool:
 async def _set_aside_if_damaged(context: Context, kind: str, words: str) -> bool:
     """Set a table aside if it is proven damaged. Returns whether that was so.
 
-    Raises TableDamaged if that was done by itself less than an hour ago: then nobody reads the table, and a condition says so.
+    Raises TableDamaged if that happened less than an hour ago. Then the table is not read any more, and a condition
+    says so.
     """
     reason = await _damage(context, kind, words)
     if reason is None:
@@ -246,7 +254,7 @@ async def _end_condition(context: Context) -> None:
 
 
 async def _damage(context: Context, kind: str, words: str) -> str | None:
-    """Return why a kind's table cannot be read, probed again before it is believed. None if it can, or if nothing is proven."""
+    """Return why a kind's table cannot be read, after a second probe. None if it can, or if nothing is proven."""
     for tries_left in range(PROBES - 1, -1, -1):
         try:
             await context.index.probe(kind, words)
@@ -266,7 +274,7 @@ async def _damage(context: Context, kind: str, words: str) -> str | None:
 
 
 async def _model_now(context: Context) -> Model | None:
-    """The model that answers today; None while it does not answer, then the first commit will tell."""
+    """Return the model that answers today, or None while it does not answer. The first commit finds out then."""
     try:
         with trio.move_on_after(START_PATIENCE_SECONDS):
             return await context.vectors.model()
@@ -276,7 +284,7 @@ async def _model_now(context: Context) -> Model | None:
 
 
 async def _void(context: Context, kind: str, found: Found | None, model: Model | None) -> None:
-    """The ledger speaks of another table than the one there is: start the kind again from markdown."""
+    """Start the kind again from markdown, because the ledger describes another table than the present one."""
     if found is None:
         count = await context.database.awrite(lambda tx: _begin_again(tx, kind))
         context.index.forget(kind)
@@ -289,11 +297,12 @@ async def _void(context: Context, kind: str, found: Found | None, model: Model |
 
 
 async def _reconcile(context: Context, kind: str, known: Remembered) -> None:
-    """Put right a table with a version that is not our own: compare every key and content hash, and queue what differs.
+    """Repair a table with a version that is not our own: compare every key and content hash, and queue what differs.
 
-    If somebody else committed, all files of the kind are queued, since a row can be altered with its content hash kept: their
-    rows are written again with cached vectors. A commit of our own that was cut off, by a crash or by its deadline, left keys
-    unknown and altered nothing else. Rows of a key that the table has twice, or that belong to no file of the kind, are deleted.
+    If another program committed, all files of the kind are queued, because a row can be altered while its content hash
+    is kept. Their rows are written again with cached vectors. A commit of our own that was cut off, by a crash or by
+    its deadline, left keys unknown and altered nothing else. Rows with a duplicate key, and rows that belong to no file
+    of the kind, are deleted.
     """
     context.index.reopen(kind)
     left = await context.index.newest(kind)

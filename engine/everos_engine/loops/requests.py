@@ -1,4 +1,4 @@
-"""Paths that a person names: which changes they are, and queued whatever their state."""
+"""Find and queue the changes for the paths that a person names, in any state."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 async def enqueue(
     settings: Settings, database: Database, paths: Sequence[str], *, threads: FileThreads | None = None
 ) -> tuple[list[str], int]:
-    """Queue single paths whatever their state, and return their keys and the newest lsn.
+    """Queue single paths in any state. Returns their keys and the newest lsn.
 
-    Files that are gone count for the deletion guard like all others: too many are held. Raises OutsideRoot, and Transient for one that cannot be looked at.
+    Files that are gone count for the deletion guard like all other files. Too many of them are held. Raises
+    OutsideRoot, and Transient for a path that cannot be looked at.
     """
     threads = threads or open_threads(deadline_seconds=settings.file_deadline_seconds)
     keys = [

@@ -1,4 +1,4 @@
-"""The scan is the truth: a sweep at the start, on a beat, after whatever may have cost us events, and on demand."""
+"""Scan the whole tree: at the start, at an interval, after anything that may have lost events, and on request."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 SWEEP_ALLOWANCE_SECONDS = 600.0
 GATHER_SECONDS = 0.2
-"""Sweeps on demand wait a moment, so that one serves a whole burst of reasons."""
+"""A requested full scan waits a moment, so that one scan serves several requests."""
 REST_FACTOR = 5.0
-"""... and rest this many times as long as the last one took."""
+"""After a full scan, the next one waits this many times as long as the last one took."""
 EVENT_GRACE_SECONDS = 5.0
-"""An event may follow the sweep that found its change by this much, and still counts as having told of it."""
+"""An event that follows the full scan by no more than this still counts as having reported the change."""
 STALL_BEAT_SECONDS = 2.0
 STALL_SECONDS = 5.0
 FORGET_SECONDS = 3600.0
@@ -48,7 +48,7 @@ SILENT_REMEDY = (
 
 
 async def scan(context: Context) -> None:
-    """Sweep for ever; beside it, notice stalls and audit the tree's content a little at a time."""
+    """Run full scans forever. Meanwhile notice stalls, and audit the tree's content a little at a time."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_notice_stalls, context)
         nursery.start_soon(_audit, context)
@@ -119,9 +119,10 @@ async def _scan_once(context: Context, *, first: bool) -> None:
 
 
 async def _name_overflow(context: Context, burst: int, stall_seconds: float) -> None:
-    """What no event tells of within the grace, after a burst or a stall, was lost in the kernel's queue.
+    """Report the changes that events lost in the kernel's queue.
 
-    This sweep or one shortly before it may have found it: the first after a stall can come before the stall is noticed.
+    No event came for them within the grace, after a burst or a stall. This full scan or one shortly before it may have
+    found them. The first after a stall can come before the stall is noticed.
     """
     paths = set(context.progress.unseen)
     if not paths:
@@ -138,7 +139,7 @@ async def _name_overflow(context: Context, burst: int, stall_seconds: float) -> 
 
 
 async def _count_unseen(context: Context, *, blameless: bool) -> None:
-    """Changes of which no event told within the grace were found by the scan only."""
+    """Count the changes that only the scan found, because no event reported them within the grace."""
     progress, unseen, now = context.progress, context.progress.unseen, time.monotonic()
     late = [path for path, at in unseen.items() if now - at > EVENT_GRACE_SECONDS]
     if late:  # SQLite first: what it refuses is counted by the next sweep
@@ -173,7 +174,7 @@ async def _say_blind(context: Context, found: FullScan) -> None:
 
 
 def _readable_again(directory: str, reason: str) -> str:
-    """What lets a directory be read that answered with ``reason``."""
+    """Return what makes a directory readable that answered with ``reason``."""
     if reason != os.strerror(errno.EACCES):
         return BLIND_REMEDY
     with suppress(OSError):
@@ -183,7 +184,7 @@ def _readable_again(directory: str, reason: str) -> str:
 
 
 async def _say_held(context: Context) -> None:
-    """One note for all that is held; none when nothing is."""
+    """Report all that is held in one condition, or clear it if nothing is."""
     kept: list[Held] = await context.database.aread(held.counts)
     if not kept:
         await context.conditions.over("deletions_held")
@@ -196,7 +197,7 @@ async def _say_held(context: Context) -> None:
 
 
 async def _notice_stalls(context: Context) -> None:
-    """A process that was stopped, starved or suspended may have missed events: look again."""
+    """Ask for a full scan after this process was stopped, starved or suspended, because it may have missed events."""
     while True:
         wall, steady = time.time(), time.monotonic()
         await trio.sleep(STALL_BEAT_SECONDS)
@@ -208,7 +209,7 @@ async def _notice_stalls(context: Context) -> None:
 
 
 async def _audit(context: Context) -> None:
-    """Read every file again once in ``audit_interval_hours``, a few at a time, and go on where an earlier run stopped."""
+    """Read every file again once in ``audit_interval_hours``, a few at a time, and continue from an earlier process."""
     hours = context.settings.audit_interval_hours
     if not hours:
         return

@@ -1,4 +1,4 @@
-"""Texts to vectors: the model's identity, the cache, and the calls that are still needed."""
+"""Turn texts into vectors: the model's identity, the cache, and the calls that are still needed."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ MODEL_CHANGED = "the embedding service changed its model meanwhile: embedded aga
 
 
 class Vectors:
-    """Vectors by text; without an embedder there are none. Get one from ``open_vectors``.
+    """Vectors by text. Without an embedder there are none. Get one from ``open_vectors``.
 
-    ``registry`` is engine.db, which keeps the models that the tables' vectors are of: the cache may be lost at any time.
+    ``registry`` is engine.db, which keeps the models that made the tables' vectors. The cache may be lost at any time.
     """
 
     def __init__(self, cache: Cache, breaker: CircuitBreaker | None, *, deadline_seconds: float = math.inf) -> None:
@@ -58,9 +58,10 @@ class Vectors:
         self._days: deque[tuple[float, int]] = deque(maxlen=MOST_DAYS)
 
     async def model(self) -> Model:
-        """Which model answers: told apart from every earlier one by the vector of a fixed sentence.
+        """Return which model answers. The vector of a fixed sentence distinguishes it from every earlier model.
 
-        ``life`` moves whenever it is another than before. Raises Unavailable while none was ever seen and the service is down.
+        ``life`` changes whenever another model answers. Raises Unavailable if no model was ever seen and the service is
+        down.
         """
         if self.breaker is None:
             return NO_MODEL
@@ -72,7 +73,7 @@ class Vectors:
         return self._model
 
     async def cached(self, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Text -> vector of those known, all of one ``life``."""
+        """Return text -> vector for the known texts, all of one ``life``."""
         if self.breaker is None or not texts:
             return {}
         await self.model()
@@ -82,14 +83,14 @@ class Vectors:
         )
 
     async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | Transient | BadText]:
-        """One outcome per text, in order."""
+        """Return one outcome for each text, in the same order."""
         if self._batcher is None:
             message = "there is no embedder: set embedder.kind to local or http"
             raise Transient(message)
         return await self._batcher.embed(texts)
 
     async def query(self, text: str) -> NDArray[np.float32]:
-        """The vector of a search text, shape (dimension,); raises what the embedder says."""
+        """Return the vector of a search text, shape (dimension,). Raises what the embedder raises."""
         text = text.encode("utf-8", "replace").decode()  # a command line may hand over bytes that are none
         await self.model()
         known = await self.cached([text])
@@ -106,7 +107,10 @@ class Vectors:
             self.breaker.raise_if_down(longer_than_seconds=longer_than_seconds)
 
     async def keep(self, epoch: int, vectors: Mapping[str, NDArray[np.float32]]) -> None:
-        """Put vectors into the cache under the model of ``life``. Raises Unavailable if another model answers by now."""
+        """Put vectors into the cache under the model of ``life``.
+
+        Raises Unavailable if another model answers by now.
+        """
         await self.model()
         if epoch != self.epoch:
             raise Unavailable(MODEL_CHANGED)
@@ -124,7 +128,10 @@ class Vectors:
         return await self.cache.use(known, otherwise=otherwise)
 
     def _today(self) -> int:
-        """The wall clock in milliseconds. Days that it showed are remembered, because it may be set in either direction."""
+        """Return the wall clock in milliseconds, and remember the days it showed.
+
+        The clock may be set in either direction.
+        """
         now = now_milliseconds()
         day = now - now % embeddings.USED_GRAIN_MILLISECONDS
         if not self._days or self._days[-1][1] != day:
@@ -132,7 +139,7 @@ class Vectors:
         return now
 
     def _first_day(self, seconds: float) -> int:
-        """The earliest day that the wall clock showed to the cache within the last ``seconds``."""
+        """Return the earliest day that the wall clock showed to the cache within the last ``seconds``."""
         since, days = trio.current_time() - seconds, list(self._days)
         ends = [began for began, _ in days[1:]] + [trio.current_time()]
         shown = [day for (_, day), end in zip(days, ends, strict=True) if end >= since]
@@ -159,7 +166,10 @@ class Vectors:
             logger.warning("embedder_model_changed model={} dimension={}", self._model.name, self._model.dimension)
 
     async def _number_of(self, name: str, probe: NDArray[np.float32]) -> int:
-        """The number of a model: what the registry says, else the cache, else a new one. The registry is written first."""
+        """Return the number of a model: from the registry, else from the cache, else a new one.
+
+        The registry is written first.
+        """
         registry = self.registry
         known = {} if registry is None else await registry.aread(models.known)
         nothing: dict[int, tuple[str, NDArray[np.float32]]] = {}
@@ -180,7 +190,10 @@ class Vectors:
 
 @asynccontextmanager
 async def open_vectors(cache: Cache, embedder: Embedder | None, settings: EmbedderSettings) -> AsyncIterator[Vectors]:
-    """Vectors for the length of the block, through a gate and a batcher; without an embedder none."""
+    """Yield vectors for the length of the block, through a circuit breaker and a batcher.
+
+    Without an embedder there are none.
+    """
     if embedder is None:
         yield Vectors(cache, None)
         return

@@ -1,4 +1,4 @@
-"""The watcher: file events, gathered for a moment, become changes. Events are a hint; the scan is the truth."""
+"""Turn file events, gathered for a moment, into changes. Events are a hint, and the scan is the truth."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ STEP_MILLISECONDS, QUIET_STEP_MILLISECONDS = 20, 45
 """The library looks for events once a step, and reports them two steps later. A longer step saves wake-ups."""
 QUIET_AFTER_MILLISECONDS = 10_000
 WATCHER_DESCRIPTORS = 4
-"""What laying the watches opens: inotify, two polls and their wake-up."""
+"""The descriptors that watching opens: inotify, two polls and their wake-up."""
 INDEX_DIRECTORY = ".index"
 LOOK_SECONDS = 2.0
-"""How often the root's identity is checked, and the watching thread's life."""
+"""How often the root's identity and the watching thread are checked."""
 RETRY_SECONDS = 300.0
 STOP_SECONDS = 2.0
 """A watching thread that is asked to end does so within its step of 20 ms, unless a directory hangs it."""
 FIRST_PAUSE_SECONDS = 0.2
 FAILURES = 6
-"""So many failures of the events' library within RETRY_SECONDS are waited out, each twice as long as the last; then the scan polls."""
+"""This many failures of the events' library within RETRY_SECONDS are waited out, each twice as long. Then the scan
+polls."""
 CHECK_SECONDS = 60.0
 BURST = 500
-"""Events of one batch above which a sweep looks after what the kernel's queue may have dropped."""
+"""If one batch has more events than this, a full scan looks for events that the kernel's queue may have dropped."""
 ALLOWANCE_SECONDS = 30.0
 POLL_REMEDY = "until then changes are found by polling"
 REMEDIES = {
@@ -61,9 +62,9 @@ REMEDIES = {
 
 
 class WatcherFailed(Transient):
-    """The library of file events raised an error: its watches give nothing any more, and new ones are needed.
+    """The library of file events raised an error. Its watches report nothing any more, and new ones are needed.
 
-    It does so when a name in a batch is not UTF-8, and goes on doing so.
+    It raises when a name in a batch is not UTF-8, and then goes on raising.
     """
 
 
@@ -72,9 +73,9 @@ class DirectoryHangs(WatcherFailed):
 
 
 async def watch(context: Context) -> None:
-    """Record events until cancelled, and lay the watches anew whenever they may be stale.
+    """Record events until cancelled, and set the watches again whenever they may be stale.
 
-    Where events cannot be had, or do not tell of every change, it says so and has the scan poll instead.
+    If there are no events, or if they do not report every change, say so and have the scan poll instead.
     """
     mode = context.settings.watch.mode
     context.progress.polling = mode == "poll"
@@ -98,7 +99,7 @@ async def watch(context: Context) -> None:
 
 
 async def _again(context: Context, failures: deque[float], error: WatcherFailed) -> None:
-    """Wait before new watches, longer after each failure; after too many of them let the scan poll for a while."""
+    """Wait before new watches, longer after each failure. After too many failures let the scan poll for a while."""
     now = time.monotonic()
     while failures and now - failures[0] > RETRY_SECONDS:
         failures.popleft()
@@ -119,7 +120,7 @@ async def _idle(context: Context) -> None:
 
 
 async def _judge_mount(context: Context) -> None:
-    """Poll where the root, or a file system mounted in it, does not tell of every change; of layers only say so."""
+    """Poll if the root, or a file system mounted in it, does not report every change. For overlays only say so."""
     root, seconds = os.fspath(context.settings.root), context.settings.watch.poll_interval_seconds
     every = await trio.to_thread.run_sync(limits.mounts)
     own = limits.mount_below(root, every)
@@ -136,7 +137,7 @@ async def _judge_mount(context: Context) -> None:
 
 
 async def _degraded(context: Context, error: OSError | WatcherFailed) -> None:
-    """No events for now: name the limit and its remedy, poll, and try again later."""
+    """Go without events for now: report the limit and its remedy, poll, and try again later."""
     code = "watch_failed"
     if isinstance(error, DirectoryHangs):
         code = "watch_hung"
@@ -157,7 +158,7 @@ async def _degraded(context: Context, error: OSError | WatcherFailed) -> None:
 
 
 def _raise(code: str) -> str:
-    """What raises the bound that was hit: of the system, or of the user namespace where that one is the smaller."""
+    """Return what raises the limit that was hit: of the system, or of the user namespace if that one is smaller."""
     bounds = limits.inotify()
     least = {"watch_limit": bounds.watches_name, "instance_limit": bounds.instances_name}.get(code, "")
     remedy = REMEDIES.get(code, "")
@@ -168,9 +169,9 @@ def _raise(code: str) -> str:
 
 
 async def _listen(context: Context) -> None:
-    """Lay the watches, and record what they tell until they are stale.
+    """Set the watches, and record what they report until they are stale.
 
-    Raises OSError where they cannot be laid, and WatcherFailed for whatever else their library raises.
+    Raises OSError if they cannot be set, and WatcherFailed for any other error of their library.
     """
     laid_on, stop = await _identity(context), threading.Event()
     silent = await _silent_directory(context)
@@ -194,7 +195,7 @@ async def _listen(context: Context) -> None:
 
 
 def _run(context: Context, stop: threading.Event, send: trio.MemorySendChannel[set[str]]) -> None:
-    """In a thread of its own: laying thousands of watches takes its time, and waiting for events blocks."""
+    """Watch in a separate thread. Setting thousands of watches takes time, and waiting for events blocks."""
     settings = context.settings
     with _lay(settings) as watches:
         if stop.is_set():
@@ -214,7 +215,7 @@ def _run(context: Context, stop: threading.Event, send: trio.MemorySendChannel[s
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Raise WatcherFailed for anything that the library raises, but for an OSError, which says what is the matter."""
+    """Raise WatcherFailed for anything that the library raises, except for an OSError, which names its cause."""
     try:
         yield
     except (OSError, trio.Cancelled):
@@ -266,9 +267,9 @@ def _laid(context: Context) -> None:
 
 
 async def _silent_directory(context: Context) -> str | None:
-    """The first directory that does not answer, None if all do. Links are followed, as the library does.
+    """Return the first directory that does not answer, or None. Links are followed, as the library does.
 
-    It holds the interpreter's lock while it goes through the tree: a directory that hangs would stop every thread.
+    The library holds the interpreter's lock while it walks the tree. A directory that hangs would stop every thread.
     """
     todo, known = [os.fspath(context.settings.root)], set[tuple[int, int]]()
     while todo:
@@ -289,7 +290,10 @@ async def _in_thread(scope: trio.CancelScope, run: Callable[[], None]) -> None:
 
 
 async def _stop_when_cancelled(stop: threading.Event, thread: trio.CancelScope) -> None:
-    """The watching thread cannot be cancelled, only asked to end. One that hangs in a directory is left behind."""
+    """Ask the watching thread to end, since it cannot be cancelled.
+
+    A thread that hangs in a directory is left behind.
+    """
     try:
         await trio.sleep_forever()
     finally:
@@ -298,7 +302,7 @@ async def _stop_when_cancelled(stop: threading.Event, thread: trio.CancelScope) 
 
 
 async def _until_stale(context: Context, laid_on: tuple[int, int]) -> None:
-    """Return once the root is not the one the watches were laid on; meanwhile see that there is one for each directory."""
+    """Return once the root was replaced. Meanwhile check that there is a watch for each directory."""
     due, added = time.monotonic() + LOOK_SECONDS, 0
     short_before, exhausted_before = 0, context.exhaustion.value
     began = time.monotonic()
@@ -337,7 +341,7 @@ async def _until_stale(context: Context, laid_on: tuple[int, int]) -> None:
 
 
 async def _poll_meanwhile(context: Context) -> None:
-    """The watches are still being made: a very large tree, or a directory that does not answer."""
+    """Poll while the watches are still being set: in a very large tree, or in a directory that does not answer."""
     seconds = context.settings.watch.poll_interval_seconds
     message = "file events cannot be had yet: the watches are still being made, and a directory may not answer"
     await context.conditions.say("watch_failed", message, f"{POLL_REMEDY} every {seconds:g} s")
@@ -347,13 +351,13 @@ async def _poll_meanwhile(context: Context) -> None:
 
 
 async def _well(context: Context) -> None:
-    """Every directory is watched: no limit holds, and polling ends unless the mount asks for it."""
+    """Record that every directory is watched: no limit holds, and polling ends unless the mount needs it."""
     await context.conditions.over("watch_limit", "instance_limit", "watch_failed", "watch_hung")
     context.progress.polling = "mount_silent" in context.conditions.now
 
 
 async def _directories_unwatched(context: Context) -> int:
-    """About how many directories have no watch; 0 if it cannot be known."""
+    """Return about how many directories have no watch, or 0 if that cannot be known."""
     watched, root = limits.own_watches(), os.fspath(context.settings.root)
     if watched is None:
         return 0
@@ -365,7 +369,7 @@ async def _directories_unwatched(context: Context) -> int:
 
 
 async def _identity(context: Context) -> tuple[int, int]:
-    """Which directory the root is. Raises OSError, and NoAnswer."""
+    """Return which directory the root is. Raises OSError and NoAnswer."""
     root = context.settings.root
     found = await context.threads.call(lambda: os.stat(root), what="stat", name=os.fspath(root))
     return found.st_dev, found.st_ino
@@ -385,7 +389,10 @@ async def _receive(context: Context, batches: trio.MemoryReceiveChannel[set[str]
 
 
 async def _record(context: Context, paths: set[str]) -> None:
-    """Look at what a batch of events names, and queue it. What cannot be looked at is left to a sweep, which names it."""
+    """Look at what a batch of events names, and queue it.
+
+    A path that cannot be looked at is left to the next full scan.
+    """
     settings = context.settings
     try:
         observations, again = await _probe(context, paths)
@@ -423,7 +430,7 @@ async def _record(context: Context, paths: set[str]) -> None:
 
 
 class _Named(NamedTuple):
-    """What one event names: its change, or the changes below a directory, or a key that may have been a directory."""
+    """What one event names: a change, or the changes below a directory, or a key that may have been a directory."""
 
     changes: Sequence[str]
     is_directory: bool
@@ -431,9 +438,9 @@ class _Named(NamedTuple):
 
 
 async def _probe(context: Context, paths: set[str]) -> tuple[list[Observation], bool]:
-    """A look at every path named, at all below a directory that appeared, and at all known below one that went.
+    """Look at every path named, at all paths below a new directory, and at all known paths below one that vanished.
 
-    True with it if a sweep should look again: files made in a new directory before its watch have no event.
+    Also returns whether a full scan should follow. Files made in a new directory before its watch have no event.
     """
     named = await context.threads.all(sorted(paths), partial(_named, context.settings), what="stat", name=str)
     found = [seen for _, seen in named if isinstance(seen, _Named)]

@@ -1,7 +1,7 @@
-"""The worker: claims changes, reads, diffs, embeds what is new, commits once per kind, and marks.
+"""The worker: claim changes, read, diff, embed what is new, commit once per kind, and mark.
 
-Stages overlap: while one batch waits for its vectors the next is read, and a job whose vectors are there is committed
-with whatever else is ready, so that one slow text or bad file never holds up its neighbours.
+Stages overlap. While one batch waits for its vectors the next is read. A job with all of its vectors is committed
+with the other ready ones, so that a slow text or a bad file never holds up its neighbours.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COMMIT_ENTRIES = 8192
 REWRITES = frozenset({"sync_path", "rebuild"})
-"""Sources of changes whose rows are all written again, also those that the ledger takes for written: `sync PATH`, a new table."""
+"""Sources of changes whose rows are all written again, even if the ledger has them: `sync PATH`, a new table."""
 REAP_SECONDS = 30.0
 HELD_FACTOR = 4
 HELD_BYTES = 32 << 20
-"""Markdown in work before no more is read; what is made of it takes several times as much memory."""
+"""Markdown in work before no more is read. What is made of it takes several times as much memory."""
 ENTRY_BYTES = 1 << 10
-"""What an entry takes beyond its text."""
+"""What an entry takes in addition to its text."""
 READ_BYTES = 8 << 20
 IDLE_SECONDS = 60.0
 FIRST_DELAY_SECONDS = 0.5
 MOST_DELAY_SECONDS = 30.0
-"""Between two tries of a statement that the world is in the way of."""
+"""The longest delay between two tries of a statement that fails because of the surroundings."""
 MOST_QUOTED = 200
 UNAVAILABLE = "database_unavailable"
 UNAVAILABLE_REMEDY = "make room on the disk, or end the process that holds the lock; nothing is lost, and it is tried again without pause"
 
 
 async def work(context: Context) -> None:
-    """Serve the queue until cancelled; whatever is held then is handed back.
+    """Serve the queue until cancelled, and then hand back all claims.
 
-    A claim is in SQLite first and in memory second, and leaves them in the same order. Two repairs serve a failure in between:
-    a worker that starts takes back what an earlier one of this engine held, and a claim in SQLite that no task holds is handed
-    back within REAP_SECONDS.
+    A claim is in SQLite first and in memory second, and leaves them in the same order. Two repairs serve a failure in
+    between. A worker that starts takes back what an earlier worker of this engine held. A claim in SQLite that no task
+    holds is handed back within REAP_SECONDS.
     """
     worker = _Worker(context)
     await worker.take_back()
@@ -98,7 +98,7 @@ async def work(context: Context) -> None:
 
 
 class _Worker:
-    """One run of the work loop. ``in_hand`` are its claims by number, with the bytes of what was read for each."""
+    """One run of the work loop. ``in_hand`` are its claims by number, with the bytes that were read for each."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -142,7 +142,7 @@ class _Worker:
         return await self.context.database.aread(due)
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do ``work`` on the database, again and again while the world is in its way, and say so meanwhile."""
+        """Do ``work`` on the database, and repeat it while the surroundings prevent it. Report that meanwhile."""
         delay, context = FIRST_DELAY_SECONDS, self.context
         while True:
             try:
@@ -161,7 +161,10 @@ class _Worker:
 
     @contextmanager
     def _unit(self, what: str, claims: Callable[[], Iterable[queue.Claim]]) -> Iterator[Unit]:
-        """Hand ``claims`` back if the block fails: they are asked for then. A bug costs each of them an attempt."""
+        """Hand ``claims`` back if the block fails.
+
+        They are asked for only then. A bug costs each of them an attempt.
+        """
         try:
             with unit("work", what) as done:
                 yield done
@@ -173,7 +176,7 @@ class _Worker:
             self._hand_back(claims(), done.error, counts_as_retry=True)
 
     def _hand_back(self, claims: Iterable[queue.Claim], error: BaseException, *, counts_as_retry: bool = False) -> None:
-        """Have a failed unit's claims handed back. Its error is one of the world's, unless it counts as an attempt."""
+        """Hand back a failed unit's claims. The error comes from the surroundings, unless it counts as an attempt."""
         jobs = tuple(Job(claim) for claim in claims)
         if not jobs:
             return
@@ -190,7 +193,10 @@ class _Worker:
         self.returning.value += jobs
 
     async def return_loop(self) -> None:
-        """Hand back what failed units held. It stays in hand until SQLite has taken it, so that no more is claimed than fits."""
+        """Hand back what failed units held.
+
+        It counts as claimed until SQLite has taken it, so that no more is claimed than fits.
+        """
         while True:
             await self.returning.wait_value(bool)
             jobs = self.returning.value
@@ -214,7 +220,7 @@ class _Worker:
         self.held.value, self.held_bytes.value = len(self.in_hand), sum(self.in_hand.values())
 
     async def reap(self) -> None:
-        """Take back what dead processes held, and what this engine holds by SQLite's word but no task of it."""
+        """Take back what dead processes held, and claims of this engine in SQLite that no task of it holds."""
         context = self.context
         while True:
             try:
@@ -231,7 +237,7 @@ class _Worker:
             await trio.sleep(REAP_SECONDS)
 
     async def take_up_answered(self) -> None:
-        """Have what waits for its file ready when a late look has returned."""
+        """Make the change that waits for its file ready when a late look has returned."""
         context, seen = self.context, self.context.threads.returned.value
         while True:
             seen = await context.threads.returned.wait_value(lambda value, seen=seen: value != seen)
@@ -253,14 +259,17 @@ class _Worker:
             return await context.database.awrite(lambda tx: queue.hand_back(tx, context.owner, lost)) if lost else 0
 
     async def _breathe(self) -> None:
-        """New claims wait while the guard lets none through."""
+        """Wait with new claims while the guard lets none through."""
         while self.context.pressure.value <= 0:
             self._beat()
             with trio.move_on_after(IDLE_SECONDS):
                 await self.context.pressure.wait_value(lambda share: share > 0)
 
     def _beat(self) -> None:
-        """While changes are held the next sign is a commit, which one embedding call and one write may hold up."""
+        """Beat the heart.
+
+        While changes are held the next beat is a commit, which one embedding call and one write may delay.
+        """
         settings = self.context.settings
         slowest = settings.embedder.deadline_seconds + settings.lancedb.write_deadline_seconds
         self.context.beat("work", within_seconds=IDLE_SECONDS + slowest)
@@ -291,9 +300,9 @@ class _Worker:
         return claims
 
     async def _prepare(self, claims: list[queue.Claim], nursery: trio.Nursery) -> None:
-        """Read and diff off the loop, as much as memory should hold; send each job on as soon as it needs nothing more.
+        """Read and diff in threads, and send each job on as soon as it needs nothing more.
 
-        A file whose read is late is waited for by itself, up to its deadline.
+        No more is read than memory should hold. A file whose read is late is waited for separately, up to its deadline.
         """
         left = list(claims)
         with self._unit("read and compare", lambda: left):
@@ -311,7 +320,7 @@ class _Worker:
                 await self._send_on([_read_of(call) for call in calls.over], known, nursery, left)
 
     async def _guard_vanished(self, jobs: list[Job]) -> None:
-        """Hold the files that vanished between being queued and being read, if with them too many are gone.
+        """Hold the files that vanished between being queued and being read, if too many are gone in all.
 
         A deletion that was recorded as one has passed the guard already.
         """
@@ -361,7 +370,10 @@ class _Worker:
         nursery: trio.Nursery,
         left: list[queue.Claim],
     ) -> None:
-        """Parse and diff what was read, and send it on; ``left`` are claims that the caller hands back if this fails."""
+        """Parse and diff what was read, and send it on.
+
+        ``left`` are the claims that the caller hands back if this fails.
+        """
         self.in_hand |= {job.claim.claim_no: job.size_bytes for job in jobs}
         self._count()
         await trio.to_thread.run_sync(self._parse_all, jobs, known)
@@ -390,7 +402,7 @@ class _Worker:
                 job.plan = diff.plan(job.document, dict.fromkeys(before, ledger.UNKNOWN))
 
     def _read(self, job: Job) -> Job:
-        """Read the file of a change, or see that it is gone; changes nothing but the job."""
+        """Read the file of a change, or find that it is gone. Changes nothing but the job."""
         settings, claim = self.context.settings, job.claim
         place = kinds.recognise(claim.md_path, note_globs=settings.note.globs)
         if place is None:
@@ -434,7 +446,7 @@ class _Worker:
             job.sources = {}
 
     def _deletable(self) -> Transient | None:
-        """Why the rows of a file that is not there may not be deleted now; None where they may."""
+        """Return why the rows of a missing file may not be deleted now, or None if they may."""
         try:
             trouble = self.context.deletion_guard.trouble()
         except Exhausted as error:
@@ -478,7 +490,7 @@ class _Worker:
             defer(job, later)
 
     async def attend(self) -> None:
-        """Tell of the embedding service's outages, and have what waited for it done as soon as it answers."""
+        """Report the embedding service's outages. Have the changes that waited for it done as soon as it answers."""
         context, breaker = self.context, self.context.vectors.breaker
         if breaker is None:
             return
@@ -502,7 +514,10 @@ class _Worker:
                     context.wake_up()
 
     async def _renew(self) -> None:
-        """Begin every kind again whose vectors are of a model that answers no more: two models never share a table."""
+        """Recreate the table of every kind whose vectors come from a model that no longer answers.
+
+        Two models never share a table.
+        """
         vectors = self.context.vectors
         if vectors.epoch in {0, self.epoch}:
             return
@@ -540,7 +555,7 @@ class _Worker:
             self.context.applied.value += 1
 
     async def _commit_apart(self, jobs: list[Job]) -> None:
-        """Commit jobs together. If that meets a bug, commit each by itself: one of them must not hold up the others."""
+        """Commit jobs together. After a bug, commit each by itself, so that one of them does not hold up the others."""
         together = Unit()
         try:
             with unit("work", f"commit {len(jobs)} changes") as together:
@@ -559,7 +574,7 @@ class _Worker:
             await self._commit_apart([job])
 
     async def _commit(self, jobs: list[Job]) -> None:
-        """Commit each kind once; a kind in trouble postpones its own jobs only."""
+        """Commit each kind once. A kind in trouble postpones its own jobs only."""
         by_kind: dict[str, list[Job]] = defaultdict(list)
         for job in jobs:
             by_kind[job.claim.kind].append(job)
@@ -572,7 +587,7 @@ class _Worker:
                 self.context.progress.commits[kind] = self.context.progress.commits.get(kind, 0) + 1
 
     async def _commit_kind(self, kind: str, jobs: list[Job]) -> Written | None:
-        """Commit one kind's jobs, and mark them. Nobody else may look at the table between the two."""
+        """Commit one kind's jobs, and mark them. No other task may look at the table between the two."""
         writing = [job for job in jobs if job.error is None and (job.plan.upserts or job.plan.deletes)]
         written = await self._try_to_write(kind, writing) if writing else None
         for job in jobs:
@@ -584,7 +599,7 @@ class _Worker:
         return written
 
     async def _try_to_write(self, kind: str, jobs: list[Job]) -> Written | None:
-        """Commit to a kind's table. If that fails, heal the table if it calls for it, and give each job the reason."""
+        """Commit to a kind's table. If that fails, repair the table if needed, and give each job the reason."""
         try:
             await expect_root(self.context)
             if kind in self.context.unchecked:
@@ -609,9 +624,10 @@ class _Worker:
             return None
 
     async def _write_one_by_one(self, kind: str, jobs: list[Job]) -> Written | None:
-        """Commit each job by itself to a table that is sound: one whose rows LanceDB cannot take must not hold up the others.
+        """Commit each job by itself to a sound table.
 
-        A job is to blame, and loses an attempt, only if the table takes a commit that changes nothing.
+        A job whose rows LanceDB refuses then does not hold up the others. A job is to blame, and loses an attempt, only
+        if the table accepts a commit that changes nothing.
         """
         written = None
         for job in jobs:
@@ -639,13 +655,13 @@ class _Worker:
         return True
 
     async def _move_on(self, kind: str, written: Written) -> None:
-        """Note a version before the batch is marked: the next commit compares the table with what is noted."""
+        """Record a version before the batch is marked. The next commit compares the table with what is recorded."""
         await self.context.database.awrite(
             lambda tx: ledger.moved_on(tx, kind, written.incarnation, version=written.version)
         )
 
     async def _write(self, kind: str, jobs: list[Job]) -> Written | None:
-        """One commit to the kind's table, or None where only unknown keys of no table were deleted."""
+        """Commit once to the kind's table. Returns None if only unknown keys without a table were to be deleted."""
         index, database = self.context.index, self.context.database
         rows = [
             Row(job.claim.md_path, entry.entry_id, entry.content_hash, entry.values, job.vectors.get(entry.embed_text))
@@ -675,13 +691,13 @@ class _Worker:
         return Written(incarnation, await index.commit(kind, rows, deletes, left=known.version))
 
     async def _recreate_table(self, kind: str, model: Model) -> None:
-        """A table for ``model``; whatever the kind had goes, and its files come again with their cached vectors."""
+        """Create a table for ``model``. The kind's old rows go, and its files come again with their cached vectors."""
         count = await recreate_table(self.context, kind, model)
         logger.info("table_created kind={} model={} requeued={}", kind, model.name, count)
 
 
 def _decides(error: BaseException) -> bool:
-    """Whether an error is for the supervisor: the stores must be opened again, or the process must end."""
+    """Return whether an error is for the supervisor: the stores must be opened again, or the process must end."""
     if isinstance(error, BaseExceptionGroup):
         return error.subgroup((Damaged, Fatal, SettingsError)) is not None
     return isinstance(error, (Damaged, Fatal, SettingsError))
@@ -692,7 +708,7 @@ def _path_of(root: Path, job: Job) -> str:
 
 
 def _read_of(call: Call[Job, Job]) -> Job:
-    """The job of a call that is over, with the reason if it was not begun."""
+    """Return the job of a call that is over, with the reason if it was not begun."""
     try:
         return call.get()
     except Transient as error:
@@ -700,7 +716,7 @@ def _read_of(call: Call[Job, Job]) -> Job:
 
 
 def _bug(md_path: str, error: Exception) -> EngineError:
-    """What an error that no parser should raise means for its file."""
+    """Return what an error that no parser should raise means for its file."""
     if exhausted(error):
         return Exhausted(f"reading failed: {error}")
     logger.opt(exception=error).error("parser_bug path={}", md_path)
@@ -710,7 +726,10 @@ def _bug(md_path: str, error: Exception) -> EngineError:
 
 
 def _longest_wait_milliseconds(context: Context) -> int:
-    """Return the longest delay that a change can be given: the largest backoff with its jitter, or what a service may ask for."""
+    """Return the longest delay that a change can get.
+
+    It is the largest backoff with its jitter, or what a service may ask for.
+    """
     by_settings = int(1250 * context.settings.worker_retry_backoff_max_seconds)
     return max(by_settings, queue.LONGEST_WAIT_MILLISECONDS)
 
@@ -730,7 +749,7 @@ def _note_outage(tx: Transaction, *, reason: str | None, now_milliseconds: int) 
 
 
 async def _poll(context: Context) -> None:
-    """The net under the wake-ups: another process' commit moves the data version."""
+    """Look for commits of other processes, in case a wake-up is lost. Such a commit changes the data version."""
     last = None
     while True:
         try:
