@@ -1,4 +1,4 @@
-"""Where vectors come from."""
+"""Embedders: protocol, local model, HTTP client, batcher and circuit breaker."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def open_embedder(settings: EmbedderSettings, *, connecting: bool = False) -> AsyncIterator[Embedder | None]:
-    """The embedder that the settings name; None for text search only. Each room's imports wait until it is used.
+    """Yield the embedder that the settings name, or None for text search only. Its imports wait until it is used.
 
-    With ``connecting`` the environment's proxy and certificates are checked before the first call. Raises SettingsError.
+    With ``connecting`` the environment's proxy and certificates are checked before the first call. Raises
+    SettingsError.
     """
     if settings.kind == "none":
         yield None

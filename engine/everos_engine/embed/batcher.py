@@ -1,4 +1,4 @@
-"""Gathers texts of many files into few calls, and keeps one bad or slow text from harming the others."""
+"""Gather texts of many files into few calls, and keep a bad or slow text from harming the others."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     Keep = Callable[[int, Mapping[str, NDArray[np.float32]]], Awaitable[None]]
 
 PARTS = 8
-"""A call that was refused or slow is asked again in so many parts: one bad text of 64 is alone after two rounds."""
+"""A call that was refused or slow is asked again in this many parts. One bad text of 64 is alone after two rounds."""
 SHARE = 8
-"""Texts taken from one file before the next has its turn: a file of thousands does not hold up a line edited elsewhere."""
+"""Texts taken from one file before the next file gets its share. A file of thousands then does not delay a line
+edited elsewhere."""
 MOST_SUSPECTS = 4096
 MOST_SUSPECTS_WAITING = 64
 
 
 class _Wanted:
-    """One text somebody waits for."""
+    """One text that a task waits for."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -43,10 +44,11 @@ class _Wanted:
 
 
 class Batcher:
-    """While calls are busy, texts gather; a free call takes as many as fit, a few of each file in turn.
+    """Gather texts while calls are busy. A free call takes as many as fit, a few of each file.
 
-    Three lanes, so that trouble never waits in front of what is well: first calls, parts of calls that were refused or slow, and
-    single texts that were so before (suspects), which are asked alone and have the whole deadline.
+    There are three lanes, so that trouble never waits in front of good texts: first calls, parts of calls that were
+    refused or slow, and single texts that were so before (suspects). Suspects are asked alone and have the whole
+    deadline.
     """
 
     def __init__(self, breaker: CircuitBreaker, settings: EmbedderSettings, nursery: trio.Nursery, keep: Keep) -> None:
@@ -68,7 +70,10 @@ class Batcher:
         self._arrived = trio.Event()
 
     async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | Transient | BadText]:
-        """One outcome per text, in order: shape (dimension,), or why there is none. A text in flight is not asked twice."""
+        """Return one outcome for each text, in the same order: shape (dimension,), or why there is none.
+
+        A text in flight is not asked twice.
+        """
         try:
             self._gate.raise_if_down()
             await self._gate.identify()
@@ -115,9 +120,12 @@ class Batcher:
         return wanted
 
     def _take(self) -> list[_Wanted]:
-        """The texts of the next call, a few of each request in turn; of one alone while there are calls to spare.
+        """Return the texts of the next call, a few of each request.
 
-        Few requests and free calls mean that somebody is editing: then none shares a call, nor its trouble, with another.
+        If there are spare calls, take the texts of one request alone.
+
+        Few requests and free calls mean that a person is editing. Then no edit shares a call, or its trouble, with
+        another.
         """
         batch: list[_Wanted] = []
         alone = not self._is_paced and len(self._requests) <= 1 + self._first_lane.value // 2
@@ -164,7 +172,7 @@ class Batcher:
             await self._ask([one], float("inf"))
 
     async def _ask(self, batch: list[_Wanted], patience_seconds: float) -> list[list[_Wanted]]:
-        """One call; what it leaves to be asked again, in parts."""
+        """Make one call. What it leaves to be asked again is split into parts."""
         answers = self._gate.answers
         try:
             await self._gate.acquire()
@@ -188,7 +196,7 @@ class Batcher:
         return []
 
     async def _deliver(self, batch: list[_Wanted], vectors: NDArray[np.float32], epoch: int) -> None:
-        """Keep the vectors before anyone sees them, so that a crash repeats few calls."""
+        """Keep the vectors before any caller sees them, so that a crash repeats few calls."""
         try:
             await self._keep(epoch, dict(zip((one.text for one in batch), vectors, strict=True)))
         except Transient as error:
@@ -211,9 +219,9 @@ class Batcher:
 
 @asynccontextmanager
 async def open_batcher(breaker: CircuitBreaker, settings: EmbedderSettings, keep: Keep) -> AsyncIterator[Batcher]:
-    """A batcher for the length of the block; calls in flight at its end are cancelled.
+    """Yield a batcher for the length of the block. Calls that are in flight at its end are cancelled.
 
-    ``keep`` is called with the ``life`` of the model and the vectors by text, before anyone gets them.
+    ``keep`` is called with the ``life`` of the model and the vectors by text, before any caller gets them.
     """
     async with trio.open_nursery() as nursery:
         batcher = Batcher(breaker, settings, nursery, keep)

@@ -1,7 +1,7 @@
-"""Stands before an embedder: paces its calls, and holds them all back while the service as a whole does not serve.
+"""Pace the calls of an embedder, and hold them all back while the service as a whole does not answer.
 
-A circuit breaker with two states in ``down``: None (closed) and the reason (open). While it is open one probe call at a
-time asks whether the service is back; nobody else calls.
+This is a circuit breaker with two states in ``down``: None (closed) and the reason (open). While it is open one probe
+call at a time asks whether the service is back. No other call is made.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from everos_engine.settings import EmbedderSettings
 
 WAITING = "waiting for the embedder"
-"""How the message of every change that waits for the service begins."""
+"""The message of every change that waits for the service starts with this."""
 RECHECK_SECONDS = 600.0
-"""A service that is called gets the probe sentence so often too: somebody may change its model without a pause."""
+"""A service that is called gets the probe sentence this often too, because its model may be changed without a pause."""
 
 
 class CircuitBreaker:
     """An embedder behind a rate limit and a circuit breaker.
 
-    ``down`` is why the service is down, or None; ``since`` is when that began (trio's clock). ``life`` counts the models that have
-    answered: it moves when the probe sentence gets another vector, which may be ``unsure_seconds`` late. ``answers`` counts the
-    calls answered.
+    ``down`` is why the service is down, or None. ``since`` is when that began (trio's clock). ``life`` counts the
+    models that have answered. It moves when the probe sentence gets another vector, which may be ``unsure_seconds``
+    late. ``answers`` counts the calls answered.
     """
 
     def __init__(self, embedder: Embedder, settings: EmbedderSettings) -> None:
@@ -79,7 +79,7 @@ class CircuitBreaker:
         self.raise_if_down()
 
     def raise_if_down(self, *, longer_than_seconds: float = 0.0) -> None:
-        """Raise Unavailable, with the time until the next probe, if the service is down and has been so long."""
+        """Raise Unavailable, with the time until the next probe, if the service is down and has been for that long."""
         now = trio.current_time()
         if self.down.value is not None and now - self.since >= longer_than_seconds:
             raise Unavailable(
@@ -87,9 +87,9 @@ class CircuitBreaker:
             ) from self._cause
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """One call: shape (n, dimension), finite, of the width of this life. Take a ``turn`` before.
+        """Make one call. Returns shape (n, dimension), finite, of this model's width. Call ``acquire`` before.
 
-        Raises BadText, Transient, and Unavailable; the last closes the gate for everyone.
+        Raises BadText, Transient and Unavailable. Unavailable opens the circuit for all calls.
         """
         width = 0 if self.probe_vector is None else self.probe_vector.shape[0]
         try:
@@ -103,9 +103,10 @@ class CircuitBreaker:
         return found
 
     async def blame(self, error: Transient | BadText, *, answers: int) -> Transient | BadText:
-        """Whose fault a failed call was: ``error`` if it is the texts', Unavailable if the service is down.
+        """Return who is to blame for a failed call: ``error`` if the texts are, Unavailable if the service is down.
 
-        ``answers`` is the count when the call began: a service that has answered others since is well; else a probe tells.
+        ``answers`` is the count when the call began. A service that has answered other calls since is well. Otherwise a
+        probe decides.
         """
         if isinstance(error, (Unavailable, Exhausted)):
             return error
@@ -119,7 +120,10 @@ class CircuitBreaker:
             return error
 
     async def identify(self) -> NDArray[np.float32]:
-        """The vector of the probe sentence from the model of this ``life``. Raises Unavailable while none has answered."""
+        """Return the vector of the probe sentence from the model of this ``life``.
+
+        Raises Unavailable while none has answered.
+        """
         await trio.lowlevel.checkpoint()
         while self.probe_vector is None:
             async with self._probing:
@@ -130,7 +134,7 @@ class CircuitBreaker:
         return self.probe_vector
 
     async def serve(self) -> None:
-        """While the service is down, ask it again and again, ever more rarely, until cancelled."""
+        """While the service is down, probe it less and less often, until cancelled."""
         while True:
             await self.down.wait_value(lambda reason: reason is not None)
             await trio.sleep_until(self._due)
@@ -143,9 +147,9 @@ class CircuitBreaker:
         return trio.current_time() - self._confirmed >= RECHECK_SECONDS
 
     async def _call(self, texts: Sequence[str], *, dimension: int) -> NDArray[np.float32]:
-        """One call under the deadline, except of an embedder that works in threads and cannot be left.
+        """Make one call under the deadline, except for an embedder that works in threads and cannot be left.
 
-        The door to embedders: what comes back is checked, and whatever is raised becomes a Transient, a BadText or a Fatal.
+        This is the door to embedders. Answers are checked, and any error becomes a Transient, a BadText or a Fatal.
         """
         seconds = self._settings.deadline_seconds if self.embedder.hedged else float("inf")
         deadline = trio.current_time() + seconds
@@ -166,7 +170,10 @@ class CircuitBreaker:
             raise translated(rest) from rest
 
     async def _probe(self) -> None:
-        """One call with the probe sentence: opens or closes the gate, and sees whether another model answers."""
+        """Make one call with the probe sentence.
+
+        It opens or closes the circuit, and finds whether another model answers.
+        """
         try:
             found = (await self._call([PROBE_SENTENCE], dimension=self.embedder.dimension))[0]
         except BadText as error:
@@ -207,9 +214,10 @@ class CircuitBreaker:
 
 
 def translated(error: BaseException) -> Transient:
-    """What an embedder raised of its own, as one of our errors.
+    """Translate an error that an embedder raised into one of our families.
 
-    It counts as an attempt: the gate asks whether the embedder answers at all, and if it does not, no text is to blame.
+    It counts as an attempt. The circuit breaker asks whether the embedder answers at all, and if it does not, no text
+    is to blame.
     """
     if exhausted(error):
         return Exhausted(f"the embedder found no file descriptor: {quoted(error)}")

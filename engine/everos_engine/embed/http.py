@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 REFUSED = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 NO_BASE64 = {HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.NOT_IMPLEMENTED}
-"""How servers that know no ``encoding_format`` say so."""
+"""The statuses of servers that do not know ``encoding_format``."""
 HINTS = {
     HTTPStatus.UNAUTHORIZED: "set embedder.api_key to a key the service takes",
     HTTPStatus.PAYMENT_REQUIRED: "the account has no credit",
@@ -56,12 +56,15 @@ HINTS = {
 }
 LEAST_ANSWER_BYTES = 64 << 10
 MOST_BYTES_PER_VECTOR = 512 << 10
-"""A vector of 8,192 numbers written out takes about 180 KiB; an answer larger than this is no answer."""
+"""A vector of 8,192 numbers as text takes about 180 KiB. An answer larger than this is refused."""
 MOST_QUOTED = 200
 
 
 class HttpEmbedder:
-    """Posts to ``<url>/embeddings``; asks for base64 and takes float lists too. Never follows a redirect with the key."""
+    """Post to ``<url>/embeddings``.
+
+    It asks for base64 and accepts lists of floats. It never follows a redirect with the key.
+    """
 
     hedged = True
 
@@ -79,9 +82,9 @@ class HttpEmbedder:
         self._base64: bool | None = None  # None until the service showed what it takes
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (n, dimension). Nothing but finite vectors, all of one width, ever leaves here.
+        """Return shape (n, dimension), all finite and of one width.
 
-        Raises BadText where the service refuses the texts, Unavailable where it refuses everything, else Transient.
+        Raises BadText if the service refuses the texts, Unavailable if it refuses everything, else Transient.
         """
         status, headers, content = await self._post(texts, base64=self._base64 is not False)
         if self._base64 is None and status in NO_BASE64:
@@ -95,7 +98,7 @@ class HttpEmbedder:
         return check(_vectors(content, len(texts)), count=len(texts), dimension=self.dimension)
 
     def connect(self) -> httpx.AsyncClient:
-        """Return the client, which keeps its connections between calls; it is made when first asked for.
+        """Return the client, which keeps its connections between calls. The first call makes it.
 
         Raises SettingsError if a variable of the environment names a proxy or certificates that cannot be used.
         """
@@ -195,7 +198,7 @@ class HttpEmbedder:
 
 
 def endpoint(url: str) -> str:
-    """Where to post, from ``embedder.url`` with or without ``/embeddings``. Raises SettingsError."""
+    """Return the address to post to, from ``embedder.url`` with or without ``/embeddings``. Raises SettingsError."""
     try:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL as error:
@@ -212,7 +215,7 @@ def endpoint(url: str) -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL names this machine: then no proxy of the environment is asked."""
+    """Return whether a URL names this machine. No proxy of the environment is used then."""
     host = httpx.URL(url).host
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -224,7 +227,7 @@ def is_loopback(url: str) -> bool:
 async def open_http_embedder(
     settings: EmbedderSettings, *, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[HttpEmbedder]:
-    """The embedder for the length of the block; it connects when first used. Raises SettingsError."""
+    """Yield the embedder for the length of the block. It connects when first used. Raises SettingsError."""
     embedder = HttpEmbedder(settings, os.environ if environment is None else environment)
     try:
         yield embedder
@@ -241,7 +244,10 @@ def _proxy(proxy: Proxy, trusted: ssl.SSLContext | None) -> httpx.Proxy:
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds asked for by a Retry-After header (a number or an HTTP date), at most an hour; None without a usable one."""
+    """Return the seconds that a Retry-After header asks for (a number or an HTTP date), at most an hour.
+
+    None if it is unusable.
+    """
     if not header:
         return None
     try:
@@ -280,7 +286,7 @@ async def _bounded(answer: httpx.Response, most_bytes: int) -> bytes:
 
 
 def _vectors(content: bytes, count: int) -> NDArray[np.float32]:
-    """Vectors in the order of the texts. Raises Transient for a body that is not what was asked for."""
+    """Return the vectors in the order of the texts. Raises Transient for a body that is not what was asked for."""
     try:
         data = cast("list[dict[str, object]]", json.loads(content)["data"])
         if not any("index" in item for item in data):

@@ -1,4 +1,4 @@
-"""The offline default: Universal Sentence Encoder multilingual v3, numpy only, weights in its package."""
+"""The offline default: Universal Sentence Encoder multilingual v3, with numpy only and the weights in its package."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_CHARACTERS = 8000
-"""A sentence encoder gains nothing from more, and its tokenizer's time grows with it."""
+"""A sentence encoder gains nothing from more, and its tokenizer's time grows with the length."""
 SLICE_TEXTS = 16
 SLICE_CHARACTERS = 8000
-"""About a third of a second of work: how long stopping may have to wait."""
+"""About a third of a second of work. Stopping may have to wait that long."""
 
 
 class LocalEmbedder:
-    """Loads on first use; one slice of a call at a time, in a worker thread, so that stopping is prompt."""
+    """Load the model on first use. A worker thread does one slice of a call at a time, so that stopping is prompt."""
 
     model = "local:use-multilingual-v3"
     dimension = 512
@@ -34,7 +34,7 @@ class LocalEmbedder:
         self._encoder: Any = None
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (n, 512), unit length; the same text has the same vector whatever its neighbours (to 1e-5)."""
+        """Return shape (n, 512), of unit length. A text has the same vector with any neighbours (to 1e-5)."""
         import numpy as np
 
         parts = [
@@ -53,7 +53,7 @@ class LocalEmbedder:
 
 
 def slices(texts: Sequence[str]) -> Iterator[list[str]]:
-    """``texts`` in order, in lists of at most 16 texts and 8,000 characters (or one text)."""
+    """Yield ``texts`` in order, in lists of at most 16 texts and 8,000 characters (or one text)."""
     part: list[str] = []
     size = 0
     for text in texts:

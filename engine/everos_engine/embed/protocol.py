@@ -14,41 +14,41 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PROBE_SENTENCE = "The quick brown fox remembers where the lazy dog sleeps."
-"""Embedded once per start: two models that give it the same vector are the same model."""
+"""Embedded once per start. Two models that give it the same vector are the same model."""
 SAME_COSINE = 0.999
 MOST_QUOTED = 200
 """Characters of a foreign error's text in a message."""
 
 
 class Embedder(Protocol):
-    """Texts to vectors. ``hedged`` says whether a slow call may be split and asked again."""
+    """Turn texts into vectors. ``hedged`` says whether a slow call may be split and asked again."""
 
     @property
     def model(self) -> str:
-        """The model's name."""
+        """Return the model's name."""
 
     @property
     def dimension(self) -> int:
-        """Width of the vectors; 0 until known."""
+        """Return the width of the vectors. It is 0 until it is known."""
 
     @property
     def concurrency(self) -> int:
-        """Most calls in flight."""
+        """Return the maximum of calls in flight."""
 
     @property
     def batch_size(self) -> int:
-        """Most texts in one call."""
+        """Return the maximum of texts in one call."""
 
     @property
     def hedged(self) -> bool:
-        """Whether a slow call may be split."""
+        """Return whether a slow call may be split."""
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (n, dimension). Raises Transient, or BadText where the service refuses the texts."""
+        """Return shape (n, dimension). Raises Transient, or BadText if the service refuses the texts."""
 
 
 def check(answer: object, *, count: int, dimension: int) -> NDArray[np.float32]:
-    """Return an embedder's answer as float32 of shape (count, dimension), all finite; ``dimension`` 0 takes any.
+    """Return an embedder's answer as float32 of shape (count, dimension), all finite. ``dimension`` 0 accepts any.
 
     Lists and arrays of other numbers are converted. Raises Transient for anything else.
     """
@@ -69,7 +69,7 @@ def check(answer: object, *, count: int, dimension: int) -> NDArray[np.float32]:
 
 
 def check_embedder(embedder: Embedder) -> None:
-    """Raise SettingsError if an embedder lacks a property that is needed before its first call, or has an unusable one."""
+    """Raise SettingsError if an embedder lacks a usable property that is needed before its first call."""
     needs: dict[str, tuple[type, Callable[[object], bool], str]] = {
         "model": (str, bool, "a name that is not empty"),
         "dimension": (
@@ -96,7 +96,7 @@ def check_embedder(embedder: Embedder) -> None:
 
 
 def _numbers(answer: object) -> NDArray[np.float32]:
-    """The answer as an array of float32. Raises Transient for what is no array of numbers."""
+    """Return the answer as an array of float32. Raises Transient if it is not an array of numbers."""
     try:
         with np.errstate(over="ignore"):  # infinite then, and refused with the other numbers that are not finite
             found = np.asarray(answer)
@@ -110,7 +110,7 @@ def _numbers(answer: object) -> NDArray[np.float32]:
 
 
 def similar(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> bool:
-    """Whether two probe vectors, of shape (dimension,), are of the same model: a cosine of at least 0.999."""
+    """Return whether two probe vectors, of shape (dimension,), are of the same model: a cosine of at least 0.999."""
     if one.shape != other.shape:
         return False
     if np.array_equal(one, other):  # also of a model whose vectors have no length
@@ -121,7 +121,10 @@ def similar(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) ->
 
 
 def quoted(error: BaseException) -> str:
-    """The type and the beginning of the text of an error, on one line; also of one whose own text cannot be had."""
+    """Return the type and the beginning of an error's text, on one line.
+
+    It works for errors without a usable text too.
+    """
     if isinstance(error, BaseExceptionGroup):
         return f"{type(error).__name__} of {'; '.join(map(quoted, error.exceptions))}"[: 2 * MOST_QUOTED]
     try:

@@ -1,4 +1,4 @@
-"""Which proxy and which certificates the environment names for one address. Only the variables that matter to it are read."""
+"""Find the proxy and the certificates that the environment names for one address. Other variables are not read."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ EXAMPLE = "write it like http://host:port or socks5://host:port, or unset it"
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy's address with its scheme, and the variable that names it."""
+    """The address of a proxy with its scheme, and the variable that names it."""
 
     url: str
     variable: str
 
 
 def proxy_for(scheme: str, host: str, port: int | None, environment: Mapping[str, str]) -> Proxy | None:
-    """Return the proxy for an address, None if it is asked without one.
+    """Return the proxy for an address, or None if it is asked without one.
 
     Lower-case variables come before upper-case ones, as in curl. Raises SettingsError with the variable's name if it
     cannot be used.
@@ -41,9 +41,10 @@ def proxy_for(scheme: str, host: str, port: int | None, environment: Mapping[str
 
 
 def certificates(environment: Mapping[str, str], *, needed: bool) -> ssl.SSLContext | None:
-    """Return what certificates are checked with, None for what the HTTP library brings.
+    """Return the certificates to check with, or None for those of the HTTP library.
 
-    If none are ``needed`` the context trusts nobody, which costs nothing to make. Raises SettingsError with the variable's name if ``SSL_CERT_FILE`` or ``SSL_CERT_DIR`` cannot be used.
+    If none are ``needed`` the context trusts no server, which costs nothing to make. Raises SettingsError with the
+    variable's name if ``SSL_CERT_FILE`` or ``SSL_CERT_DIR`` cannot be used.
     """
     if not needed:
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -65,7 +66,7 @@ def certificates(environment: Mapping[str, str], *, needed: bool) -> ssl.SSLCont
 
 
 def _value(name: str, environment: Mapping[str, str]) -> tuple[str, str]:
-    """The variable that counts, and its value. In a CGI script HTTP_PROXY is what a client sent."""
+    """Return the variable that counts, and its value. In a CGI script HTTP_PROXY is what a client sent."""
     if name in environment:
         return name, environment[name].strip()
     upper = name.upper()
@@ -75,7 +76,7 @@ def _value(name: str, environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _usable(variable: str, value: str) -> str:
-    """A proxy's URL that can be used. Raises SettingsError."""
+    """Return a proxy's URL that can be used. Raises SettingsError."""
     try:
         parsed = urlsplit(value if "://" in value else f"http://{value}")
         scheme, port = SOCKS.get(parsed.scheme, parsed.scheme), parsed.port
@@ -98,13 +99,16 @@ def _usable(variable: str, value: str) -> str:
 
 
 def _shown(parsed: SplitResult) -> str:
-    """The address without user and password."""
+    """Return the address without user and password."""
     address = f"{parsed.scheme}://{parsed.netloc.rpartition('@')[2]}"[:80]
     return address if address.isprintable() else repr(address)
 
 
 def _is_excepted(host: str, port: int | None, exceptions: str) -> bool:
-    """Whether ``NO_PROXY`` names the host: by name or suffix, address, network, or ``*``; an entry may end with a port."""
+    """Return whether ``NO_PROXY`` names the host: by name or suffix, address, network, or ``*``.
+
+    An entry may end with a port.
+    """
     name = host.lower().rstrip(".").strip("[]")
     return any(_matches(entry.strip().lower(), name, port) for entry in exceptions.split(",") if entry.strip())
 

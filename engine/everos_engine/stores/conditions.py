@@ -1,4 +1,4 @@
-"""What a human should know while it lasts: said once in the log, shown in ``status`` until it is over."""
+"""Conditions that need a person: logged once when they begin, and shown in ``status`` until they are over."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Condition:
 
 @dataclass(slots=True)
 class Conditions:
-    """The conditions that last now; kept in the queue's database so that ``status`` needs no engine to ask.
+    """The conditions that last now. They are kept in the queue's database, so that ``status`` needs no running engine.
 
-    Memory comes first, because the engine acts and answers by it. A write that SQLite refuses is made up for by the next
-    ``say``, ``over`` or ``keep``.
+    Memory comes first, because the engine acts and answers by it. A write that SQLite refuses is made up for by the
+    next ``say``, ``over`` or ``keep``.
     """
 
     database: Database
@@ -37,12 +37,12 @@ class Conditions:
     _kept: str | None = None
 
     async def begin(self) -> None:
-        """Forget what an earlier engine said: what still lasts is found, and said, again."""
+        """Forget the conditions of an earlier engine. Those that still last are found and reported again."""
         self._kept = None
         await self.keep()
 
     async def say(self, code: str, message: str, remedy: str) -> None:
-        """Begin or renew a condition; logged when it is new, kept when its words changed."""
+        """Begin or renew a condition. It is logged when it is new, and when its text changed."""
         note = Condition(code, message, remedy)
         if self.now.get(code) != note:
             if code not in self.now:
@@ -63,7 +63,7 @@ class Conditions:
             await self.keep()
 
     async def keep(self) -> None:
-        """Write the conditions to SQLite if they are not what it holds. Raises Damaged alone: any other trouble passes."""
+        """Write the conditions to SQLite if it holds others. Raises only Damaged. Any other trouble is ignored."""
         text = json.dumps([asdict(note) for note in self.now.values()])
         if text == self._kept:
             return
@@ -78,5 +78,5 @@ class Conditions:
 
 
 def kept(tx: Transaction) -> list[Condition]:
-    """The conditions that lasted when the engine last spoke."""
+    """Return the conditions that lasted when an engine last wrote them."""
     return [Condition(**note) for note in json.loads(meta.get(tx, META) or "[]")]

@@ -1,4 +1,4 @@
-"""The one door to SQLite: a connection, a thread at a time, and whole transactions."""
+"""The one door to SQLite: a connection, one thread at a time, and whole transactions."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ Value = str | int | float | bytes | None
 BUSY_RETRIES = 40
 BUSY_TIMEOUT_MILLISECONDS = 250
 SHARED_MEMORY_BYTES = 32_768
-"""The least that a reader of a WAL database maps; a smaller file is one that could not be made."""
+"""The minimum that a reader of a WAL database maps. A smaller file could not be made."""
 IN_MEMORY = ":memory:"
 """SQLite's name for a database without a file."""
 ASIDE = ".damaged"
-"""What the name of a file that was set aside ends with."""
+"""The ending of the name of a file that was set aside."""
 REMEDY = "`everos-engine run` or `everos-engine sync` sets it aside and makes it again from markdown"
 FILES = ("", "-wal", "-shm")
-"""What the names of a database's files end with."""
+"""The endings of the names of a database's files."""
 MOST_CHECKED_BYTES = 64 << 20
-"""A database that is larger is checked at the start only if it is suspected: it would take longer than a second."""
+"""A larger database is checked at the start only if it is suspected, because the check would take longer than a
+second."""
 
 
 class Locked(Transient):
@@ -46,25 +47,25 @@ class Locked(Transient):
 
 
 class Transaction(Protocol):
-    """What the queries of this room need of a connection inside one transaction."""
+    """What the queries of this package need of a connection inside one transaction."""
 
     def execute(self, statements: str, bindings: Sequence[Value] | None = None) -> Iterable[tuple[Value, ...]]:
-        """Run SQL; iterate to the end to have it done."""
+        """Run SQL. Iterate to the end to have it done."""
 
     def executemany(self, statements: str, bindings: Iterable[Sequence[Value]]) -> Iterable[tuple[Value, ...]]:
-        """Run SQL once per bindings."""
+        """Run SQL once for each of the bindings."""
 
 
 class Database:
-    """One SQLite file in WAL mode; every call is one whole transaction.
+    """One SQLite file in WAL mode. Every call is one whole transaction.
 
-    ``replaced`` is what was wrong with the file that was set aside when this one was made, or None. ``damage`` is set by the
-    first statement that finds damage, and ``on_damage`` is called then, in that statement's thread.
+    ``replaced`` is what was wrong with the file that was set aside when this one was made, or None. ``damage`` is set
+    by the first statement that finds damage, and ``on_damage`` is called then, in that statement's thread.
 
-    ``BEGIN IMMEDIATE`` and ``COMMIT`` are executed as statements: entered as a context manager, an apsw connection
-    holds the GIL through both, and a lock of another process would freeze the event loop.
-    ``readonly`` needs no more than the permission to read. Whatever SQLite raises leaves here as one of our families:
-    Damaged if the file does not hold what SQLite wrote, Fatal if permission is missing, DiskFull, Exhausted, or Transient.
+    ``BEGIN IMMEDIATE`` and ``COMMIT`` are executed as statements. Entered as a context manager, an apsw connection
+    holds the GIL through both, and a lock of another process would freeze the event loop. ``readonly`` needs only the
+    permission to read. Everything that SQLite raises leaves here as one of our families: Damaged if the file does not
+    hold what SQLite wrote, Fatal if permission is missing, DiskFull, Exhausted, or Transient.
     """
 
     def __init__(
@@ -115,10 +116,10 @@ class Database:
             raise self._translated(error) from error
 
     def _opened_to_read(self) -> apsw.Connection:
-        """Open the file to read it, also if the shared memory that readers need cannot be made: on a full disk, or a read-only one.
+        """Open the file to read it, even on a full or read-only disk.
 
-        It is there while any process has the database open, so without it the file is still, or a dead process left commits
-        beside it: then a copy is read.
+        The shared memory that readers need cannot be made there. It is there while any process has the database open.
+        Without it, either no process writes the file, or a dead process left commits next to it. Then a copy is read.
         """
         path = self.path
         if not (_needs_copy(path) or _is_still(path)):
@@ -139,11 +140,11 @@ class Database:
         return apsw.Connection(where, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
 
     def _lay(self, schema: str, version: int, upgrades: Mapping[int, str], *, may_replace: bool) -> None:
-        """Create the schema, and bring a database of an older version to this one.
+        """Create the schema, and upgrade a database of an older version to this one.
 
-        ``upgrades`` maps a version to the SQL that leads to it from the version before. New tables and indexes come with
-        ``schema``, so an upgrade only changes what is there. A database that no chain of upgrades leads from is emptied,
-        because all in it can be made again from markdown. Raises Fatal for one of a newer engine.
+        ``upgrades`` maps a version to the SQL that leads to it from the version before. New tables and indexes come
+        with ``schema``, so an upgrade only changes what is there. A database without a chain of upgrades is emptied,
+        because everything in it can be made again from markdown. Raises Fatal for one of a newer engine.
         """
 
         def lay(tx: Transaction) -> None:
@@ -172,7 +173,7 @@ class Database:
         self.write(lay)
 
     def write(self, work: Callable[[Transaction], T]) -> T:
-        """Run ``work`` between ``BEGIN IMMEDIATE`` and ``COMMIT``; rolled back if it raises.
+        """Run ``work`` between ``BEGIN IMMEDIATE`` and ``COMMIT``. It is rolled back if it raises.
 
         Raises Locked if another process holds the lock for longer than the retries last, DiskFull if there is no room.
         """
@@ -198,7 +199,7 @@ class Database:
 
     @property
     def limiter(self) -> trio.CapacityLimiter:
-        """One thread at a time: whoever uses the connection off the event loop holds this."""
+        """Return the limiter for one thread at a time. Hold it to use the connection off the event loop."""
         import trio  # noqa: PLC0415 - `status` needs no event loop, and answers in half the time without
 
         if self._limiter is None:
@@ -207,7 +208,7 @@ class Database:
 
     @property
     def scanning(self) -> trio.Lock:
-        """Held by a sweep from its first transaction to its last: the temporary table of this connection is its own."""
+        """Return the lock that a full scan holds from its first transaction to its last, for its temporary table."""
         import trio  # noqa: PLC0415 - as above
 
         if self._sweeping is None:
@@ -220,15 +221,15 @@ class Database:
         return await trio.to_thread.run_sync(work, limiter=self.limiter)
 
     async def awrite(self, work: Callable[[Transaction], T]) -> T:
-        """``write`` off the event loop; once begun it is not cancelled."""
+        """Run ``write`` off the event loop. Once it began it is not cancelled."""
         return await self._in_thread(lambda: self.write(work))
 
     async def aread(self, work: Callable[[Transaction], T]) -> T:
-        """``read`` off the event loop."""
+        """Run ``read`` off the event loop."""
         return await self._in_thread(lambda: self.read(work))
 
     async def data_version(self) -> int:
-        """A number that moves when another connection has committed."""
+        """Return a number that moves when another connection has committed."""
 
         def ask() -> int:
             return int(next(iter(self._connection.execute("PRAGMA data_version")))[0])
@@ -236,7 +237,7 @@ class Database:
         return await self._in_thread(lambda: self._retried(ask))
 
     def is_replaced(self) -> bool:
-        """Whether another file, or none, has the name by now: this one was set aside or removed."""
+        """Return whether another file, or none, has the name by now: this one was set aside or removed."""
         return self._inode != _inode_of(self.path)
 
     def checkpoint(self) -> None:
@@ -249,7 +250,10 @@ class Database:
             raise self._translated(error) from error
 
     def vacuum(self) -> None:
-        """Write the whole file again without its free pages, and empty the WAL. Raises Locked if readers keep that from happening."""
+        """Write the whole file again without its free pages, and empty the WAL.
+
+        Raises Locked if readers prevent that.
+        """
         self._retried(lambda: self._run("VACUUM"))
         self._retried(self._empty_wal)
 
@@ -259,7 +263,7 @@ class Database:
                 raise apsw.BusyError
 
     def problems(self, *, thorough: bool) -> list[str]:
-        """Return what SQLite finds wrong with the file; ``thorough`` compares the indexes with their tables too."""
+        """Return what SQLite finds wrong with the file. ``thorough`` compares the indexes with their tables too."""
         pragma = "integrity_check" if thorough else "quick_check"
         try:
             found = self.read(lambda tx: list(tx.execute(f"PRAGMA {pragma}(3)")))
@@ -268,7 +272,7 @@ class Database:
         return [str(row[0]) for row in found if row[0] != "ok"]
 
     def close(self) -> None:
-        """Close the connection; safe to call twice."""
+        """Close the connection. It is safe to call twice."""
         with suppress(apsw.Error):  # what was committed is in the file, and the rest is not wanted any more
             self._connection.close()
         if self._copy is not None:
@@ -323,9 +327,9 @@ LITTLE_BYTES = 65_536
 
 
 def _create_private(path: Path) -> None:
-    """Create an empty file that only those can read who can read its folder. SQLite gives its -wal and -shm the same mode.
+    """Create an empty file with the folder's permissions to read. SQLite gives its -wal and -shm the same mode.
 
-    An existing file is not opened: to close it again would drop the locks that this process holds on it.
+    An existing file is not opened, because closing it would drop the locks that this process holds on it.
     """
     with suppress(OSError):  # SQLite reports it, with the words that are sorted below
         mode = 0o600 | os.stat(path.parent).st_mode & 0o040  # a group that may read the folder may read the file
@@ -333,7 +337,7 @@ def _create_private(path: Path) -> None:
 
 
 def _is_damage(error: apsw.Error, code: int) -> bool:
-    """Whether an error proves that the file does not hold what SQLite wrote, or is not the file we opened."""
+    """Return whether an error proves that the file does not hold what SQLite wrote, or is not the file we opened."""
     if isinstance(error, (apsw.NotADBError, apsw.CorruptError)):
         return True
     if code in {apsw.SQLITE_READONLY_DBMOVED, apsw.SQLITE_IOERR_CORRUPTFS, apsw.SQLITE_IOERR_DATA}:
@@ -342,7 +346,7 @@ def _is_damage(error: apsw.Error, code: int) -> bool:
 
 
 def _is_no_file(path: str) -> bool:
-    """Check for a directory, a pipe or a device in the place of a file."""
+    """Return whether there is a directory, a pipe or a device in the place of a file."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -354,7 +358,7 @@ def _is_forbidden(error: apsw.Error, path: Path) -> bool:
 
 
 def _has_no_room(path: Path) -> bool:
-    """SQLite does not always say why it could not write: ask the file system how much room there is."""
+    """Return whether the disk is full, by the file system. SQLite does not always say why it could not write."""
     try:
         found = os.statvfs(path.parent)
     except OSError:
@@ -370,13 +374,13 @@ def _inode_of(path: Path) -> int | None:
 
 
 def suspect(path: Path) -> None:
-    """Leave a sign for the next start that a statement found the file damaged: it is checked as a whole then."""
+    """Leave a sign for the next start that a statement found the file damaged. It is checked as a whole then."""
     with suppress(OSError):
         _sign(path).touch()
 
 
 def open_or_replace(path: Path, opened: Callable[[], Database], *, suspected: bool = False) -> Database:
-    """Open a database that can be made again; a damaged one is set aside first, as ``<name>.damaged``.
+    """Open a database that can be made again. A damaged one is set aside first, as ``<name>.damaged``.
 
     The file is checked as a whole if a statement found damage before, or if that takes no time.
     """
@@ -401,7 +405,7 @@ def open_or_replace(path: Path, opened: Callable[[], Database], *, suspected: bo
 
 
 def set_aside(path: Path) -> None:
-    """Move a database's files out of the way; an earlier copy goes."""
+    """Move a database's files out of the way. An earlier copy is removed."""
     for end in ("", "-wal"):
         with suppress(FileNotFoundError):
             _remove(f"{path}{ASIDE}{end}")
@@ -429,7 +433,7 @@ def _drain(rows: Iterable[object]) -> None:
 
 
 def _none_left() -> bool:
-    """SQLite says only that it cannot open: ask the system itself."""
+    """Return whether no file descriptor is left, by the system. SQLite says only that it cannot open."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
@@ -442,12 +446,15 @@ def _may_write(path: Path) -> bool:
 
 
 def _needs_copy(path: Path) -> bool:
-    """Whether a process that died left commits beside a database, and SQLite may not make what it needs to read them."""
+    """Return whether a database must be read from a copy.
+
+    That is so if a dead process left commits next to it, and SQLite may not make what it needs to read them.
+    """
     return not _may_write(path) and not Path(f"{path}-shm").exists() and _has_log(path)
 
 
 def _has_log(path: Path) -> bool:
-    """Whether there are commits beside the file that may not be in it yet."""
+    """Return whether there are commits next to the file that may not be in it yet."""
     try:
         return os.stat(f"{path}-wal").st_size > 0
     except FileNotFoundError:
@@ -462,7 +469,7 @@ def _has_shared_memory(path: Path) -> bool:
 
 
 def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
-    """A copy of a database with those commits. Raises Transient if it cannot be made."""
+    """Return a copy of a database with those commits. Raises Transient if it cannot be made."""
     copy = tempfile.TemporaryDirectory(prefix="everos-engine-")
     try:
         for end in ("", "-wal"):
@@ -475,7 +482,10 @@ def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _is_still(path: Path) -> bool:
-    """Whether nobody can be writing a database of which we may not make the shared memory that a reader needs."""
+    """Return whether no process can be writing a database.
+
+    This is for a database for which we may not make the shared memory that a reader needs.
+    """
     return not _may_write(path) and not _has_log(path)
 
 

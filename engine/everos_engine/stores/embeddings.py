@@ -1,6 +1,6 @@
 """The embedding cache: vectors by model and text, so that no text is embedded twice.
 
-The cache is a help and never a need: a damaged file is set aside, and one that cannot be used now is left out.
+The engine works without the cache. A damaged file is set aside, and one that cannot be used now is left out.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ CREATE TABLE IF NOT EXISTS embedding (
 CREATE INDEX IF NOT EXISTS embedding_used ON embedding (used);
 """
 PAGES_KIBIBYTES = 256
-"""SQLite's own page cache: keys are hashes, so a page read is hardly ever asked for again soon, and the system caches files too."""
+"""SQLite's own page cache. Keys are hashes, so the same page is seldom read again soon, and the system caches files
+too."""
 USED_GRAIN_MILLISECONDS = 86_400_000
 ROW_OVERHEAD_BYTES = 64
 
 
 REST_SECONDS = 30.0
-"""A cache that could not be used is left out for so long: each try may wait for a lock."""
+"""A cache that could not be used is left out for this long, because each try may wait for a lock."""
 
 
 class Cache:
@@ -59,7 +60,7 @@ class Cache:
         return await self._in_thread(lambda: self._use(work, otherwise))
 
     async def drop(self) -> None:
-        """Set the cache aside, because what is in it cannot be trusted any more. Raises Transient if that fails."""
+        """Set the cache aside, because its content cannot be trusted any more. Raises Transient if that fails."""
         await self._in_thread(self._drop)
 
     async def vacuum(self) -> None:
@@ -102,7 +103,10 @@ class Cache:
         return found
 
     def _opened(self, *, suspected: bool = False) -> Database:
-        """The open file. A damaged one is set aside before, but never one that another process made in its place."""
+        """Return the open file.
+
+        A damaged one is set aside first, but never one that another process made in its place.
+        """
         if self._database is None:
             opened = partial(Database, self.path, schema=SCHEMA, cache_kibibytes=PAGES_KIBIBYTES)
             self._database = open_or_replace(self.path, opened, suspected=suspected)
@@ -118,12 +122,12 @@ class Cache:
 
 
 def text_hash(text: str) -> bytes:
-    """16 bytes that stand for a text."""
+    """Return 16 bytes that stand for a text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def models(tx: Transaction) -> dict[int, tuple[str, NDArray[np.float32]]]:
-    """Number -> (name, probe vector) of each model ever used here."""
+    """Return number -> (name, probe vector) of each model that was ever used here."""
     return {
         cast("int", number): (cast("str", name), np.frombuffer(cast("bytes", probe), dtype="<f4"))
         for number, name, probe in tx.execute("SELECT id, name, probe FROM model")
@@ -138,10 +142,12 @@ def know_model(
     *,
     same: Callable[[NDArray[np.float32], NDArray[np.float32]], bool],
 ) -> None:
-    """Remember a model by the vector it gives the probe sentence. What another model of this number left is forgotten.
+    """Remember a model by the vector it gives the probe sentence.
 
-    Call it in each transaction that uses the model's vectors: the file may be another than a moment ago. ``same`` says whether
-    two probe vectors are of one model.
+    What another model left under this number is forgotten.
+
+    Call it in each transaction that uses the model's vectors, because the file may have been replaced. ``same`` says
+    whether two probe vectors are of one model.
     """
     blob = np.asarray(probe, dtype="<f4").tobytes()
     for its_name, seen in tx.execute("SELECT name, probe FROM model WHERE id = ?", (number,)):
@@ -152,9 +158,10 @@ def know_model(
 
 
 def get(tx: Transaction, model: int, texts: Sequence[str], *, now_milliseconds: int) -> dict[str, NDArray[np.float32]]:
-    """Text -> vector, float32, for those in the cache; each hit counts as a use of today.
+    """Return text -> vector, float32, for those in the cache. Each hit counts as a use of today.
 
-    One that is not finite, or not as wide as its model's, was damaged on disk: it counts as missing, and is made again.
+    A vector that is not finite, or not as wide as its model's, was damaged on disk. It counts as missing, and is made
+    again.
     """
     found: dict[str, NDArray[np.float32]] = {}
     width = next(iter(tx.execute("SELECT dimension FROM model WHERE id = ?", (model,))), (0,))[0]
@@ -174,7 +181,7 @@ def get(tx: Transaction, model: int, texts: Sequence[str], *, now_milliseconds: 
 
 
 def put(tx: Transaction, model: int, vectors: Mapping[str, NDArray[np.float32]], *, now_milliseconds: int) -> None:
-    """Keep vectors; each shape (dimension,)."""
+    """Keep vectors, each of shape (dimension,)."""
     today = now_milliseconds - now_milliseconds % USED_GRAIN_MILLISECONDS
     rows = [
         (model, text_hash(text), np.asarray(vector, dtype="<f4").tobytes(), today) for text, vector in vectors.items()
@@ -183,15 +190,15 @@ def put(tx: Transaction, model: int, vectors: Mapping[str, NDArray[np.float32]],
 
 
 def distrust(tx: Transaction, model: int, *, since_milliseconds: int) -> None:
-    """Forget the vectors kept or used under ``model`` since the day of a moment: another model may have made them."""
+    """Forget the vectors kept or used under ``model`` since the day of a moment. Another model may have made them."""
     day = since_milliseconds - since_milliseconds % USED_GRAIN_MILLISECONDS
     _all(tx.execute("DELETE FROM embedding WHERE model = ? AND used >= ?", (model, day)))
 
 
 def prune(tx: Transaction, *, max_bytes: int, now_milliseconds: int) -> int:
-    """Drop the least recently used until the vectors fit into ``max_bytes``; how many went.
+    """Drop the least recently used vectors until the rest fit into ``max_bytes``. Returns how many were dropped.
 
-    A use in the future comes of a clock that was set back since: it counts as one of today.
+    A use in the future comes from a clock that was set back since. It counts as one of today.
     """
     today = now_milliseconds - now_milliseconds % USED_GRAIN_MILLISECONDS
     _all(tx.execute("UPDATE embedding SET used = ?1 WHERE used > ?1", (today,)))
@@ -208,7 +215,10 @@ def prune(tx: Transaction, *, max_bytes: int, now_milliseconds: int) -> int:
 
 
 def keep_only(tx: Transaction, live: Iterable[bytes], *, unused_since_milliseconds: int | None) -> int:
-    """Drop every vector whose text's hash is not in ``live``; with a moment only those not used since the day before; how many."""
+    """Drop every vector whose text's hash is not in ``live``.
+
+    Returns how many. With a moment, drop only those not used since the day before it.
+    """
     _all(tx.execute("CREATE TEMP TABLE live (text_hash BLOB PRIMARY KEY) WITHOUT ROWID"))
     _all(tx.executemany("INSERT OR IGNORE INTO live VALUES (?)", ((one,) for one in live)))
     day = None if unused_since_milliseconds is None else unused_since_milliseconds - USED_GRAIN_MILLISECONDS

@@ -1,4 +1,7 @@
-"""Sweeps against the queue: what a look at the whole tree changed, whose fingerprint cannot be trusted, what an audit reads next."""
+"""Compare a full scan with the queue.
+
+The functions here find what changed, whose fingerprint cannot be trusted, and what an audit reads next.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,12 @@ SELECT c.md_path, c.kind, c.size, c.mtime_ns,
 FROM md_change_state AS c
 WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
 """
-"""A file that has another name now keeps its inode; that of a skill stands for the names of its files too, and does not."""
+"""A file that has another name now keeps its inode. The inode of a skill also stands for its other files, so it is
+not used."""
 
 
 def load_full_scan(tx: Transaction, observations: Iterable[Observation]) -> None:
-    """Put a whole sweep into a temporary table, for ``record_sweep``."""
+    """Put a whole full scan into a temporary table, for ``record_full_scan``."""
     _drain(tx.execute(SWEEP_TABLE))
     rows: Iterable[tuple[Value, ...]] = (
         (seen.md_path, seen.kind, *seen.fingerprint) for seen in observations if seen.fingerprint is not None
@@ -58,7 +62,10 @@ class Vanished:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What a loaded sweep found: paths queued, (size, mtime_ns) of files never seen before, what vanished, files known."""
+    """The result of a comparison.
+
+    It has the paths queued, (size, mtime_ns) of files never seen before, what vanished, and the number of files known.
+    """
 
     queued: list[str]
     appeared: list[tuple[int, int]]
@@ -74,10 +81,10 @@ def record_full_scan(
     settle_milliseconds: int = 0,
     verified: frozenset[Observation] = frozenset(),
 ) -> Compared:
-    """Queue all that a loaded sweep found changed, but for those ``verified`` by content.
+    """Queue all that a loaded full scan found changed, except for those ``verified`` by content.
 
-    The vanished are not queued: the caller looks at each again and records it, so that a file created while the
-    sweep ran, or one that a brake holds, is not taken for deleted.
+    The vanished are not queued. The caller looks at each again and records it, so that a file created during the
+    scan, or one that the deletion guard holds, does not count as deleted.
     """
     rows = list(tx.execute(SWEEP_CHANGED))
     changed = [
@@ -135,7 +142,7 @@ WHERE known_since > 0 AND (size, mtime_ns) IN (SELECT value ->> 0, value ->> 1 F
 
 
 def carry_age(tx: Transaction, moved: Iterable[Vanished]) -> None:
-    """Record that files with the content of ``moved`` are not new: a rename makes no file younger."""
+    """Record that files with the content of ``moved`` are not new. A rename makes a file no younger."""
     old = sorted({(one.size, one.mtime_ns) for one in moved})
     if old:
         _drain(tx.execute(KNOWN_LONG, (json.dumps(old),)))
@@ -158,13 +165,16 @@ UPDATE md_change_state SET racy = 0 WHERE md_path = ? AND digest = ? AND status 
 
 
 def racy(tx: Transaction, paths: Sequence[str] | None = None) -> list[tuple[Observation, bytes]]:
-    """Files at rest, of ``paths`` or of all, whose fingerprint is not to be trusted, with the digest of what was indexed."""
+    """Return files at rest whose fingerprint cannot be trusted, with the digest of what was indexed.
+
+    ``paths`` limits them. The default is all files.
+    """
     asked = None if paths is None else json.dumps(list(paths))
     return [_with_digest(row) for row in tx.execute(RACY, (asked,))]
 
 
 def trust(tx: Transaction, seen: Iterable[tuple[Observation, bytes]]) -> None:
-    """These were read again and are what was indexed: from now on the fingerprint tells."""
+    """Record that these were read again and are what was indexed. From now on their fingerprint is trusted."""
     _drain(tx.executemany(TRUST, [(one.md_path, digest, *(one.fingerprint or ())) for one, digest in seen]))
 
 
@@ -180,18 +190,18 @@ WHERE md_path > ? AND status IN ('done', 'failed') AND digest IS NOT NULL ORDER 
 
 
 def to_audit(tx: Transaction, after: str, *, limit: int) -> list[tuple[Observation, bytes]]:
-    """The next ``limit`` files at rest, in order of path, with the digest of what was indexed."""
+    """Return the next ``limit`` files at rest, in order of path, with the digest of what was indexed."""
     return [_with_digest(row) for row in tx.execute(AUDIT, (after, limit))]
 
 
 def files(tx: Transaction) -> int:
-    """How many files the queue knows."""
+    """Return how many files the queue knows."""
     ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
     return cast("int", known)
 
 
 def known_below(tx: Transaction, directory: str) -> list[str]:
-    """Paths known below a directory that may be gone."""
+    """Return the known paths below a directory that may be gone."""
     sql = (
         "SELECT md_path FROM md_change_state WHERE md_path > ?1 || '/' AND md_path < ?1 || '0' AND mtime_ns IS NOT NULL"
     )

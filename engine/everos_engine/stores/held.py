@@ -1,6 +1,7 @@
-"""Held deletions: files that vanished in a way that looks like an accident, whose rows stay until somebody decides.
+"""Held deletions: files that vanished in a way that looks like an accident. Their rows stay until a person decides.
 
-A held path keeps its row in the queue, with the fingerprint it had; it is let go of by itself when the file comes back.
+A held path keeps its row in the queue, with the fingerprint it had. It is let go automatically when the file comes
+back.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ WHY: dict[Reason, str] = {
     "marker_missing": "the root's marker file is gone",
 }
 BLIND_REMEDY = "check the disk or the server it is on (`dmesg | tail` shows the kernel's word); every scan tries again"
-"""For a directory that cannot be read though permission is given."""
+"""For a directory that cannot be read although permission is given."""
 REMEDY: dict[Reason, str] = {
     "mass_delete": "bring the files back, or run `everos-engine release` if they are meant to be gone",
     "unreadable": "have it readable again (permission, or the disk), or run `everos-engine release` if its files are meant to be gone",
@@ -56,7 +57,7 @@ REMEDY: dict[Reason, str] = {
     "marker_missing": "check that this is the right disk, then run `everos-engine release`",
 }
 STICKY: Reason = "mass_delete"
-"""The one reason that a later sweep does not judge anew: only the files' return or ``release`` ends it."""
+"""The one reason that a later full scan does not decide again. Only the files' return or ``release`` ends it."""
 MOUNTS = "mounts"
 """The fact that remembers which directories of the tree were mounts."""
 
@@ -108,33 +109,33 @@ DELETE FROM held WHERE md_path IN (SELECT md_path FROM temp.sweep)
 
 
 def hold(tx: Transaction, paths: Iterable[tuple[str, str]], reason: Reason, *, now_milliseconds: int) -> None:
-    """Hold the deletion of (md_path, kind) pairs; one held already keeps its time."""
+    """Hold the deletion of (md_path, kind) pairs. One that is held already keeps its time."""
     _drain(tx.executemany(HOLD, [(path, kind, reason, now_milliseconds) for path, kind in paths]))
 
 
 def hold_all(tx: Transaction, reason: Reason, *, now_milliseconds: int) -> None:
-    """Hold every file the queue knows: the root itself is not what it was."""
+    """Hold every file that the queue knows, because the root itself is not what it was."""
     _drain(tx.execute(HOLD_ALL, (reason, now_milliseconds)))
 
 
 def heal(tx: Transaction) -> int:
-    """Let go of what the loaded sweep saw again, or what is deleted by now; how many that were."""
+    """Let go of what the loaded full scan saw again, or what is deleted by now. Returns how many that were."""
     return len(list(tx.execute(HEAL)))
 
 
 def sticking(tx: Transaction) -> set[str]:
-    """Paths that wait for ``release``."""
+    """Return the paths that wait for ``release``."""
     return {cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held WHERE reason = ?", (STICKY,))}
 
 
 def judge_again(tx: Transaction, still: Iterable[str]) -> None:
-    """Let go of all but the sticky and those of the paths ``still`` to be held, which keep their time."""
+    """Let go of all but the sticky ones and the paths ``still`` to be held, which keep their time."""
     sql = "DELETE FROM held WHERE reason <> ? AND md_path NOT IN (SELECT value FROM json_each(?))"
     _drain(tx.execute(sql, (STICKY, json.dumps(list(still)))))
 
 
 def counts(tx: Transaction) -> list[Held]:
-    """What is held, by reason, most first."""
+    """Return what is held, by reason, the most frequent first."""
     sql = "SELECT reason, count(*), min(since) FROM held GROUP BY reason ORDER BY count(*) DESC, reason"
     return [
         Held(cast("Reason", reason), cast("int", count), cast("int", since)) for reason, count, since in tx.execute(sql)
@@ -142,7 +143,7 @@ def counts(tx: Transaction) -> list[Held]:
 
 
 def reason_of(tx: Transaction, md_path: str) -> Held | None:
-    """Why and since when one path is held; None where it is not."""
+    """Return why and since when one path is held, or None if it is not."""
     for reason, since in tx.execute("SELECT reason, since FROM held WHERE md_path = ?", (md_path,)):
         return Held(cast("Reason", reason), 1, cast("int", since))
     return None
@@ -157,15 +158,15 @@ def reasons(tx: Transaction, md_paths: Sequence[str]) -> dict[str, Reason]:
 
 
 def paths(tx: Transaction, *, limit: int) -> list[str]:
-    """The first ``limit`` held paths in order."""
+    """Return the first ``limit`` held paths in order."""
     return [cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held ORDER BY md_path LIMIT ?", (limit,))]
 
 
 def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
-    """Queue every held deletion after all, and expect no mount that is gone to come back; the paths.
+    """Queue every held deletion after all, and expect no missing mount to come back. Returns the paths.
 
-    A deletion that somebody asked for by its path, and that was refused, is tried again now. What was let through before
-    counts as meant too: the window begins again.
+    A deletion that a person asked for by its path, and that was refused, is tried again now. What was let through
+    before counts as intended too, and the window begins again.
     """
     _drain(tx.execute("DELETE FROM recent_deletions"))
     queue.hurry(tx, "root")

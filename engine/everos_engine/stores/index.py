@@ -1,4 +1,7 @@
-"""The index: one table per kind, one commit per kind and batch, searches, and a Session that can be rotated beneath them."""
+"""The index: tables, commits, searches, and a Session that can be rotated below them.
+
+There is one table per kind, and one commit per kind and batch.
+"""
 
 from __future__ import annotations
 
@@ -29,30 +32,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MERGE_ROWS = 2048
 OPTIMIZE_LEAST_ROWS = 64
-"""Fewer rows are as soon read one by one as looked up."""
+"""Fewer rows are read one by one as fast as they are looked up."""
 DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
 SET_ASIDE = "set-aside"
-"""The folder beside the tables' that keeps the newest damaged copy of each."""
+"""The folder next to the tables that keeps the newest damaged copy of each."""
 READERS_LOOK_SECONDS = 0.02
 
 
 class Bridge(Protocol):
-    """Runs lancedb's coroutines on their own event loop."""
+    """Run lancedb's coroutines on their own event loop."""
 
     async def read(self, function: Callable[..., Awaitable[T]], *args: object, deadline_seconds: float) -> T:
-        """Cancellable."""
+        """Run a read, which can be cancelled."""
 
     async def write(self, function: Callable[..., Awaitable[T]], *args: object, deadline_seconds: float) -> T:
-        """Shielded; past its deadline the outcome is unknown and Transient is raised."""
+        """Run a write, shielded. Past its deadline the outcome is unknown and Transient is raised."""
 
 
 @dataclass(slots=True)
 class _TableState:
-    """What is known of a table, whichever generation has it open; ``current`` is False for one of an older schema.
+    """What is known of a table in any Session. ``current`` is False for one of an older schema.
 
-    ``commits`` and ``rows`` were made since the last optimize; ``indexed`` are the rows that its full-text indexes cover.
-    ``files`` are the stamps of its files at the last look, and ``pruned`` says that an optimize may have removed some since.
+    ``commits`` and ``rows`` were made since the last optimize. ``indexed`` are the rows that its full-text indexes
+    cover. ``files`` are the stamps of its files at the last look, and ``pruned`` says that an optimize may have removed
+    some since.
     """
 
     incarnation: str
@@ -76,9 +80,9 @@ class Found(NamedTuple):
 
 @dataclass(slots=True)
 class Index:
-    """All tables of one memory root; open it with ``open_index``.
+    """All tables of one memory root. Open it with ``open_index``.
 
-    ``on_exhausted`` is called when LanceDB found no file descriptor; without one the Session is rotated.
+    ``on_exhausted`` is called when LanceDB found no file descriptor. Without it the Session is rotated.
     """
 
     bridge: Bridge
@@ -94,34 +98,37 @@ class Index:
     _turns: dict[str, trio.Lock] = field(default_factory=dict)
     _compactions: dict[str, trio.Lock] = field(default_factory=dict)
     doubted: set[str] = field(default_factory=set)
-    """Kinds of which a read failed for a reason that is on no list: their tables may be damaged."""
+    """Kinds of which a read failed with an unknown error. Their tables may be damaged."""
     shunned: dict[str, str] = field(default_factory=dict)
-    """Kinds whose tables are damaged and may not be made again yet, and why: nobody reads them."""
+    """Kind -> why its table is damaged and may not be made again yet. Such a table is not read."""
     _adrift: set[str] = field(default_factory=set)
-    """Kinds of which a write was cut off: it may go on, with files that no version names yet."""
+    """Kinds of which a write was cut off. It may go on, with files that no version names yet."""
     _reads: trio.CapacityLimiter = field(init=False)
 
     def __post_init__(self) -> None:
         self._reads = trio.CapacityLimiter(self.settings.concurrent_reads)
 
     async def read(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
-        """Run a coroutine function on LanceDB's loop, its troubles sorted."""
+        """Run a coroutine function on LanceDB's loop, with its errors translated."""
         with lance.sorted_troubles():
             return await self.bridge.read(function, *args, deadline_seconds=self.settings.read_deadline_seconds)
 
     async def write(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
-        """Run a shielded coroutine function on LanceDB's loop, its troubles sorted."""
+        """Run a shielded coroutine function on LanceDB's loop, with its errors translated."""
         with lance.sorted_troubles():
             return await self.bridge.write(function, *args, deadline_seconds=self.settings.write_deadline_seconds)
 
     def place_of(self, kind: str) -> Path:
-        """Where the kind's table is."""
+        """Return the folder of the kind's table."""
         return self.directory / f"{kind}.lance"
 
     async def found(self, kind: str) -> Found | None:
-        """Look at a kind's table on disk, None if there is none that can be read, or only one of an older schema of ours.
+        """Look at a kind's table on disk.
 
-        One of an older schema is dropped: it is made again from markdown. Raises Stranger for a table of somebody else's.
+        None if there is none that can be read, or only one of an older schema of ours.
+
+        One of an older schema is dropped, and made again from markdown. Raises ForeignTable for a table of another
+        program.
         """
         with self._sessions.using() as session:
             newest = await self.newest(kind)
@@ -137,12 +144,15 @@ class Index:
         return None
 
     async def newest(self, kind: str) -> Version | None:
-        """Return the newest version of a kind's table on disk, None if it has none."""
+        """Return the newest version of a kind's table on disk, or None if it has none."""
         with lance.sorted_troubles():
             return await trio.to_thread.run_sync(versions.newest, self.place_of(kind))
 
     async def advance(self, kind: str, left: Version) -> Version | None:
-        """Return the newest version that holds the rows of ``left``, which was recognised before; None if there is not one."""
+        """Return the newest version that holds the rows of ``left``, or None if there is not one.
+
+        ``left`` was recognised before.
+        """
         with lance.sorted_troubles():
             return await trio.to_thread.run_sync(versions.advance, self.place_of(kind), left)
 
@@ -153,7 +163,10 @@ class Index:
         return reached if newest == reached else None
 
     async def tampered(self, kind: str) -> bool:
-        """Whether a file of the table changed, or went without an optimize, since the last call. Lance never changes a file."""
+        """Return whether a file of the table changed, or went without an optimize, since the last call.
+
+        Lance never changes a file.
+        """
         state = self._states.get(kind)
         if state is None:
             return False
@@ -165,28 +178,31 @@ class Index:
         return gone or any(before.get(name, stamp) != stamp for name, stamp in files.items())
 
     def may_have_cut_off(self, kind: str) -> bool:
-        """Tell whether a write of this process was cut off at its deadline, and may have made a version that we do not know."""
+        """Return whether a write of this process was cut off at its deadline.
+
+        Such a write may have made a version that we do not know.
+        """
         return kind in self._adrift
 
     def model_of(self, kind: str) -> str | None:
-        """The model whose vectors the kind's table holds; None where there is no table yet."""
+        """Return the model whose vectors the kind's table holds, or None if there is no table yet."""
         state = self._states.get(kind)
         return None if state is None else state.model
 
     def incarnation_of(self, kind: str) -> str:
-        """The identity of the table's present life; empty where there is none."""
+        """Return the identity of the table's present incarnation. It is empty if there is none."""
         state = self._states.get(kind)
         return "" if state is None else state.incarnation
 
     def dimension_of(self, kind: str) -> int:
-        """Width of the vectors in the kind's table; 0 where it has none."""
+        """Return the width of the vectors in the kind's table. It is 0 if the table has none."""
         return self._states[kind].dimension
 
     async def create(self, kind: str, model: Model, incarnation: str = "") -> Version:
-        """Begin a new life of a kind's table, dropping what was there. Returns its version.
+        """Create a kind's table as a new incarnation, and drop what was there. Returns its version.
 
-        It waits for an optimize, which removes files that no version names, as those of a table in the making, and which could
-        leave files of the old table in the new one's folder.
+        It waits for an optimize. An optimize removes files that no version names, such as those of a table in the
+        making, and could leave files of the old table in the new one's folder.
         """
         incarnation = incarnation or lance.new_incarnation()
         with self._sessions.using() as session:
@@ -212,11 +228,11 @@ class Index:
     async def commit(
         self, kind: str, rows: Sequence[Row], deletes: Sequence[tuple[str, str]], *, left: Version | None = None
     ) -> Version:
-        """Upsert ``rows`` and delete (md_path, entry_id) keys; idempotent; the table's new version.
+        """Upsert ``rows`` and delete (md_path, entry_id) keys. It is idempotent. Returns the table's new version.
 
-        ``left`` is the version after our last commit: Unrecognised is raised if the table does not hold its rows, or if somebody
-        else's commit came between ours. Raises Transient when the outcome is unknown or the world is in the way: do the same
-        commit again.
+        ``left`` is the version after our last commit. Unrecognised is raised if the table does not hold its rows, or if
+        another program's commit came between ours. Raises Transient when the outcome is unknown or the surroundings
+        prevent it. Repeat the same commit then.
         """
         state = self._states.get(kind)
         if state is None:
@@ -236,7 +252,7 @@ class Index:
     async def _commit(
         self, table: AsyncTable, kind: str, left: Version | None, batches: list[Any], keys: list[Any]
     ) -> Version:
-        """Each merge and each delete is a call of its own, and has a whole deadline."""
+        """Commit in parts. Each merge and each delete is a separate call with a whole deadline."""
         version = left
         for batch in batches:
             version = await self.write(lance.commit, table, self.place_of(kind), version, [batch], [])
@@ -245,10 +261,10 @@ class Index:
         return version or Version(0, b"")
 
     def wants_optimize(self, kind: str) -> bool:
-        """Whether enough was written since the last optimize, whoever wrote it.
+        """Return whether enough was written since the last optimize, by any process.
 
-        A search reads the rows that no index covers yet one by one; optimizing whenever they are a share of the table costs
-        a constant for each row ever written.
+        A search reads the rows that no index covers yet one by one. Optimizing whenever they are a share of the table
+        costs a constant for each row written.
         """
         state = self._states.get(kind)
         if state is None:
@@ -258,18 +274,20 @@ class Index:
         return state.commits >= due.optimize_after_commits or state.rows >= min(due.optimize_after_rows, share)
 
     def reopen(self, kind: str) -> None:
-        """Have the table opened again by its next user: a handle does not see what somebody else commits."""
+        """Have the table opened again at its next use. A handle does not see what other processes commit."""
         self._written(kind, None)
 
     def forget(self, kind: str) -> None:
-        """Let go of a table that is gone; the next commit makes another."""
+        """Let go of a table that is gone. The next commit makes another."""
         self._states.pop(kind, None)
         self.rotate()  # the Session's caches speak of files that are gone, and of versions that the next table has too
 
     async def probe(self, kind: str, words: str = lance.PROBE_WORD) -> None:
-        """Read the whole of a kind's table, and search each of its indexes, on a new connection. Nothing is done if there is none.
+        """Read the whole of a kind's table, and search each of its indexes, on a new connection.
 
-        Raises Unexpected if that fails for a reason that is on no list, and Transient if the world is in the way.
+        Does nothing if there is none.
+
+        Raises Unexpected if that fails with an unknown error, and Transient if the surroundings prevent it.
         """
         place = self.place_of(kind)
         if not os.path.lexists(place):
@@ -285,7 +303,7 @@ class Index:
                 )
 
     async def set_aside(self, kind: str) -> Path:
-        """Move a kind's table out of the way, whatever is left of it. Returns where it is kept, in place of an earlier copy."""
+        """Move what is left of a kind's table out of the way. Returns where it is kept, in place of an earlier copy."""
         async with self._turn(kind), self._compaction(kind):
             self.forget(kind)
             self.shunned.pop(kind, None)
@@ -293,18 +311,18 @@ class Index:
                 return await trio.to_thread.run_sync(_set_aside, self.place_of(kind))
 
     def open_kinds(self) -> list[str]:
-        """Kinds that have a table."""
+        """Return the kinds that have a table."""
         return list(self._states)
 
     def unoptimized(self, kind: str) -> int:
-        """Commits since the last optimize."""
+        """Return the number of commits since the last optimize."""
         return self._states[kind].commits
 
     async def optimize(self, kind: str, *, alone: bool = True) -> None:
-        """Compact, fold new rows into the indexes, prune old versions.
+        """Compact, fold new rows into the indexes, and prune old versions.
 
-        ``alone`` has commits wait meanwhile; else one that comes in between voids the work, and Transient is raised. What
-        voided work and killed engines left in the table's folder is removed by the next that is alone.
+        With ``alone`` commits wait meanwhile. Otherwise a commit that comes in between voids the work, and Transient is
+        raised. The next optimize that is alone removes what voided work and killed engines left in the table's folder.
         """
         state, keep_seconds = self._states[kind], self.settings.keep_versions_seconds
         commits, rows = state.commits, state.rows
@@ -317,9 +335,10 @@ class Index:
         state.rows -= rows
 
     async def erase(self, kind: str, *, keep_seconds: float) -> None:
-        """Leave nothing in a kind's table, if there is one, but the rows it has, and versions younger than ``keep_seconds``.
+        """Leave nothing in a kind's table, if there is one, but its rows and its young versions.
 
-        Commits wait meanwhile. If no old version is to be kept, their readers are waited for.
+        Versions younger than ``keep_seconds`` stay. Commits wait meanwhile. If no old version is to be kept, their
+        readers are waited for.
         """
         with self._sessions.using() as session:
             if await self._table(session, kind) is None:
@@ -338,32 +357,35 @@ class Index:
             state.commits = state.rows = 0
 
     async def _last_readers(self) -> None:
-        """Begin a new generation, and wait until nobody reads in an old one, as long as a read may take."""
+        """Open a new Session, and wait until no task reads in an old one, as long as a read may take."""
         self.rotate()
         with trio.move_on_after(self.settings.read_deadline_seconds):
             while self.sessions_open > 1:  # noqa: ASYNC110 - a reader that ends announces it to nobody
                 await trio.sleep(READERS_LOOK_SECONDS)
 
     async def visit(self, kind: str, names: Sequence[str], take: Callable[[list[dict[str, object]]], None]) -> None:
-        """Give ``take`` every row of a kind, with only these columns, a batch at a time, in LanceDB's thread; some twice if it fails."""
+        """Give ``take`` every row of a kind, with only these columns, a batch at a time, in LanceDB's thread.
+
+        After an error some come twice.
+        """
         await self._ask(kind, lance.visit, names, take)
 
     async def keys(self, kind: str) -> tuple[dict[tuple[str, str], bytes], set[tuple[str, str]]]:
-        """(md_path, entry_id) -> content hash of every row, and the keys that more than one row has."""
+        """Return (md_path, entry_id) -> content hash of every row, and the keys that more than one row has."""
         return await self._ask(kind, lance.keys) or ({}, set())
 
     async def rows(self, kind: str, *, where: str = "") -> list[dict[str, object]]:
-        """Every row of a kind, vectors as lists; for checks and small tables."""
+        """Return every row of a kind, vectors as lists, for checks and small tables."""
         return await self._ask(kind, lance.rows, where) or []
 
     async def search_text(self, kind: str, query: str, *, where: str, limit: int) -> list[Hit]:
-        """The best rows by BM25 over the kind's text columns; words only, no operators."""
+        """Return the best rows by BM25 over the kind's text columns. The query is words only, without operators."""
         return await self._ask(kind, lance.search_text, self.kinds[kind], query, where, limit) or []
 
     async def search_vector(
         self, kind: str, vector: NDArray[np.float32], *, model: str, where: str, limit: int
     ) -> list[Hit]:
-        """The nearest rows by cosine; none where the table holds another model's vectors."""
+        """Return the nearest rows by cosine, or none if the table holds another model's vectors."""
         if kind not in self._states:
             with self._sessions.using() as session:
                 await self._table(session, kind)
@@ -374,16 +396,16 @@ class Index:
 
     @asynccontextmanager
     async def acquire_read(self) -> AsyncIterator[None]:
-        """One of the ``concurrent_reads``, for whoever opens index files by other means meanwhile."""
+        """Hold one of the ``concurrent_reads``, to open index files by other means meanwhile."""
         async with self._reads:
             yield
 
     def narrow(self, share: float) -> None:
-        """Let only this share of ``concurrent_reads`` run at once, but one always; those that run go on."""
+        """Let only this share of ``concurrent_reads`` run in parallel, but always one. Those that run go on."""
         self._reads.total_tokens = max(1, int(self.settings.concurrent_reads * share))
 
     def rotate(self) -> int:
-        """Begin a new Session, connection and tables, each opened when first used; the number of the generation.
+        """Open a new Session, connection and tables, each when first used. Returns the number of the Session.
 
         The old ones, and every descriptor they pin, go when their last reader is done. No call fails for it.
         """
@@ -391,16 +413,16 @@ class Index:
 
     @property
     def sessions_open(self) -> int:
-        """1, and one for each old generation that waits for its last reader."""
+        """Return 1, plus one for each old Session that waits for its last reader."""
         return self._sessions.open
 
     @property
     def rotations(self) -> int:
-        """How often the Session was rotated."""
+        """Return how often the Session was rotated."""
         return self._sessions.current.number
 
     def session_bytes(self) -> int:
-        """Bytes in the current Session's caches, 0 before the first call."""
+        """Return the bytes in the current Session's caches, 0 before the first call."""
         session = self._sessions.current.session
         return 0 if session is None else int(session.size_bytes)
 
@@ -410,9 +432,12 @@ class Index:
         self._sessions.close()
 
     async def _ask(self, kind: str, function: Callable[..., Awaitable[T]], *args: object) -> T | None:
-        """One read of a kind's table, in its turn; None where there is none. Waits for descriptors as long as a read may take.
+        """Read a kind's table under the limit of reads.
 
-        A read opens its files for as long as it lasts, so how many run at once bounds descriptors and Lance's threads.
+        None if there is none. Waits for descriptors as long as a read may take.
+
+        A read keeps its files open while it lasts, so the number of parallel reads bounds descriptors and Lance's
+        threads.
         """
         async with self._reads:
             end = trio.current_time() + self.settings.read_deadline_seconds
@@ -431,11 +456,11 @@ class Index:
                     raise
 
     def _turn(self, kind: str) -> trio.Lock:
-        """Held by the one who writes to a table."""
+        """Return the lock of a table's writer."""
         return self._turns.setdefault(kind, trio.Lock())
 
     def _compaction(self, kind: str) -> trio.Lock:
-        """Held by the one who optimizes a table, or puts another in its place."""
+        """Return the lock for optimizing a table, or putting another in its place."""
         return self._compactions.setdefault(kind, trio.Lock())
 
     def _gone(self, kind: str) -> str:
@@ -443,7 +468,7 @@ class Index:
 
     @asynccontextmanager
     async def _writing(self, kind: str) -> AsyncIterator[AsyncTable]:
-        """The kind's table, to write to."""
+        """Yield the kind's table, to write to."""
         with self._sessions.using() as session:
             table = await self._table(session, kind)
             if table is None:
@@ -457,13 +482,16 @@ class Index:
                 self._written(kind, table)
 
     def _written(self, kind: str, table: AsyncTable | None) -> None:
-        """A handle does not see what another one commits: where the current one is not the writer's, open anew."""
+        """Have the table opened again if the writer used another handle, which does not see the commit."""
         if table is None or self._sessions.current.tables.get(kind) is not table:
             self._moved[kind] = self._moved.get(kind, 0) + 1
             self._sessions.current.tables.pop(kind, None)
 
     async def _table(self, session: PooledSession, kind: str) -> AsyncTable | None:
-        """The table of a kind, opened once a generation; None where there is none, or one of an older schema."""
+        """Return the table of a kind, opened once for each Session.
+
+        None if there is none, or one of an older schema.
+        """
         if kind in session.tables:
             return session.tables[kind]
         async with session.opening:
@@ -517,7 +545,10 @@ class Index:
 def open_index(
     bridge: Bridge, settings: LanceDBSettings, *, kinds: Mapping[str, TableKind], directory: Path, cap_bytes: int
 ) -> Index:
-    """The index of one memory root, its cache capped; connects when first used. Prepares LanceDB for the whole process."""
+    """Return the index of one memory root, with its cache capped.
+
+    It connects when first used. Prepares LanceDB for the whole process.
+    """
     lance.prepare()
     return Index(bridge, settings, kinds, directory, cap_bytes)
 

@@ -1,4 +1,4 @@
-"""The one door to LanceDB and Arrow: tables that carry their identity, and what is said to them. Nothing is kept here."""
+"""The one door to LanceDB and Arrow: tables that carry their identity, and the calls on them. It keeps no state."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ KEY_COLUMNS = ("md_path", "entry_id", "content_hash")
 PROBE_WORD = "probe"
 _HASH = re.compile(r"(?:[0-9a-f]{2})*")
 _PLACE = re.compile(r",? /\S+\.rs:\d+(:\d+)?")
-"""Where in the library's source an error was made."""
+"""The place in the library's source where an error was made."""
 _ARROW = {
     "string": pa.string(),
     "int": pa.int64(),
@@ -59,7 +59,7 @@ _ARROW = {
     "strings": pa.list_(pa.string()),
 }
 _FACT = "everos_engine."
-"""Before the name of each fact in a schema's metadata."""
+"""The prefix of each fact in a schema's metadata."""
 
 
 class TableKind(Protocol):
@@ -67,20 +67,20 @@ class TableKind(Protocol):
 
     @property
     def name(self) -> str:
-        """The table's name."""
+        """Return the table's name."""
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """Column -> string, int, float, timestamp or strings."""
+        """Return column -> string, int, float, timestamp or strings."""
 
     @property
     def fts_columns(self) -> Sequence[str]:
-        """Columns with a full-text index."""
+        """Return the columns with a full-text index."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Which vectors a table holds; ``name`` is unique per model fingerprint, ``dimension`` 0 means none."""
+    """Which vectors a table holds. ``name`` is unique per model fingerprint, ``dimension`` 0 means none."""
 
     name: str
     dimension: int
@@ -88,7 +88,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row to write; ``vector`` has shape (dimension,) or is None for a row without text."""
+    """One row to write. ``vector`` has shape (dimension,) or is None for a row without text."""
 
     md_path: str
     entry_id: str
@@ -99,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One row found; ``score`` grows with relevance (BM25, or cosine similarity)."""
+    """One row found. ``score`` grows with relevance (BM25, or cosine similarity)."""
 
     kind: str
     md_path: str
@@ -110,7 +110,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a table's schema says of itself; ``incarnation`` is empty for a table that is not ours."""
+    """What a table's schema says of itself. ``incarnation`` is empty for a table that is not ours."""
 
     incarnation: str
     model: Model
@@ -127,13 +127,16 @@ class Opened:
 
 
 def prepare() -> None:
-    """For the whole process: Arrow's buffers are the system allocator's, since mimalloc, its own choice, keeps what it once had."""
+    """Have Arrow use the system's allocator in this process, because its default, mimalloc, does not return memory."""
     pa.set_memory_pool(pa.system_memory_pool())
     warnings.filterwarnings("ignore", message=r"optimize\(cleanup_older_than", category=UserWarning)
 
 
 async def connect(directory: Path, mode: DescriptorMode, cap_bytes: int) -> tuple[AsyncConnection, lancedb.Session]:
-    """A connection, and its Session with an index cache of so many bytes; makes the directory, but not its parents."""
+    """Return a connection and its Session, with an index cache of so many bytes.
+
+    Makes the directory, but not its parents.
+    """
     directory.mkdir(0o700 | os.stat(directory.parent).st_mode & 0o050, exist_ok=True)  # a root that is gone stays gone
     session = lancedb.Session(index_cache_size_bytes=cap_bytes)
     return await lancedb.connect_async(uri_of(directory, mode), session=session), session
@@ -141,7 +144,7 @@ async def connect(directory: Path, mode: DescriptorMode, cap_bytes: int) -> tupl
 
 @asynccontextmanager
 async def looking(directory: Path) -> AsyncIterator[AsyncConnection]:
-    """A connection of one's own, on the asyncio loop at hand, to look only."""
+    """Yield a separate connection, on the current asyncio loop, only for looking."""
     connection = await lancedb.connect_async(uri_of(directory, mode="reopen"))
     try:
         yield connection
@@ -154,7 +157,7 @@ class ForeignTable(Fatal):
 
 
 async def open_table(connection: AsyncConnection, kind: TableKind) -> Opened | None:
-    """The kind's table, None where it has no version yet. Raises Stranger for a table of somebody else's."""
+    """Return the kind's table, or None if it has no version yet. Raises ForeignTable for a table of another program."""
     try:
         table = await connection.open_table(kind.name)
     except ValueError as error:
@@ -170,7 +173,7 @@ async def open_table(connection: AsyncConnection, kind: TableKind) -> Opened | N
 
 
 def new_incarnation() -> str:
-    """Return the identity of a table's life that is to begin."""
+    """Return an identity for a new table."""
     return uuid.uuid4().hex
 
 
@@ -190,7 +193,7 @@ async def create_table(
 
 
 def remove(place: Path) -> None:
-    """Remove a table's folder, or what stands in its place. Nothing happens if there is nothing."""
+    """Remove a table's folder, or what stands in its place. Does nothing if there is nothing."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:
@@ -198,7 +201,10 @@ def remove(place: Path) -> None:
 
 
 def schema_of(kind: TableKind, model: Model, incarnation: str) -> pa.Schema:
-    """The schema of a kind's table: its keys, its columns, its vectors where the model has any, and its identity."""
+    """Return the schema of a kind's table.
+
+    It has its keys, its columns, its vectors if the model has any, and its identity.
+    """
     fields = [
         *(pa.field(name, pa.string(), nullable=False) for name in KEY_COLUMNS),
         *(pa.field(name, _ARROW[column]) for name, column in kind.columns.items()),
@@ -210,7 +216,7 @@ def schema_of(kind: TableKind, model: Model, incarnation: str) -> pa.Schema:
 
 
 def identity_of(schema: pa.Schema) -> Identity:
-    """What a schema says of its table."""
+    """Return what a schema says of its table."""
     facts = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
     dimension = facts.get(_FACT + "dimension", "0")
     model = Model(facts.get(_FACT + "model", ""), int(dimension) if dimension.isdigit() else 0)
@@ -218,7 +224,10 @@ def identity_of(schema: pa.Schema) -> Identity:
 
 
 def batch_of(kind: TableKind, dimension: int, rows: Sequence[Row]) -> pa.RecordBatch:
-    """Return rows as Arrow takes them. ``dimension`` is the table's, 0 if it has no vectors. Raises Unexpected for a bad vector."""
+    """Return rows as an Arrow batch.
+
+    ``dimension`` is the table's, 0 if it has no vectors. Raises Unexpected for a bad vector.
+    """
     arrays = [
         pa.array([row.md_path for row in rows], pa.string()),
         pa.array([row.entry_id for row in rows], pa.string()),
@@ -233,7 +242,9 @@ def batch_of(kind: TableKind, dimension: int, rows: Sequence[Row]) -> pa.RecordB
 
 
 def uri_of(directory: Path, mode: DescriptorMode) -> str:
-    """Where to connect. Mode ``reopen`` is a URI under which no index descriptor is ever pinned, ``pinned`` the plain path.
+    """Return the URI to connect to.
+
+    Under mode ``reopen`` no index descriptor is ever pinned. ``pinned`` is the plain path.
 
     Unquoted, ``%``, ``#`` and ``?`` in a URI would open another folder.
     """
@@ -241,7 +252,7 @@ def uri_of(directory: Path, mode: DescriptorMode) -> str:
 
 
 def text_literal(text: str) -> str:
-    """A SQL string literal."""
+    """Return a SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -257,10 +268,11 @@ async def commit(
     batches: Sequence[pa.RecordBatch],
     deletes: Sequence[Sequence[tuple[str, str]]],
 ) -> Version:
-    """Upsert batches, then delete keys, each a commit of the table at ``place``. Returns its version then.
+    """Upsert batches, then delete keys, each as a commit of the table at ``place``. Returns its version then.
 
-    Raises Unrecognised before the first commit if the table does not hold the rows of the version ``left``, and after one if somebody
-    else's came between. None as ``left`` asks for no such look. It reads one small file before and one after each commit.
+    Raises Unrecognised before the first commit if the table does not hold the rows of the version ``left``, and after
+    one if another program's came between. None as ``left`` skips this check, which reads one small file before and one
+    after each commit.
     """
     at = left
     if left is not None and (at := versions.follow(place, left)) is None:
@@ -277,23 +289,29 @@ _UNRECOGNISED = "the table has a version that is not the engine's own: its rows 
 
 
 class Unrecognised(Transient):
-    """A table is not as we left it: it is gone, it is another one, or somebody else committed to it. No change is to blame."""
+    """A table is not as we left it: it is gone, was replaced, or another program committed to it.
+
+    No change is to blame.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message, counts_as_retry=False)
 
 
 class TableDamaged(Transient):
-    """A table is proven damaged, and may not be made again yet. The other tables are sound, and no change is to blame."""
+    """A table is proven damaged, and may not be made again yet.
+
+    The other tables are sound, and no change is to blame.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message, counts_as_retry=False)
 
 
 async def _merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
-    """Upsert rows by their key; the table's new version.
+    """Upsert rows by their key. Returns the table's new version.
 
-    LanceDB refuses a null vector unless it may replace bad ones by null. None is bad: `batch_of` looked at each.
+    LanceDB refuses a null vector unless it may replace bad ones by null. None is bad, because `batch_of` checked each.
     """
     upsert = table.merge_insert(["md_path", "entry_id"]).when_matched_update_all().when_not_matched_insert_all()
     result = await upsert.execute(batch, on_bad_vectors="null")
@@ -301,7 +319,7 @@ async def _merge(table: AsyncTable, batch: pa.RecordBatch) -> int:
 
 
 async def _delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
-    """Delete rows by their (md_path, entry_id); the table's new version."""
+    """Delete rows by their (md_path, entry_id). Returns the table's new version."""
     paths = ", ".join(text_literal(path) for path in dict.fromkeys(path for path, _ in keys))
     wanted = ", ".join(text_literal(f"{path}\n{entry_id}") for path, entry_id in keys)
     result = await table.delete(f"md_path IN ({paths}) AND concat(md_path, '\n', entry_id) IN ({wanted})")
@@ -309,9 +327,9 @@ async def _delete(table: AsyncTable, keys: Sequence[tuple[str, str]]) -> int:
 
 
 async def probe(directory: Path, kind: TableKind, words: str) -> None:
-    """Read every column of a kind's table, and search each of its indexes for ``words``, on a connection of its own.
+    """Read every column of a kind's table, and search each of its indexes for ``words``, on a separate connection.
 
-    Raises whatever the library raises; Unexpected if the table has no version.
+    Raises anything that the library raises, and Unexpected if the table has no version.
     """
     async with looking(directory) as connection:
         opened = await open_table(connection, kind)
@@ -331,16 +349,18 @@ async def probe(directory: Path, kind: TableKind, words: str) -> None:
 async def optimize(table: AsyncTable, kind: TableKind, keep_seconds: float, *, nobody_else: bool) -> int:
     """Compact and index a table, and remove its old versions. Returns how many rows its full-text indexes cover then.
 
-    Lance keeps files of no version for a week, since a writer may be about to commit them; with ``nobody_else`` writing they go.
+    Lance keeps files of no version for a week, since a writer may be about to commit them. With ``nobody_else`` writing
+    they go.
     """
     await table.optimize(cleanup_older_than=timedelta(seconds=keep_seconds), delete_unverified=nobody_else)
     return (await covered(table, kind))[0]
 
 
 async def erase(table: AsyncTable, kind: TableKind) -> None:
-    """Write every row and every full-text index again; no row changes.
+    """Write every row and every full-text index again. No row changes.
 
-    A deleted row stays in its fragment until that is rewritten, and its words in the index: optimizing does neither by itself.
+    A deleted row stays in its fragment until that is rewritten, and its words in the index. Optimizing does neither by
+    itself.
     """
     await table.update(updates_sql={"entry_id": "entry_id"})
     for column in kind.fts_columns:
@@ -348,19 +368,28 @@ async def erase(table: AsyncTable, kind: TableKind) -> None:
 
 
 async def visit(table: AsyncTable, names: Sequence[str], take: Callable[[list[dict[str, object]]], None]) -> None:
-    """Give ``take`` every row, with only these columns, a batch at a time: a whole table may not fit into memory."""
+    """Give ``take`` every row, with only these columns, a batch at a time.
+
+    A whole table may not fit into memory.
+    """
     async for batch in await table.query().select(list(names)).to_batches():
         take(batch.to_pylist())
 
 
 async def covered(table: AsyncTable, kind: TableKind) -> tuple[int, int]:
-    """Rows in the full-text indexes, and rows in none yet; an index is called as Lance calls it by default."""
+    """Return the rows in the full-text indexes, and the rows in none yet.
+
+    An index has the name that Lance gives it by default.
+    """
     found = await table.index_stats(f"{kind.fts_columns[0]}_idx")
     return (0, 0) if found is None else (int(found.num_indexed_rows), int(found.num_unindexed_rows))
 
 
 async def keys(table: AsyncTable) -> tuple[dict[tuple[str, str], bytes], set[tuple[str, str]]]:
-    """(md_path, entry_id) -> content hash of every row, empty if it is not one of ours; and the keys found more than once."""
+    """Return (md_path, entry_id) -> content hash of every row, and the keys found more than once.
+
+    The hash of a foreign row is empty.
+    """
     found: dict[tuple[str, str], bytes] = {}
     twice: set[tuple[str, str]] = set()
     async for batch in await table.query().select(list(KEY_COLUMNS)).to_batches():
@@ -373,13 +402,13 @@ async def keys(table: AsyncTable) -> tuple[dict[tuple[str, str], bytes], set[tup
 
 
 async def rows(table: AsyncTable, where: str) -> list[dict[str, object]]:
-    """Every row that a SQL condition, or none, lets through."""
+    """Return every row that a SQL condition, or none, lets through."""
     query = table.query().where(where) if where else table.query()
     return list((await query.to_arrow()).to_pylist())
 
 
 async def search_text(table: AsyncTable, kind: TableKind, text: str, where: str, limit: int) -> list[Hit]:
-    """The best rows by BM25 over the kind's text columns."""
+    """Return the best rows by BM25 over the kind's text columns."""
     columns = list(kind.fts_columns)
     query = MatchQuery(text, columns[0]) if len(columns) == 1 else MultiMatchQuery(text, columns)
     search = table.query().nearest_to_text(query).select([*KEY_COLUMNS, *kind.columns, "_score"]).limit(limit)
@@ -391,7 +420,7 @@ async def search_text(table: AsyncTable, kind: TableKind, text: str, where: str,
 async def search_vector(
     table: AsyncTable, kind: TableKind, vector: NDArray[np.float32], where: str, limit: int
 ) -> list[Hit]:
-    """The nearest rows by cosine."""
+    """Return the nearest rows by cosine."""
     search = table.query().nearest_to(vector).distance_type("cosine")
     search = search.select([*KEY_COLUMNS, *kind.columns, "_distance"]).limit(limit)
     if where:
@@ -403,7 +432,7 @@ _SURROUNDINGS = tuple(
     f"(os error {number})"
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ESTALE)
 )
-"""Errors of the system that say nothing of the table: all changes share them, and they cost no attempt."""
+"""Errors of the system that say nothing about the table. All changes share them, and they cost no attempt."""
 _RACES = ("commit conflict", "concurrent writer", "was preempted by", "incompatible transaction")
 """What Lance says if another commit came first."""
 _CONTROL_FLOW = (
@@ -419,7 +448,7 @@ _CONTROL_FLOW = (
 class sorted_troubles:  # noqa: N801 - a context manager, named as one reads it
     """Translate everything that LanceDB and Arrow raise into our families.
 
-    LanceDB reports most troubles as bare RuntimeErrors, the words of which decide. What is on no list becomes Unexpected, and so
+    LanceDB reports most troubles as bare RuntimeErrors, whose text decides. An unknown one becomes Unexpected, and so
     does a Rust panic, which is a BaseException. Our own errors, and what ends a task, pass through.
     """
 
@@ -454,7 +483,7 @@ def _words() -> FTS:
 def _vectors(vectors: Sequence[NDArray[np.float32] | None], dimension: int) -> pa.Array:
     """Return ``vectors`` as an Arrow array of lists of ``dimension`` floats, null for a row without a vector.
 
-    Raises Unexpected for one that is not finite, or of another width: LanceDB would make a null of it in silence.
+    Raises Unexpected for one that is not finite, or of another width. LanceDB would silently make a null of it.
     """
     flat = np.zeros((len(vectors), dimension), dtype=np.float32)
     for at, vector in enumerate(vectors):

@@ -14,8 +14,9 @@ from types import ModuleType
 def late_package(name: str) -> Iterator[None]:
     """Put off the ``__init__.py`` of the package ``name`` if it is imported in this block.
 
-    Its submodules are imported as usual. The first use of a name that only ``__init__.py`` defines runs it, at any later time, so no
-    user of the package sees a difference. (``importlib.util.LazyLoader`` runs it as soon as a submodule is imported.)
+    Its submodules are imported as usual. The first use of a name that only ``__init__.py`` defines runs it, at any
+    later time, so no user of the package sees a difference. (``importlib.util.LazyLoader`` runs it as soon as a
+    submodule is imported.)
     """
     finder = _Finder(name)
     sys.meta_path.insert(0, finder)

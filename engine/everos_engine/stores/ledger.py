@@ -47,7 +47,7 @@ ON CONFLICT (md_path, entry_id) DO UPDATE SET content_hash = excluded.content_ha
 
 
 def known(tx: Transaction, paths: Sequence[str]) -> dict[str, dict[str, bytes]]:
-    """Path -> entry id -> content hash, of what the index holds for ``paths``; ``b""`` means unknown."""
+    """Return path -> entry id -> content hash, of what the index holds for ``paths``. ``b""`` means unknown."""
     found: dict[str, dict[str, bytes]] = {path: {} for path in paths}
     sql = "SELECT md_path, entry_id, content_hash FROM ledger WHERE md_path IN (SELECT value FROM json_each(?))"
     for path, entry_id, content_hash in tx.execute(sql, (json.dumps(list(paths)),)):
@@ -56,7 +56,10 @@ def known(tx: Transaction, paths: Sequence[str]) -> dict[str, dict[str, bytes]]:
 
 
 def to_write_again(tx: Transaction, paths: Sequence[str]) -> dict[str, dict[str, bytes]]:
-    """As ``known``, with unknown for each entry whose text the embedder refused: it is asked again when the file is looked at."""
+    """Return the same as ``known``, but with unknown for each entry whose text the embedder refused.
+
+    Such an entry is asked again when its file is looked at.
+    """
     found = known(tx, paths)
     sql = "SELECT md_path, entry_id FROM ledger WHERE refused = 1 AND md_path IN (SELECT value FROM json_each(?))"
     for path, entry_id in tx.execute(sql, (json.dumps(list(paths)),)):
@@ -65,7 +68,7 @@ def to_write_again(tx: Transaction, paths: Sequence[str]) -> dict[str, dict[str,
 
 
 def intend(tx: Transaction, md_path: str, kind: str, entry_ids: Iterable[str]) -> None:
-    """Note that the index is about to change at these keys."""
+    """Record that the index is about to change at these keys."""
     _many(tx, INTEND, [(md_path, entry_id, kind, 0) for entry_id in entry_ids])
 
 
@@ -78,7 +81,11 @@ def apply(
     lines: Iterable[tuple[str, int]],
     deleted: Iterable[str],
 ) -> None:
-    """Note what a commit did: ``written`` (entry id, content hash, line, whether its text was refused), moved ``lines``, and ``deleted`` ids."""
+    """Record what a commit did.
+
+    ``written`` has (entry id, content hash, line, whether its text was refused), ``lines`` those that moved,
+    ``deleted`` the ids.
+    """
     _many(
         tx,
         APPLY,
@@ -96,7 +103,7 @@ def apply(
 
 
 def warn(tx: Transaction, md_path: str, messages: Sequence[str]) -> None:
-    """Note what a person should know of a file that is indexed all the same; nothing where there is nothing."""
+    """Record what a person should know of a file that is indexed all the same. Without warnings, clear it."""
     _many(tx, "DELETE FROM warning WHERE md_path = ?", [(md_path,)])
     if messages:
         _many(tx, "INSERT INTO warning VALUES (?, ?, ?)", [(md_path, len(messages), messages[0])])
@@ -108,12 +115,12 @@ def doubt(tx: Transaction, keys: Iterable[tuple[str, str, str]]) -> None:
 
 
 def void(tx: Transaction, kind: str) -> None:
-    """Forget a kind: its table began a new life."""
+    """Forget a kind, because its table is a new incarnation."""
     _many(tx, "DELETE FROM ledger WHERE kind = ?", [(kind,)])
 
 
 def hashes(tx: Transaction, kind: str) -> dict[tuple[str, str], bytes]:
-    """(md_path, entry_id) -> content hash of a whole kind."""
+    """Return (md_path, entry_id) -> content hash of a whole kind."""
     sql = "SELECT md_path, entry_id, content_hash FROM ledger WHERE kind = ?"
     return {
         (cast("str", path), cast("str", entry_id)): cast("bytes", content_hash)
@@ -122,7 +129,7 @@ def hashes(tx: Transaction, kind: str) -> dict[tuple[str, str], bytes]:
 
 
 def lines(tx: Transaction, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    """(md_path, entry_id) -> 1-based line, for those known."""
+    """Return (md_path, entry_id) -> 1-based line, for those known."""
     found: dict[tuple[str, str], int] = {}
     for key in keys:
         for (line,) in tx.execute("SELECT line FROM ledger WHERE md_path = ? AND entry_id = ?", key):
@@ -131,7 +138,7 @@ def lines(tx: Transaction, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, s
 
 
 def rows_per_kind(tx: Transaction) -> dict[str, int]:
-    """How many rows the index holds of each kind."""
+    """Return how many rows the index holds of each kind."""
     return {
         cast("str", kind): cast("int", count)
         for kind, count in tx.execute("SELECT kind, count(*) FROM ledger WHERE content_hash <> x'' GROUP BY kind")
@@ -139,7 +146,10 @@ def rows_per_kind(tx: Transaction) -> dict[str, int]:
 
 
 def unknown_per_kind(tx: Transaction) -> dict[str, int]:
-    """How many keys of each kind the index may hold or not: a commit of them was begun, or they are to be written again."""
+    """Return how many keys of each kind may or may not be in the index.
+
+    Either a commit of them was begun, or they are to be written again.
+    """
     return {
         cast("str", kind): cast("int", count)
         for kind, count in tx.execute("SELECT kind, count(*) FROM ledger WHERE content_hash = x'' GROUP BY kind")
@@ -147,7 +157,10 @@ def unknown_per_kind(tx: Transaction) -> dict[str, int]:
 
 
 class Remembered(NamedTuple):
-    """What we know of a kind's table: its identity, the number of its version after our last commit, its model, that version's digest."""
+    """What we know of a kind's table.
+
+    It is the table's identity, its version after our last commit, its model, and that version's digest.
+    """
 
     incarnation: str
     number: int
@@ -156,12 +169,12 @@ class Remembered(NamedTuple):
 
     @property
     def version(self) -> Version:
-        """The version that we left."""
+        """Return the version that we left."""
         return Version(self.number, self.digest)
 
 
 def incarnations(tx: Transaction) -> Mapping[str, Remembered]:
-    """Kind -> its table as last written by us."""
+    """Return kind -> its table as we last wrote it."""
     return {
         cast("str", kind): Remembered(
             cast("str", incarnation), cast("int", version), cast("str", model), cast("bytes", digest)
@@ -173,24 +186,24 @@ def incarnations(tx: Transaction) -> Mapping[str, Remembered]:
 
 
 def has_rows(tx: Transaction, kind: str) -> bool:
-    """Whether the ledger speaks of any row of a kind."""
+    """Return whether the ledger has any row of a kind."""
     return any(True for _ in tx.execute("SELECT 1 FROM ledger WHERE kind = ? LIMIT 1", (kind,)))
 
 
 def remember(tx: Transaction, kind: str, incarnation: str, *, version: Version, model: str) -> None:
-    """Note a table's identity and newest version."""
+    """Record a table's identity and newest version."""
     sql = "INSERT OR REPLACE INTO incarnation (kind, incarnation, version, model, digest) VALUES (?, ?, ?, ?, ?)"
     _many(tx, sql, [(kind, incarnation, version.number, model, version.digest)])
 
 
 def moved_on(tx: Transaction, kind: str, incarnation: str, *, version: Version) -> None:
-    """Note a newer version of a table, if it is still in the same life."""
+    """Record a newer version of a table, if it is still the same incarnation."""
     sql = "UPDATE incarnation SET version = ?, digest = ? WHERE kind = ? AND incarnation = ? AND version <= ?"
     _many(tx, sql, [(version.number, version.digest, kind, incarnation, version.number)])
 
 
 def forget(tx: Transaction, kind: str) -> None:
-    """Forget a table's identity: there is none any more."""
+    """Forget a table's identity, because there is no table any more."""
     _many(tx, "DELETE FROM incarnation WHERE kind = ?", [(kind,)])
 
 

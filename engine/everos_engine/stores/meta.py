@@ -1,4 +1,4 @@
-"""Facts remembered beside the queue: times of sweeps, the positions of walks, an outage that lasts."""
+"""Facts remembered next to the queue: times of full scans, the positions of walks, an outage that lasts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SLOPE = "descriptor_slope"
 
 
 def get(tx: Transaction, name: str) -> str | None:
-    """A remembered fact, or None."""
+    """Return a remembered fact, or None."""
     for (value,) in tx.execute("SELECT value FROM meta WHERE name = ?", (name,)):
         return cast("str | None", value)
     return None
@@ -29,14 +29,17 @@ def put(tx: Transaction, name: str, value: str) -> None:
 
 
 def note_outage(tx: Transaction, reason: str | None, *, now_milliseconds: int) -> None:
-    """Remember since when and why the embedding service is down, for every process that asks; None: it answers."""
+    """Record since when and why the embedding service is down, for every process that asks.
+
+    None records that it answers.
+    """
     known = outage(tx)
     since = known[0] if known else now_milliseconds
     put(tx, "embedder_down", "" if reason is None else json.dumps([since, reason]))
 
 
 def outage(tx: Transaction) -> tuple[int, str] | None:
-    """(milliseconds since the epoch, reason) of the embedding service's outage; None while it answers."""
+    """Return (milliseconds since the epoch, reason) of the embedding service's outage, or None while it answers."""
     known = get(tx, "embedder_down")
     return cast("tuple[int, str]", tuple(json.loads(known))) if known else None
 

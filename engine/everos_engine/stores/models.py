@@ -1,4 +1,4 @@
-"""The embedding models that the tables' vectors are of: in engine.db, so that a lost cache does not void the tables."""
+"""The models that made the tables' vectors. They are in engine.db, so that a lost cache does not void the tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UPGRADE_TO_3 = ""
 
 
 def known(tx: Transaction) -> dict[int, tuple[str, NDArray[np.float32]]]:
-    """Number -> (name, probe vector) of each model that the tables were ever made with."""
+    """Return number -> (name, probe vector) of each model that made vectors of the tables."""
     return {
         cast("int", number): (cast("str", name), np.frombuffer(cast("bytes", probe), dtype="<f4"))
         for number, name, probe in tx.execute("SELECT number, name, probe FROM embedding_model")

@@ -63,20 +63,20 @@ UPDATE md_change_state SET failed_for = '{"max_file_bytes": "", "embedder": ""}'
 """
 """What version 3 changes in the tables of version 2.
 
-A change that waited without a typed reason is ready now. One that failed without it is tried once more: it may be for a setting.
-"""
+A change that waited without a typed reason is ready now. One that failed without it is tried once more, since it may
+have failed because of a setting."""
 
 Status = Literal["pending", "processing", "done", "failed"]
 WaitsFor = Literal["retry", "settle", "embedder", "root", "descriptors", "disk", "file"]
 OUTSIDE: tuple[WaitsFor, ...] = ("embedder", "root", "descriptors", "disk", "file")
-"""Reasons that lie outside a change and its file: an engine that starts does not know whether they still hold."""
+"""Reasons that lie outside a change and its file. An engine that starts does not know whether they still hold."""
 """Why a pending change may not be claimed before a set time."""
 Fingerprint4 = tuple[int, int, int, int]
 Source = Literal["watch", "start", "scan", "sync", "sync_path", "rebuild", "audit", "release"]
 
 
 class Observation(NamedTuple):
-    """What a look at the disk saw; ``fingerprint`` is None where there is no file (any more)."""
+    """What a look at the disk saw. ``fingerprint`` is None if there is no file (any more)."""
 
     md_path: str
     kind: str
@@ -85,7 +85,10 @@ class Observation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's hold on one change; ``claim_no`` is unique, ``first_seen`` is when the oldest edit was queued, ``source`` who found the newest."""
+    """A worker's hold on one change.
+
+    ``claim_no`` is unique, ``first_seen`` is when the oldest edit was queued, ``source`` is who found the newest.
+    """
 
     md_path: str
     kind: str
@@ -101,7 +104,7 @@ TAKE = "UPDATE counter SET value = value + ? WHERE name = ? RETURNING value"
 
 
 def take(tx: Transaction, name: str, count: int) -> int:
-    """Advance a counter by ``count``; the first of the numbers taken."""
+    """Advance a counter by ``count``. Returns the first of the numbers taken."""
     ((last,),) = tx.execute(TAKE, (count, name))
     return cast("int", last) - count + 1
 
@@ -147,13 +150,13 @@ def record(
     force: bool = False,
     settle_milliseconds: int = 0,
 ) -> list[str]:
-    """Queue what differs from what is known; returns the paths queued, in order.
+    """Queue what differs from what is known. Returns the paths queued, in order.
 
-    A repeated fingerprint writes nothing, unless it is racy (a later write of the same size could have left it) and
-    the change is at rest. ``force`` queues whatever its fingerprint. A change that a person named, or whose table was made again,
-    stays of that source until it is applied: all of its rows are to be written. A pending change keeps its place in the line; one
-    marked within the last ``settle_milliseconds`` becomes claimable when they are over, so that a file written without
-    pause is not indexed without pause.
+    A repeated fingerprint writes nothing, unless it is racy (a later write of the same size could have left it) and the
+    change is at rest. ``force`` queues with any fingerprint. A change that a person named, or whose table was made
+    again, keeps that source until it is applied, because all of its rows are to be written. A pending change keeps its
+    place in the line. One that was marked within the last ``settle_milliseconds`` becomes claimable when they are over,
+    so that a file written without pause is not indexed without pause.
     """
     paths = json.dumps([observation.md_path for observation in observations])
     known = {row[0]: row for row in tx.execute(KNOWN, (paths,))}
@@ -196,13 +199,13 @@ UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pend
 WAKE_AFTER_CLOCK = """
 UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND updated > ?
 """
-"""A wait that began in the future: the clock was set back since, and its end may be far away."""
+"""A wait that began in the future. The clock was set back since, and its end may be far away."""
 WAKE_TOO_FAR = """
 UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pending' AND not_before > 0 AND not_before > ?
 """
 """A wait that lasts longer than any can."""
 LONGEST_WAIT_MILLISECONDS = 4_500_000
-"""The longest wait that somebody else can ask for (an hour, by Retry-After), with a quarter of jitter."""
+"""The longest wait that a service can ask for (an hour, by Retry-After), with a quarter of jitter."""
 CLAIM = """
 UPDATE md_change_state SET status = 'processing', claim_no = ?1 + next.nth, claim_lsn = lsn, owner = ?2, updated = ?3
 FROM (
@@ -222,7 +225,7 @@ def claim(
     now_milliseconds: int,
     longest_wait_milliseconds: int = LONGEST_WAIT_MILLISECONDS,
 ) -> list[Claim]:
-    """Hold up to ``limit`` ready changes, oldest first; each is in no other hand until marked.
+    """Claim up to ``limit`` ready changes, oldest first. No other worker has one of them until it is marked.
 
     No change waits longer than ``longest_wait_milliseconds``, counted from now, even if the clock was set back.
     """
@@ -263,9 +266,10 @@ def mark_done(
     digest: bytes | None = None,
     settle_milliseconds: int = 0,
 ) -> None:
-    """The change is applied as read with ``fingerprint`` (None: the file is gone, and its row goes too) and ``digest``.
+    """Mark the change as applied, as read with ``fingerprint`` and ``digest``.
 
-    A change edited meanwhile goes back to pending behind the edits that were applied, and has time to settle.
+    Without a fingerprint the file is gone, and its row goes too. A change edited meanwhile goes back to pending behind
+    the edits that were applied, and has time to settle.
     """
     if fingerprint is None:
         _drain(tx.execute(FORGET, (held.md_path, held.claim_no)))
@@ -307,7 +311,7 @@ def mark_failed(
     failed_for: Mapping[str, str] | None = None,
     now_milliseconds: int,
 ) -> None:
-    """Dead-letter the change, unless it was edited meanwhile: then the edit has its own try.
+    """Dead-letter the change, unless it was edited meanwhile. Then the edit is tried too.
 
     ``failed_for`` maps each setting that is to blame to its value now. See ``requeue_for_settings``.
     """
@@ -337,7 +341,7 @@ def postpone(
     waits_for: WaitsFor = "retry",
     counts_as_retry: bool = True,
 ) -> None:
-    """Back to pending, claimable from ``not_before`` on; nobody sleeps on it."""
+    """Put the change back to pending, claimable from ``not_before`` on. No worker sleeps on it."""
     row = (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds, held.md_path, waits_for)
     _drain(tx.execute(POSTPONE, row))
 
@@ -360,7 +364,7 @@ WHERE status = 'processing' AND owner = ? RETURNING 1
 
 
 def recover(tx: Transaction, dead_owners: Iterable[str]) -> int:
-    """Hand back everything that these owners held; how many changes that was."""
+    """Hand back everything that these owners held. Returns how many changes that was."""
     return sum(len(list(tx.execute(RELEASE, (owner,)))) for owner in dead_owners)
 
 
@@ -379,12 +383,12 @@ WHERE status = 'processing' AND owner = ? AND claim_no IN (SELECT value FROM jso
 
 
 def hand_back(tx: Transaction, owner: str, claim_numbers: Sequence[int]) -> int:
-    """Hand back some claims of an owner, of which it knows nothing any more. Returns how many there were."""
+    """Hand back claims that their owner no longer knows. Returns how many there were."""
     return len(list(tx.execute(HAND_BACK, (owner, json.dumps(list(claim_numbers))))))
 
 
 def owners(tx: Transaction) -> list[str]:
-    """Owners of the claims there are."""
+    """Return the owners of the present claims."""
     return [
         cast("str", row[0])
         for row in tx.execute("SELECT DISTINCT owner FROM md_change_state WHERE status = 'processing'")
@@ -401,13 +405,13 @@ SELECT min(pos) FROM (
 
 
 def newest(tx: Transaction) -> int:
-    """The newest lsn given out."""
+    """Return the newest lsn."""
     ((value,),) = tx.execute("SELECT value FROM counter WHERE name = 'lsn'")
     return cast("int", value)
 
 
 def watermark(tx: Transaction) -> int:
-    """The highest lsn with every change at or below it applied or dead-lettered."""
+    """Return the highest lsn with every change at or below it applied or dead-lettered."""
     ((oldest,),) = tx.execute(WATERMARK)
     return newest(tx) if oldest is None else cast("int", oldest) - 1
 
@@ -419,12 +423,12 @@ WHERE status IN ('pending', 'processing') AND pos <= ? AND NOT (not_before > 0 A
 
 
 def reached(tx: Transaction, lsn: int) -> bool:
-    """Tell whether every change up to ``lsn`` is applied, dead-lettered, or waits for a file that does not answer."""
+    """Return whether every change up to ``lsn`` is applied, dead-lettered, or waits for a file that does not answer."""
     return watermark(tx) >= lsn or not list(tx.execute(UNREACHED, (lsn,)))
 
 
 def rebuilding(tx: Transaction) -> int | None:
-    """The newest lsn of the changes that wait because their table began anew; None where none does."""
+    """Return the newest lsn of the changes that wait because their table was recreated, or None."""
     sql = "SELECT max(lsn) FROM md_change_state WHERE status IN ('pending', 'processing') AND source = 'rebuild'"
     ((lsn,),) = tx.execute(sql)
     return cast("int | None", lsn)
@@ -437,14 +441,14 @@ WHERE status = 'pending' AND not_before > 0 AND pos <= ? AND waits_for = 'root' 
 
 
 def refused(tx: Transaction, lsn: int) -> str | None:
-    """The first change up to ``lsn`` that waits for a person to put the root right, and why; None where none does."""
+    """Return the first change up to ``lsn`` that waits for a person to repair the root, and why, or None."""
     for path, error in tx.execute(WAITS_FOR_ROOT, (lsn,)):
         return f"{path!s}: {error!s}"
     return None
 
 
 def ready(tx: Transaction) -> int:
-    """How many changes could be claimed now."""
+    """Return how many changes could be claimed now."""
     sql = "SELECT count(*) FROM md_change_state WHERE status = 'pending' AND not_before = 0"
     ((count,),) = tx.execute(sql)
     return cast("int", count)
@@ -456,7 +460,10 @@ BEGAN_IN_THE_FUTURE = "SELECT max(updated) FROM md_change_state WHERE status = '
 def next_due(
     tx: Transaction, *, now_milliseconds: int, longest_wait_milliseconds: int = LONGEST_WAIT_MILLISECONDS
 ) -> int | None:
-    """When the first delayed change becomes claimable, or None. It is now if the clock was set back since it was delayed."""
+    """Return when the first delayed change becomes claimable, or None.
+
+    It is now if the clock was set back since the delay.
+    """
     sql = "SELECT min(not_before) FROM md_change_state WHERE status = 'pending' AND not_before > 0"
     ((due,),) = tx.execute(sql)
     ((began,),) = tx.execute(BEGAN_IN_THE_FUTURE)
@@ -479,7 +486,7 @@ RETRYABLE = "SELECT md_path FROM md_change_state WHERE status = 'failed' AND ret
 
 
 def requeue_failed(tx: Transaction, *, now_milliseconds: int) -> list[str]:
-    """Give every failed retryable=TRUE change a fresh lsn and a clean start; their paths."""
+    """Give every failed retryable=TRUE change a new lsn and a clean start. Returns their paths."""
     paths = [cast("str", row[0]) for row in tx.execute(RETRYABLE)]
     _requeue(tx, paths, now_milliseconds)
     return paths
@@ -491,7 +498,7 @@ FAILED_FOR = (
 
 
 def requeue_for_settings(tx: Transaction, values: Mapping[str, str], *, now_milliseconds: int) -> list[str]:
-    """Queue what failed because of a setting that has another value now; their paths.
+    """Queue what failed because of a setting that has another value now. Returns the paths.
 
     ``values`` maps the name of each setting that a change can fail for to its value today.
     """
@@ -522,13 +529,13 @@ def fingerprints(tx: Transaction, paths: Sequence[str]) -> dict[str, Fingerprint
 
 
 def requeue_kind(tx: Transaction, kind: str, *, now_milliseconds: int) -> int:
-    """Queue every known file of a kind again, because its table began a new life."""
+    """Queue every known file of a kind again, because its table is a new incarnation."""
     paths = [cast("str", row[0]) for row in tx.execute(PATHS_OF_KIND, (kind,))]
     return requeue_paths(tx, paths, kind, now_milliseconds=now_milliseconds)
 
 
 def requeue_paths(tx: Transaction, paths: Sequence[str], kind: str, *, now_milliseconds: int) -> int:
-    """Queue these paths again whatever their state; a path without a row counts as a file that went."""
+    """Queue these paths again in any state. A path without a row counts as a file that vanished."""
     known = fingerprints(tx, paths)
     seen = [Observation(path, kind, known.get(path)) for path in paths]
     return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0

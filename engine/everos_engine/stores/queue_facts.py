@@ -1,4 +1,7 @@
-"""Looks at the queue and the ledger for `status`, `explain` and `doctor`: reads only, and of older databases too."""
+"""Look at the queue and the ledger for `status`, `explain` and `doctor`.
+
+It only reads, and reads older databases too.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ FROM md_change_state AS c WHERE md_path = ?
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """All the queue knows of one path; ``ahead`` is how many ready changes stand before it in the line."""
+    """All that the queue knows of one path. ``ahead`` is how many ready changes stand before it in the line."""
 
     kind: str
     lsn: int
@@ -43,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One deletion that the brake holds; ``since`` in milliseconds."""
+    """One deletion that the deletion guard holds. ``since`` is in milliseconds."""
 
     md_path: str
     kind: str
@@ -52,7 +55,7 @@ class Held:
 
 
 def change(tx: Transaction, md_path: str) -> Change | None:
-    """The queue's row of one path, or None."""
+    """Return the queue's row of one path, or None."""
     for row in tx.execute(_waiting(tx, CHANGE), (md_path,)):
         kind, lsn, status, owner, not_before, *four, racy, retries, retryable, error, source, first, updated = row[:16]
         waits_for, failed_for, ahead = row[16:]
@@ -81,7 +84,7 @@ HELD = "SELECT md_path, kind, reason, since FROM held WHERE ?1 IS NULL OR md_pat
 
 
 def held(tx: Transaction, md_path: str | None = None) -> list[Held]:
-    """Deletions the brake holds, all or of one path."""
+    """Return the deletions that the deletion guard holds, all or of one path."""
     if not _has_table(tx, "held"):
         return []
     return [
@@ -90,13 +93,16 @@ def held(tx: Transaction, md_path: str | None = None) -> list[Held]:
 
 
 def held_counts(tx: Transaction) -> list[held_store.Held]:
-    """How many deletions the brake holds, by reason."""
+    """Return how many deletions the deletion guard holds, by reason."""
     return held_store.counts(tx) if _has_table(tx, "held") else []
 
 
 @dataclass(frozen=True, slots=True)
 class Delayed:
-    """Changes that wait for another attempt after a failure: how many, when the first is due, and one of their errors."""
+    """Changes that wait for another attempt after a failure.
+
+    It has how many there are, when the first is due, and one of their errors.
+    """
 
     count: int
     due: int
@@ -111,7 +117,7 @@ WHERE status = 'pending' AND not_before > 0 AND error IS NOT NULL AND coalesce({
 
 
 def delayed(tx: Transaction) -> Delayed | None:
-    """What waits because an attempt failed; None where nothing does. A file that only settles is not among it."""
+    """Return what waits because an attempt failed, or None. A file that only settles is not part of it."""
     ((count, due, retries, error),) = tx.execute(_waiting(tx, DELAYED))
     return Delayed(cast("int", count), cast("int", due), cast("int", retries), cast("str", error)) if count else None
 
@@ -123,12 +129,12 @@ WHERE status = 'pending' AND not_before > 0 AND {waits_for} IS 'file' ORDER BY m
 
 
 def unanswered(tx: Transaction) -> list[tuple[str, str]]:
-    """The changes that wait because their file does not answer, with the message."""
+    """Return the changes that wait because their file does not answer, with the message."""
     return [(str(path), str(error)) for path, error in tx.execute(_waiting(tx, UNANSWERED))]
 
 
 def warnings(tx: Transaction) -> tuple[int, str, str] | None:
-    """How many files are indexed with a warning, the first of them, and what it says; None where none is."""
+    """Return how many files are indexed with a warning, the first of them, and what it says, or None."""
     if not _has_table(tx, "warning"):
         return None
     rows = list(tx.execute("SELECT count(*) OVER (), md_path, first FROM warning ORDER BY md_path LIMIT 1"))
@@ -136,7 +142,7 @@ def warnings(tx: Transaction) -> tuple[int, str, str] | None:
 
 
 def files_per_kind(tx: Transaction) -> dict[str, dict[str, int]]:
-    """Kind -> status -> number of changes."""
+    """Return kind -> status -> number of changes."""
     found: dict[str, dict[str, int]] = {}
     for kind, status, count in tx.execute("SELECT kind, status, count(*) FROM md_change_state GROUP BY kind, status"):
         found.setdefault(cast("str", kind), {})[cast("str", status)] = cast("int", count)
@@ -144,7 +150,7 @@ def files_per_kind(tx: Transaction) -> dict[str, dict[str, int]]:
 
 
 def paths(tx: Transaction) -> list[str]:
-    """Every path the queue knows."""
+    """Return every path the queue knows."""
     return [cast("str", row[0]) for row in tx.execute("SELECT md_path FROM md_change_state ORDER BY md_path")]
 
 
@@ -160,24 +166,24 @@ STATISTIC_NAMES = (
 
 
 def statistics(tx: Transaction) -> list[dict[str, object]]:
-    """One mapping per change, numbers and states alone beside its path: no error text."""
+    """Return one mapping per change, with numbers and states next to its path and without error texts."""
     return [dict(zip(STATISTIC_NAMES, row, strict=True)) for row in tx.execute(_waiting(tx, STATISTICS))]
 
 
 def quick_check(tx: Transaction) -> list[str]:
-    """What SQLite finds wrong with the file; nothing where it is sound."""
+    """Return what SQLite finds wrong with the file, or nothing if it is sound."""
     return [str(row[0]) for row in tx.execute("PRAGMA quick_check(10)") if row[0] != "ok"]
 
 
 def unknown_entries(tx: Transaction, md_path: str) -> int:
-    """Entries of a path whose commit to the index is under way or was cut off."""
+    """Return the entries of a path whose commit to the index is under way or was cut off."""
     sql = "SELECT count(*) FROM ledger WHERE md_path = ? AND content_hash = x''"
     ((count,),) = tx.execute(sql, (md_path,))
     return cast("int", count)
 
 
 def claimed_by(tx: Transaction, owners: Iterable[str]) -> int:
-    """How many changes these owners hold."""
+    """Return how many changes these owners hold."""
     sql = """SELECT count(*) FROM md_change_state
         WHERE status = 'processing' AND owner IN (SELECT value FROM json_each(?))"""
     ((count,),) = tx.execute(sql, (json.dumps(list(owners)),))

@@ -1,4 +1,4 @@
-"""The queue in numbers, and where its changes stand: what ``status``, ``fix`` and ``sync`` tell."""
+"""The queue in numbers, and where its changes stand, for ``status``, ``fix`` and ``sync``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where one path stands; a path the queue does not know (any more) has ``status`` None.
+    """Where one path stands. ``status`` is None for a path that the queue does not know (any more).
 
     ``held`` is why the deletion of its file is held, if it is.
     """
@@ -58,7 +58,7 @@ FROM md_change_state
 
 
 def counts(tx: Transaction) -> Counts:
-    """The whole queue in numbers, of one moment."""
+    """Return the whole queue in numbers, of one moment."""
     ((pending, processing, done, retryable, permanent, delayed, oldest),) = cast(
         "Iterable[tuple[int, int, int, int, int, int, int | None]]", tx.execute(COUNTS)
     )
@@ -82,7 +82,7 @@ OUTCOME = "SELECT md_path, status, retryable, retry_count, error, lsn, updated, 
 
 
 def outcomes(tx: Transaction, paths: Sequence[str]) -> list[Outcome]:
-    """Where each of ``paths`` stands, in their order."""
+    """Return where each of ``paths`` stands, in their order."""
     sql = f"{OUTCOME} WHERE md_path IN (SELECT value FROM json_each(?))"
     found = {outcome.md_path: outcome for outcome in map(_outcome, tx.execute(sql, (json.dumps(list(paths)),)))}
     return [found.get(path) or Outcome(path, None) for path in paths]
@@ -95,19 +95,19 @@ def standing(tx: Transaction, paths: Sequence[str]) -> list[Outcome]:
 
 
 def failed(tx: Transaction, *, retryable: bool | None = None) -> list[Outcome]:
-    """Every dead-lettered change, or those of one sort, oldest first."""
+    """Return every dead-lettered change, or those of one sort, oldest first."""
     sql = f"{OUTCOME} WHERE status = 'failed' AND (?1 IS NULL OR retryable = ?1) ORDER BY retryable DESC, lsn"
     return [_outcome(row) for row in tx.execute(sql, (None if retryable is None else int(retryable),))]
 
 
 def unanswered(tx: Transaction) -> list[Outcome]:
-    """Every change that waits for its file to answer, in order of path."""
+    """Return every change that waits for its file to answer, in order of path."""
     sql = f"{OUTCOME} WHERE status = 'pending' AND not_before > 0 AND waits_for = 'file' ORDER BY md_path"
     return [_outcome(row) for row in tx.execute(sql)]
 
 
 def troubled(tx: Transaction) -> list[Outcome]:
-    """Every change that did not come through: the dead-lettered, and those whose file does not answer."""
+    """Return every change that did not come through: the dead-lettered, and those whose file does not answer."""
     return failed(tx) + unanswered(tx)
 
 

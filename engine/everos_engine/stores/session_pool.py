@@ -1,4 +1,4 @@
-"""Generations of the index's Session: a new one takes over at once, the old one goes with its last reader."""
+"""A pool of the index's Sessions. A new one takes over immediately, the old one closes with its last reader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class PooledSession:
-    """A Session, its connection and the tables opened on it; whoever uses one counts as its reader."""
+    """A Session, its connection and the tables opened on it. Each task that uses one counts as its reader."""
 
     number: int
     session: Any = None
@@ -26,7 +26,7 @@ class PooledSession:
     opening: trio.Lock = field(default_factory=trio.Lock)
 
     def close(self) -> None:
-        """Let go of the tables, the connection and the Session; its caches go, and what they pinned."""
+        """Let go of the tables, the connection and the Session. Its caches and what they pinned are freed."""
         for table in self.tables.values():
             table.close()
         self.tables.clear()
@@ -36,7 +36,7 @@ class PooledSession:
 
 
 class SessionPool:
-    """The current generation, and those that still have readers. For tasks of one Trio run only."""
+    """The current Session, and those that still have readers. For tasks of one Trio run only."""
 
     def __init__(self) -> None:
         self.current = PooledSession(0)
@@ -44,12 +44,12 @@ class SessionPool:
 
     @property
     def open(self) -> int:
-        """How many generations hold their Session: 1, and one for each that waits for its last reader."""
+        """Return how many Sessions are open: 1, plus one for each that waits for its last reader."""
         return 1 + len(self._retired)
 
     @contextmanager
     def using(self) -> Iterator[PooledSession]:
-        """The current generation, kept open for the length of the block."""
+        """Yield the current Session, kept open for the length of the block."""
         session = self.current
         session.readers += 1
         try:
@@ -59,7 +59,7 @@ class SessionPool:
             self._let_go(session)
 
     def rotate(self) -> int:
-        """Begin a new generation; its number. The old one closes now, or when its last reader is done."""
+        """Open a new Session. Returns its number. The old one closes now, or when its last reader is done."""
         old, self.current = self.current, PooledSession(self.current.number + 1)
         old.retired = True
         self._retired.add(old)
@@ -67,7 +67,7 @@ class SessionPool:
         return self.current.number
 
     def close(self) -> None:
-        """Close all of them, whoever reads."""
+        """Close all of them, also those that are being read."""
         for session in (self.current, *self._retired):
             session.close()
         self._retired.clear()

@@ -1,4 +1,4 @@
-"""Looks at the tables on disk for `doctor` and `explain`, beside whatever engine there is. Changes nothing."""
+"""Look at the tables on disk for `doctor` and `explain`, with or without a running engine. Changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """One table as it is on disk; ``error`` if it cannot be opened, read and searched, ``drift`` if its columns are not ours."""
+    """One table as it is on disk.
+
+    ``error`` is set if it cannot be opened, read and searched, ``drift`` if its columns are not ours.
+    """
 
     kind: str
     error: str = ""
@@ -31,7 +34,7 @@ class Examination:
 
 
 async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Examination]:
-    """Look at every table there is, on a connection of its own and on the asyncio loop at hand."""
+    """Look at every table there is, on a separate connection and on the current asyncio loop."""
     present = [kind for kind in kinds if (directory / f"{kind}.lance").is_dir()]
     if not present:
         return []
@@ -40,7 +43,7 @@ async def examine(directory: Path, kinds: Mapping[str, TableKind]) -> list[Exami
 
 
 async def count_of(directory: Path, kind: str, md_path: str) -> int:
-    """Rows of one path in the table itself, counted as ``examine`` looks; 0 where there is no table."""
+    """Return the rows of one path in the table itself, counted as ``examine`` looks. It is 0 if there is no table."""
     if not (directory / f"{kind}.lance").is_dir():
         return 0
     async with lance.looking(directory) as connection:
@@ -52,7 +55,7 @@ async def count_of(directory: Path, kind: str, md_path: str) -> int:
 
 
 async def _examined(connection: AsyncConnection, directory: Path, kind: TableKind) -> Examination:
-    """Look at one table; one that is ours is read whole, and searched once for each of its indexes."""
+    """Look at one table. One that is ours is read whole, and searched once for each of its indexes."""
     try:
         with lance.sorted_troubles():
             table = await connection.open_table(kind.name)

@@ -1,13 +1,13 @@
-"""Recognises the versions of a table on disk: which one is the newest, and whether it holds the rows that we left.
+"""Recognise the versions of a table on disk: which one is the newest, and whether it holds the rows that we left.
 
-Each commit to a LanceDB table writes one manifest, a file that is never changed again. Its content names the transaction that
-made it by a random UUID, so the digest of its content is the identity of a version. Two tables that went different ways from one
-backup have versions of the same numbers, and never of the same digests.
+Each commit to a LanceDB table writes one manifest, a file that is never changed again. Its content names the
+transaction that made it by a random UUID, so the digest of its content is the identity of a version. Two tables that
+went different ways from one backup have versions of the same numbers, and never of the same digests.
 
-The order of a commit is: SQLite notes the touched keys as unknown, LanceDB commits, SQLite notes the new version with its digest.
-A crash between the last two leaves a newer version that we do not recognise, although it is ours. It is then treated like anyone
-else's: all keys and content hashes are compared with the ledger, and the unknown ones are written again. The comparison reads
-three columns once, and embeds nothing.
+The order of a commit is: SQLite records the touched keys as unknown, LanceDB commits, SQLite records the new version
+with its digest. A crash between the last two leaves a newer version that we do not recognise, although it is ours. It
+is then treated like a foreign one: all keys and content hashes are compared with the ledger, and the unknown ones are
+written again. The comparison reads three columns once, and embeds nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _LENGTH_DELIMITED = 2
 
 
 class Version(NamedTuple):
-    """A version of a table: its number, and the digest of its manifest, empty if nobody noted it."""
+    """A version of a table: its number, and the digest of its manifest, empty if it was not recorded."""
 
     number: int
     digest: bytes
 
 
 def newest(table: Path) -> Version | None:
-    """Return the newest version of the table in this folder, None if it has none."""
+    """Return the newest version of the table in this folder, or None if it has none."""
     try:
         names = os.listdir(table / "_versions")
     except (FileNotFoundError, NotADirectoryError):
@@ -44,16 +44,18 @@ def newest(table: Path) -> Version | None:
 
 
 def read(table: Path, number: int) -> Version | None:
-    """Return the version of this number, None if its manifest is not there."""
+    """Return the version of this number, or None if its manifest is not there."""
     content = _manifest(table, number)
     return None if content is None else _version(number, content)
 
 
 def follow(table: Path, left: Version, *, own: int = 0) -> Version | None:
-    """Return the newest version on disk that holds the same rows as ``left``; ``own`` may change them, since it is our commit.
+    """Return the newest version on disk with the same rows as ``left``.
 
-    Compactions and index builds change no row, whoever makes them. Returns None if ``left`` is not on disk as we left it, or if
-    another version after it may have changed rows.
+    ``own`` may change them, since it is our commit.
+
+    Compactions and index builds change no row, from any program. Returns None if ``left`` is not on disk as we left it,
+    or if another version after it may have changed rows.
     """
     content = _manifest(table, left.number)
     if content is None or _version(left.number, content) != left:
@@ -73,7 +75,7 @@ def advance(table: Path, left: Version, *, own: int = 0) -> Version | None:
 
 
 def stamps(table: Path) -> dict[str, int]:
-    """Return a stamp of each file that the table's rows and indexes are in; it changes if the file does."""
+    """Return a stamp of each file that the table's rows and indexes are in. It changes if the file does."""
     found = {}
     for part in ("data", "_deletions", "_indices"):
         for directory, _, names in os.walk(table / part):
@@ -102,7 +104,7 @@ def _manifest(table: Path, number: int) -> bytes | None:
 
 
 def _number(name: str) -> int | None:
-    """Return the number of the version whose manifest has this name, None for another file."""
+    """Return the number of the version whose manifest has this name, or None for another file."""
     stem, _, suffix = name.partition(".")
     if suffix != "manifest" or not stem.isdecimal():
         return None
@@ -111,7 +113,7 @@ def _number(name: str) -> int | None:
 
 
 def _operation(table: Path, manifest: bytes) -> int:
-    """Return the field number of the operation that made a version, 0 if it cannot be read.
+    """Return the field number of the operation that made a version, or 0 if it cannot be read.
 
     A transaction's file holds `read_version` (1), `uuid` (2) and the operation, in this order.
     """
