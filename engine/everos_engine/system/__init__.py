@@ -1,1 +1,1 @@
-"""What the operating system gives us: files, locks, wake-ups, threads."""
+"""What the operating system offers: files, locks, wake-ups, threads, limits."""

@@ -16,7 +16,7 @@ import trio
 from everos_engine.errors import EngineError, Transient, UnknownOutcome
 
 CANCEL_GRACE_SECONDS = 5.0
-"""How long a call that was told to stop is waited for."""
+"""How long a cancelled call is waited for."""
 STOP_GRACE_SECONDS = 10.0
 """How long the thread may take to end once the last caller is gone."""
 
@@ -25,9 +25,10 @@ Ts = TypeVarTuple("Ts")
 
 
 def run_once(work: Callable[[], Coroutine[object, object, T]]) -> T:
-    """Run a coroutine on a loop of its own, for a command that has no other.
+    """Run a coroutine on a new asyncio loop, for a command that has no other.
 
-    Raises OSError if no descriptors are left for a loop, before one is half made: that one would print warnings at its end.
+    Raises OSError before a loop is half made if no descriptors are left for it. A half-made loop would print warnings
+    at its end.
     """
     one, other = socket.socketpair()
     with one, other, selectors.DefaultSelector():
@@ -36,7 +37,7 @@ def run_once(work: Callable[[], Coroutine[object, object, T]]) -> T:
 
 
 class AsyncioThreadDied(EngineError):
-    """The asyncio loop ended while it was needed; what was opened on it is lost with it, and must be opened again."""
+    """The asyncio loop ended while it was needed. What was opened on it is lost and must be opened again."""
 
 
 @asynccontextmanager
@@ -57,7 +58,7 @@ async def open_asyncio_thread() -> AsyncIterator[AsyncioThread]:
 
 
 class AsyncioThread:
-    """Calls of coroutine functions on the asyncio loop, from tasks of the Trio run that opened it."""
+    """Call coroutine functions on the asyncio loop, from tasks of the Trio run that opened it."""
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
@@ -77,9 +78,9 @@ class AsyncioThread:
         self._running: set[_Call[object]] = set()
 
     async def read(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float) -> T:
-        """What ``await function(*args)`` gives on the asyncio loop; cancelling the caller cancels it there.
+        """Return the result of ``await function(*args)`` on the asyncio loop. Cancelling the caller cancels it there.
 
-        Raises what the function raises, and Transient where it is not done within ``deadline_seconds``.
+        Raises what the function raises, and Transient if it is not done within ``deadline_seconds``.
         """
         call = _Call(lambda: function(*args))
         await self._finish(call, deadline_seconds=deadline_seconds, shield=False)
@@ -89,10 +90,10 @@ class AsyncioThread:
         return call.outcome.unwrap()
 
     async def write(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float) -> T:
-        """As `read`, but shielded: a cancelled caller waits for the end, and gets the result.
+        """Do as `read`, but shielded: a cancelled caller waits for the end, and gets the result.
 
-        A caller cancelled before the call starts nothing. Raises UnknownOutcome where the function is not done
-        within ``deadline_seconds``; it is then cancelled and waited for, at most CANCEL_GRACE_SECONDS.
+        A caller cancelled before the call starts nothing. Raises UnknownOutcome if the function is not done
+        within ``deadline_seconds``. It is then cancelled and waited for, at most CANCEL_GRACE_SECONDS.
         """
         call = _Call(lambda: function(*args))
         in_time = await self._finish(call, deadline_seconds=deadline_seconds, shield=True)
@@ -107,11 +108,11 @@ class AsyncioThread:
 
     @property
     def calls(self) -> int:
-        """How many callers wait at this moment."""
+        """Return how many callers wait at this moment."""
         return len(self._waited_for)
 
     async def start(self, *, on_death: Callable[[], object]) -> None:
-        """Start the thread; ``on_death`` is called in the Trio thread if the loop dies."""
+        """Start the thread. ``on_death`` is called in the Trio thread if the loop dies."""
         self._on_death = on_death
         self._thread.start()
         with trio.CancelScope(shield=True):
@@ -144,7 +145,10 @@ class AsyncioThread:
 
     @trio.lowlevel.enable_ki_protection
     async def _finish(self, call: _Call[T], *, deadline_seconds: float, shield: bool) -> bool:
-        """Run the call to its end; True if that came by itself. Whatever happens, nothing of it runs on afterwards."""
+        """Run the call to its end.
+
+        Returns whether it ended without being cancelled. Nothing of it runs on afterwards.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
         self._submit(call)
         try:
@@ -253,7 +257,7 @@ class _Outcome(Generic[T]):
 
 
 class _Call(Generic[T]):
-    """One call on its way: made and ended in the Trio thread, run in the asyncio thread."""
+    """One call on its way. The Trio thread makes and ends it, and the asyncio thread runs it."""
 
     __slots__ = ("context", "ended", "function", "outcome", "task")
 
@@ -265,7 +269,7 @@ class _Call(Generic[T]):
         self.outcome: _Outcome[T] | None = None
 
     async def run(self) -> _Outcome[T]:
-        """The function's end as a value: a SystemExit must reach the caller, not kill the loop."""
+        """Return the function's end as a value. A SystemExit must reach the caller and not kill the loop."""
         try:
             return _Outcome(await self.function())
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's task
@@ -276,7 +280,7 @@ class _Call(Generic[T]):
             self.task.cancel()
 
     def result_of_task(self) -> _Outcome[T] | None:
-        """How the task ended, or None if it has not."""
+        """Return how the task ended, or None if it has not."""
         if self.task is None or not self.task.done():
             return None
         if self.task.cancelled():
@@ -284,7 +288,7 @@ class _Call(Generic[T]):
         return self.task.result()
 
     def end(self, outcome: _Outcome[T]) -> None:
-        """Wake the caller; the first outcome counts."""
+        """Wake the caller. The first outcome counts."""
         if not self.ended.is_set():
             self.outcome = outcome
             self.ended.set()

@@ -1,4 +1,4 @@
-"""The arithmetic of file descriptors and of resident memory: what the settings may cost, and whether that fits."""
+"""The arithmetic of file descriptors and resident memory: what the settings may cost, and whether that fits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from everos_engine.system.slope import Slope
 
 BASE_DESCRIPTORS = 48
-"""Most that the engine holds besides pinned indexes, with two reads of the index at once; a test runs it under
-`ulimit -n 64`, searched by hundreds at once, and asserts this bound."""
+"""The maximum that the engine holds apart from pinned indexes, with two parallel reads of the index. A test runs it
+under `ulimit -n 64` with hundreds of parallel searches, and asserts this bound."""
 BASE_READS = 2
 READ_DESCRIPTORS = 8
-"""Files that each further read at once may have open, amply: two accesses at once, to each of several files of an index and of the data."""
+"""The files that each further parallel read may have open, generously: two accesses for each of several index and
+data files."""
 LEAST_LIMIT = 64
 """Below this the engine's own descriptors exceed its hard budget, and no work would ever begin."""
 HEADROOM = 2
@@ -24,36 +25,38 @@ HEADROOM = 2
 MIB = 1 << 20
 LEAST_SLOPE = 1.0
 LEAST_CAP_BYTES = MIB
-"""The guard lowers no cap further: a smaller one finds nothing in it."""
+"""The guard lowers no cap further. A smaller cache is useless."""
 MOST_AUTO_BYTES = 64 * MIB
 """Beyond this the measured latency no longer falls."""
 OTHERS_DESCRIPTORS = 12
-"""What a process of its own holds before the engine opens anything: input, output, errors and Trio's. They are in
+"""What a separate process holds before the engine opens anything: input, output, errors and Trio's. They are part of
 ``BASE_DESCRIPTORS``."""
 ROOM_DESCRIPTORS = 4
-"""Between the soft and the hard budget, and between the hard budget and the limit, at the least."""
+"""The minimum between the soft and the hard budget, and between the hard budget and the limit."""
 
 BASE_BYTES = 140 * MIB
-"""What a process holds once the engine is imported, for an estimate without one; a running engine measures its own."""
+"""What a process holds once the engine is imported, for an estimate without one. A running engine measures its own."""
 RUNTIME_BYTES = 96 * MIB
-"""What the first work adds for good: LanceDB's threads and code, SQLite's caches, Python's heap. Measured: 83 to 90 MiB."""
+"""What the first work adds permanently: LanceDB's threads and code, SQLite's caches, Python's heap. Measured: 83 to
+90 MiB."""
 MODEL_BYTES = {"local": 176 * MIB, "http": 16 * MIB, "none": 0}
 """The embedder. Measured for the local model: 150 MiB once it is loaded, 21 MiB more while it works."""
 SESSION_FACTOR = 1.25
-"""Times its budget the Session's caches may hold: what a look once a second and a pause between two rotations let pass."""
+"""The Session's caches may hold this many times their budget: a look once a second and a pause between rotations
+allow it."""
 SESSION_LEAST_BYTES = 16 * MIB
 WORK_BYTES = 64 * MIB
 """What is in hand at one moment: changes, searches, a compaction."""
 ROW_BYTES = 2048
-"""For each row, besides its vector: what a search, a compaction or one huge file may hold of a whole table."""
+"""For each row, in addition to its vector: what a search, a compaction or one huge file may hold of a whole table."""
 VECTOR_VALUE_BYTES = 4
 SOFT_MEMORY_SHARE = 0.9
-"""Share of the ceiling of resident memory above which the guard acts."""
+"""The share of the ceiling of resident memory above which the guard acts."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryCeiling:
-    """The most memory that an engine may hold resident, in bytes, as the sum of its parts; see docs/descriptors.md."""
+    """The most memory that an engine may hold resident, in bytes, as the sum of its parts. See docs/descriptors.md."""
 
     base: int
     runtime: int
@@ -63,12 +66,12 @@ class MemoryCeiling:
 
     @property
     def ceiling_bytes(self) -> int:
-        """The sum."""
+        """Return the sum."""
         return self.base + self.runtime + self.model + self.session + self.work
 
     @property
     def soft_bytes(self) -> int:
-        """Above this the guard rotates, trims and slows down."""
+        """Return the bytes above which the guard rotates, trims and slows down."""
         return int(SOFT_MEMORY_SHARE * self.ceiling_bytes)
 
 
@@ -88,7 +91,7 @@ def memory_ceiling(
 def budgets_of(settings: Settings, *, limit: int, others: int = OTHERS_DESCRIPTORS) -> tuple[int, int]:
     """Return the soft and the hard budget of descriptors.
 
-    Both lie above what is open anyway: the engine's own at their most, and the ``others`` that were open before it.
+    Both lie above what is open anyway: the engine's own maximum, and the ``others`` that were open before it.
     """
     lancedb = settings.lancedb
     held = ceiling_of(settings, cap_bytes=0, pinned=False, limit=limit) + max(0, others - OTHERS_DESCRIPTORS)
@@ -97,9 +100,11 @@ def budgets_of(settings: Settings, *, limit: int, others: int = OTHERS_DESCRIPTO
 
 
 def cap_of(settings: LanceDBSettings, *, limit: int, learned: Slope | None = None) -> int:
-    """The cap in bytes; `auto` is the largest whose ceiling fits ``HEADROOM`` times under ``limit``, at most 64 MiB.
+    """Return the cap in bytes.
 
-    ``learned`` is what an earlier run counted; the setting ``descriptors_per_mebibyte`` is only the first guess.
+    `auto` is the largest whose ceiling fits ``HEADROOM`` times under ``limit``, at most 64 MiB.
+
+    ``learned`` is what an earlier run counted. The setting ``descriptors_per_mebibyte`` is only the first guess.
 
     Raises SettingsError, with the arithmetic, for a cap that pins more descriptors than the limit has room for.
     """
@@ -114,9 +119,10 @@ def cap_of(settings: LanceDBSettings, *, limit: int, learned: Slope | None = Non
 
 
 def fitting_cap(settings: LanceDBSettings, slope: Slope, *, cap_bytes: int, room: int) -> int:
-    """Return the cap, lowered as far as ``room`` descriptors for indexes make necessary by the slope that was counted.
+    """Return the cap, lowered if its indexes would not fit into ``room`` descriptors.
 
-    A Session is rotated at its budget, so it never holds more than that of a larger cap.
+    The slope that was counted decides. A Session is rotated at its budget, so it never holds more than that of a larger
+    cap.
     """
     full = min(cap_bytes, settings.session_most_bytes)
     if slope.high * full / MIB <= room:
@@ -125,7 +131,7 @@ def fitting_cap(settings: LanceDBSettings, slope: Slope, *, cap_bytes: int, room
 
 
 def check_limit(limit: int) -> None:
-    """Raises SettingsError for a limit too low for the engine's own descriptors."""
+    """Raise SettingsError for a limit too low for the engine's own descriptors."""
     if limit < LEAST_LIMIT:
         message = (
             f"RLIMIT_NOFILE is {limit}, and the engine itself needs up to {BASE_DESCRIPTORS} file descriptors: raise "
@@ -135,17 +141,23 @@ def check_limit(limit: int) -> None:
 
 
 def reads_of(settings: LanceDBSettings, *, limit: int) -> int:
-    """How many reads of the index may run at once: ``concurrent_reads``, or as many as a low ``limit`` has room for beside a writer."""
+    """Return how many reads of the index may run in parallel.
+
+    It is ``concurrent_reads``, or as many as a low ``limit`` has room for next to a writer.
+    """
     return max(1, min(settings.concurrent_reads, (limit - BASE_DESCRIPTORS) // READ_DESCRIPTORS - 1))
 
 
 def own_of(settings: LanceDBSettings, *, limit: int) -> int:
-    """The most descriptors the engine holds besides pinned indexes."""
+    """Return the most descriptors that the engine holds apart from pinned indexes."""
     return BASE_DESCRIPTORS + READ_DESCRIPTORS * max(0, reads_of(settings, limit=limit) - BASE_READS)
 
 
 def ceiling_of(settings: Settings, *, cap_bytes: int, pinned: bool, limit: int) -> int:
-    """The most descriptors the engine may hold: its own, connections to a service, and what the cap pins where indexes are pinned."""
+    """Return the most descriptors that the engine may hold.
+
+    They are its own, connections to a service, and what the cap pins if indexes are pinned.
+    """
     lancedb, embedder = settings.lancedb, settings.embedder
     pins = round(cap_bytes / MIB * lancedb.descriptors_per_mebibyte) if pinned else 0
     connections = most_connections(embedder.concurrency) if embedder.kind == "http" else 0
@@ -153,7 +165,10 @@ def ceiling_of(settings: Settings, *, cap_bytes: int, pinned: bool, limit: int) 
 
 
 def most_connections(concurrency: int) -> int:
-    """Connections to an embedding service: the bound of the client's pool, which ``embed/http.py`` opens."""
+    """Return the most connections to an embedding service.
+
+    It is the bound of the client's pool, which ``embed/http.py`` opens.
+    """
     return 2 * concurrency + 2
 
 

@@ -1,7 +1,9 @@
-"""The control socket: one JSON line asked, one answered, closed. Asking needs the standard library alone.
+"""The control socket: one JSON line as the question, one as the answer, then closed.
 
-Questions about the engine are answered from memory at once; slow ones, such as a search, have places of their own, so that
-they never stand before the others.
+A client needs only the standard library.
+
+Questions about the engine are answered from memory immediately. Slow ones, such as a search, have separate places, so
+that they never delay the quick ones.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ _FLEETING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECON
 def ask(
     path: Path, question: str, details: Mapping[str, object] | None = None, *, deadline_seconds: float = 1.0
 ) -> dict[str, object] | None:
-    """The answer of the engine that listens at ``path``; None where nobody does, where it went away, or the question is too long.
+    """Return the answer of the engine that listens at ``path``.
 
-    Raises TimeoutError where the engine is there but does not answer within the deadline: it is stopped or stuck.
+    None if no engine listens there, if it went away, or if the question is too long. Raises TimeoutError if the engine
+    does not answer within the deadline, because it is stopped or stuck.
     """
     end = time.monotonic() + deadline_seconds
     line = json.dumps({**(details or {}), "ask": question}).encode() + b"\n"
@@ -71,13 +74,13 @@ async def serve_control(
     slow: Mapping[str, Slow] | None = None,
     spare: Callable[[], AbstractContextManager[object]] | None = None,
 ) -> None:
-    """Answer questions at ``path`` until cancelled; a stale socket there is replaced.
+    """Answer questions at ``path`` until cancelled. A stale socket there is replaced.
 
-    An unexpected error of one question is logged, and answered to who asked it.
+    An unexpected error of one question is logged, and answered to the client that asked.
 
-    ``slow`` questions get all that was asked; MOST_SLOW_TALKS of them run at once, and whoever asks more is told "busy".
-    ``spare`` frees one descriptor for the length of its block: with it a process at its limit still answers.
-    Sleeps where the file system takes no sockets. A silent or rude client is dropped, and harms nobody.
+    ``slow`` questions get all that was asked. MOST_SLOW_TALKS of them run in parallel, and further ones get "busy" as
+    the answer. ``spare`` frees one descriptor for the length of its block, so that a process at its limit still
+    answers. Sleeps if the file system takes no sockets. A silent or rude client is dropped, and harms no other client.
     """
     import trio  # noqa: PLC0415 - who only asks needs none
 
@@ -107,7 +110,7 @@ async def serve_control(
 
 @contextmanager
 def short_address(path: Path) -> Iterator[str]:
-    """An address for ``path`` that fits; long ones go through a descriptor of their directory on Linux."""
+    """Return an address for ``path`` that fits. A long one goes through a descriptor of its directory on Linux."""
     full = os.fspath(path)
     if len(os.fsencode(full)) <= MOST_PATH_BYTES:
         yield full
@@ -122,7 +125,10 @@ def short_address(path: Path) -> Iterator[str]:
 async def _accept(
     listener: trio.socket.SocketType, spare: Callable[[], AbstractContextManager[object]] | None
 ) -> trio.SocketStream:
-    """The next client. At the descriptor limit the spare one is used; without, the client waits and nothing spins."""
+    """Return the next client.
+
+    At the descriptor limit the spare descriptor is used. Without one, the client waits and nothing spins.
+    """
     import trio  # noqa: PLC0415 - who only asks needs none
 
     while True:
@@ -170,7 +176,7 @@ async def _talk(
 
 
 async def _worked(name: str, work: Slow, asked: Mapping[str, object], places: trio.Semaphore) -> bytes:
-    """The line that answers a slow question. Whatever goes wrong with one question is the answer to it alone."""
+    """Return the line that answers a slow question. Any error of one question is the answer to it alone."""
     import trio  # noqa: PLC0415 - who only asks needs none
 
     from everos_engine.system.unit import unit  # noqa: PLC0415 - nor this
@@ -195,7 +201,7 @@ def _line(error: str | None, told: Mapping[str, object] | None = None) -> bytes:
 
 
 async def _question(stream: trio.SocketStream) -> Mapping[str, object]:
-    """What is asked, with "" for what is no question; nothing at all where the line never ends."""
+    """Return the question, "" for anything that is not a question, and None if the line never ends."""
     line = b""
     while not line.endswith(b"\n"):
         part = await stream.receive_some(MOST_QUESTION_BYTES)
@@ -211,7 +217,7 @@ async def _question(stream: trio.SocketStream) -> Mapping[str, object]:
 
 
 def _talk_once(path: Path, line: bytes, *, end: float) -> bytes | None:
-    """The line that was answered; None where the talk was cut off before."""
+    """Return the line that was answered, or None if the talk was cut off before."""
     answer = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         _connect(sock, path, end=end)

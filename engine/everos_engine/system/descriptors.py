@@ -1,4 +1,4 @@
-"""Descriptors of this process: counted without opening one, told apart by class, limited, and one kept to spare."""
+"""Descriptors of this process: count them without opening one, classify them, limit them, and keep a spare one."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ OWN = "/proc/self/fd"
 CLASSES = ("lance_index", "lance_data", "deleted", "sqlite", "sockets", "pipes", "watch", "other")
 _SQLITE_ENDS = (".db", ".db-wal", ".db-shm", ".db-journal")
 MOST_LIMIT = 1 << 20
-"""An unlimited hard limit is taken as this much; macOS refuses more than it has anyway."""
+"""An unlimited hard limit is taken as this. macOS refuses more anyway."""
 VERIFY_TRIES = 5
 MOST_GAP = 1024
-"""So many numbers without a descriptor end the search: some may have been closed since they were counted."""
+"""This many numbers without a descriptor end the search, since some may have been closed after they were counted."""
 
 
 def limits() -> tuple[int, int]:
-    """RLIMIT_NOFILE, (soft, hard); unlimited counts as ``MOST_LIMIT``."""
+    """Return RLIMIT_NOFILE as (soft, hard). Unlimited counts as ``MOST_LIMIT``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _finite(soft), _finite(hard)
 
 
 def raise_soft_limit() -> tuple[int, int]:
-    """Raise the soft limit to the hard one; (before, after). Where the system refuses, it stays."""
+    """Raise the soft limit to the hard one. Returns (before, after). If the system refuses, it stays."""
     before, hard = limits()
     if hard > before:
         with suppress(ValueError, OSError):
@@ -41,7 +41,7 @@ def raise_soft_limit() -> tuple[int, int]:
 
 
 def none_left(*, wanted: int = 1) -> bool:
-    """Whether so many descriptors could not be opened now: the process or the system is at its limit."""
+    """Return whether so many descriptors could not be opened now, because the process or the system is at its limit."""
     opened: list[int] = []
     try:
         for _ in range(wanted):
@@ -57,9 +57,9 @@ def none_left(*, wanted: int = 1) -> bool:
 
 
 def counter() -> tuple[Callable[[], int], str]:
-    """How descriptors are counted here, and the name of that way: by ``stat``, a ``listing``, or ``psutil``.
+    """Return how descriptors are counted here, and the name of that way: ``stat``, ``listing``, or ``psutil``.
 
-    ``stat`` costs no descriptor and 4 us, but older kernels answer 0: it is taken where it agrees with a listing.
+    ``stat`` costs no descriptor and 4 us, but older kernels answer 0. It is used if it agrees with a listing.
     """
     for _ in range(VERIFY_TRIES):  # another thread may open one in between
         try:
@@ -81,9 +81,10 @@ def counter() -> tuple[Callable[[], int], str]:
 
 
 def classify(count: int, *, lancedb: Path, engine: Path) -> dict[str, int]:
-    """How many of ``count`` descriptors are of each class of ``CLASSES``; opens none where the system has /proc.
+    """Return how many of ``count`` descriptors are of each class of ``CLASSES``. Opens none if the system has /proc.
 
-    ``lance_index`` and ``lance_data`` lie below ``lancedb``, ``sqlite`` below ``engine``; ``deleted`` are LanceDB's too, unlinked.
+    ``lance_index`` and ``lance_data`` lie below ``lancedb``, ``sqlite`` below ``engine``. ``deleted`` are LanceDB's
+    too, unlinked.
     """
     found = dict.fromkeys(CLASSES, 0)
     below, ours = os.fspath(lancedb) + os.sep, os.fspath(engine) + os.sep
@@ -94,17 +95,17 @@ def classify(count: int, *, lancedb: Path, engine: Path) -> dict[str, int]:
 
 @dataclass(slots=True)
 class Reserve:
-    """One descriptor kept to spare, so that a process at its limit can still answer and act."""
+    """A spare descriptor, so that a process at its limit can still answer and act."""
 
     _handle: int = field(default=-1)
 
     @property
     def held(self) -> bool:
-        """Whether it is there to lend."""
+        """Return whether it is there to lend."""
         return self._handle >= 0
 
     def take(self) -> bool:
-        """Open it unless it is open; whether it is open now."""
+        """Open it unless it is open. Returns whether it is open now."""
         if self._handle < 0:
             try:
                 self._handle = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -121,7 +122,10 @@ class Reserve:
 
     @contextmanager
     def borrow(self) -> Iterator[bool]:
-        """One descriptor is free in this block, if nobody else is faster; taken back after it, then or later."""
+        """Free one descriptor in this block, unless another task takes it first.
+
+        It is taken back after the block, or later.
+        """
         had = self.held
         self.release()
         try:
@@ -132,14 +136,17 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of this process: resident bytes and threads."""
+    """Resident bytes and threads of this process."""
 
     rss_bytes: int
     threads: int
 
 
 def memory() -> Memory | None:
-    """Resident bytes and threads; None where the system does not tell, or has no descriptor left to tell with."""
+    """Return resident bytes and threads.
+
+    None if the system does not report them, or has no descriptor left to do so.
+    """
     try:
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rsplit(b")", 1)[1].split()
@@ -149,7 +156,7 @@ def memory() -> Memory | None:
 
 
 def tree_size(directory: Path) -> tuple[int, int, int] | None:
-    """(files, directories, bytes) below a directory; None where it cannot be walked now."""
+    """Return (files, directories, bytes) below a directory, or None if it cannot be walked now."""
     files = directories = size = 0
     stack = [os.fspath(directory)]
     while stack:
@@ -178,7 +185,7 @@ def _by_listing() -> int:
 
 
 def _at_limit_too(count: Callable[[], int]) -> Callable[[], int]:
-    """A listing needs a descriptor: where there is none left, all are in use."""
+    """Return the count of a listing. It needs a descriptor, so if none is left, all are in use."""
 
     def counted() -> int:
         try:
@@ -192,7 +199,10 @@ def _at_limit_too(count: Callable[[], int]) -> Callable[[], int]:
 
 
 def _targets(count: int) -> Iterator[str]:
-    """What each open descriptor is, in order of its number; the lowest free number is always given out first."""
+    """Yield what each open descriptor is, in order of its number.
+
+    The system always gives out the lowest free number first.
+    """
     if sys.platform != "linux":
         return
     left, gap = count, 0

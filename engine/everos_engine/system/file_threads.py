@@ -1,7 +1,8 @@
-"""Calls of the file system that may never return, each with a deadline: a hung server, a file that is only in the cloud.
+"""Make calls of the file system that may never return, each with a deadline.
 
-Many calls share a thread. One that is slow keeps the thread it is on, and the others go on in a new one. A thread that
-hangs cannot be ended: it is left behind, their number is bounded, and nobody waits for it, not even the end of the process.
+A server may hang, and a file may be only in the cloud. Many calls share a thread. A slow call keeps its thread, and the
+others go on in a new one. A thread that hangs cannot be ended. It is left behind, the number of such threads is
+bounded, and even the end of the process does not wait for them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from everos_engine.system import descriptors
 T = TypeVar("T")
 R = TypeVar("R")
 SLOW_SECONDS = 0.5
-"""From then on the calls after a slow one no longer wait for it."""
+"""After this time the calls that follow a slow one no longer wait for it."""
 LATE_MOST = 64
-"""Threads that may be left behind; with so many, no other call is begun until one returns."""
+"""Threads that may be left behind. With so many, no other call is begun until one returns."""
 LATE_LEAST, LATE_SHARE = 4, 16
-"""Each may hold a descriptor: they are no more than a sixteenth of those that may be open, and no fewer than four."""
+"""Each may hold a descriptor. They are at most a sixteenth of those that may be open, and at least four."""
 
 
 class NoAnswer(Transient):
@@ -53,7 +54,7 @@ class Call(Generic[T, R]):
     result: R | None = None
     error: BaseException | None = None
     begin: Callable[[], Awaitable[R]] | None = None
-    """Makes the call, if it has to wait for an earlier one of the same that is under way."""
+    """Make the call, if it has to wait for an earlier one of the same that is under way."""
 
     def get(self) -> R:
         """Return the result of a call that is over, or raise what it raised."""
@@ -69,7 +70,7 @@ class Call(Generic[T, R]):
         return self.get()
 
     async def until_over(self) -> None:
-        """Wait for the end of a call that is under way, whatever came of it. Raises NoAnswer at the deadline."""
+        """Wait for the end of a call that is under way, with any result. Raises NoAnswer at the deadline."""
         with trio.move_on_after(max(0.0, self.began_seconds + self.deadline_seconds - time.monotonic())):
             if not self.is_over:
                 await self.over.wait()
@@ -78,7 +79,7 @@ class Call(Generic[T, R]):
 
     @property
     def is_overdue(self) -> bool:
-        """Whether the deadline of a call that is under way has passed."""
+        """Return whether the deadline of a call that is under way has passed."""
         return time.monotonic() >= self.began_seconds + self.deadline_seconds
 
 
@@ -92,7 +93,7 @@ class Calls(Generic[T, R]):
 
 
 class FileThreads:
-    """Makes calls of the file system in threads, and remembers the ones that did not return."""
+    """Make calls of the file system in threads, and remember the ones that did not return."""
 
     slow_seconds: ClassVar[float] = SLOW_SECONDS
 
@@ -161,7 +162,7 @@ class FileThreads:
         """Make one call for each item, until all are over or late, or one gives ``enough``.
 
         ``what`` and the name say what is called. While an earlier call of the same has not returned, another one is not
-        begun: it is late, and begins when the earlier one returns, or ends with NoAnswer when that one's deadline has
+        begun. It is late, and begins when the earlier one returns, or ends with NoAnswer when that one's deadline has
         passed. ``work`` may go on in its thread after this returns, so it must change nothing.
         """
         refused: list[Call[T, R]] = []
@@ -221,7 +222,7 @@ class FileThreads:
         call.is_over = True
 
     async def _room(self) -> bool:
-        """Wait until another thread may be begun; False if the deadline comes first."""
+        """Wait until another thread may be begun. Returns False if the deadline comes first."""
         with trio.move_on_after(self.deadline_seconds):
             while len(self._late) >= self.late_most:
                 await self.returned.wait_transition()
@@ -262,7 +263,7 @@ class _Row(Generic[T, R]):
             raise Transient(message, counts_as_retry=False) from error
 
     def leave_behind(self, *, after_seconds: float) -> Call[T, R] | None:
-        """Take the call under way from its row if it has taken so long; the thread is then its alone."""
+        """Take the call under way from its row if it has taken so long. The thread is then its alone."""
         with self._lock:
             call = self._now
             if call is None or time.monotonic() - call.began_seconds < after_seconds:
@@ -315,7 +316,7 @@ def open_threads(*, deadline_seconds: float) -> FileThreads:
 
 
 def no_answer(name: str, seconds: float) -> NoAnswer:
-    """The error of a call that has not returned."""
+    """Return the error of a call that has not returned."""
     message = f"{name!r} has not answered for {seconds:g} s: a network or cloud file system may hang"
     return NoAnswer(message, retry_after_seconds=seconds)
 
@@ -342,7 +343,7 @@ def call_within(work: Callable[[], R], *, name: str, seconds: float) -> R:
 
 
 def visit_within(stack: list[str], visit: Callable[[str], Sequence[str]], *, seconds: float) -> list[str]:
-    """Visit what is on a stack and what the visits add to it, outside an event loop; return what did not answer.
+    """Visit what is on a stack and what the visits add to it, outside an event loop. Returns what did not answer.
 
     A visit that takes longer than ``seconds`` is left behind, and the others go on.
     """

@@ -1,4 +1,4 @@
-"""The tree on disk: keys, fingerprints, one sweep, and reading one change so that it is never torn."""
+"""The tree on disk: keys, fingerprints, one full scan, and consistent reads of a change."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ SKILL = "agent_skill"
 READ_TRIES = 3
 RACY_NS = 50_000_000
 COARSE_RACY_NS = 2_000_000_000
-"""File systems that keep whole seconds (FAT: two) need a wider margin; most others tick every 1 to 10 ms."""
+"""File systems that keep whole seconds (FAT: two) need a wider margin. Most others tick every 1 to 10 ms."""
 _ESCAPED = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 _LOOKS_ESCAPED = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
 FUTURE_NS = 86_400_000_000_000
-"""A time further ahead of ours than a day is no clock that differs from ours: somebody set it, and a write ends it."""
+"""A time further ahead of ours than a day does not come from a clock that differs. A person set it, and a write ends
+it."""
 _INT64_MAX = (1 << 63) - 1
 """The largest whole number that SQLite keeps."""
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""What says nothing of the directory, but of this process or machine."""
+"""Errors that say nothing about the directory, but about this process or machine."""
 
 
 class Fingerprint(NamedTuple):
@@ -52,11 +53,11 @@ class PlaceLike(Protocol):
 
     @property
     def md_path(self) -> str:
-        """The change's key."""
+        """Return the change's key."""
 
     @property
     def kind(self) -> str:
-        """Its kind."""
+        """Return its kind."""
 
 
 P = TypeVar("P", bound=PlaceLike)
@@ -67,14 +68,15 @@ class Vanished(Exception):  # noqa: N818 - no error: the file is simply gone
 
 
 class ScanAborted(Transient):
-    """Part of the tree could not be read: what was not seen must not look deleted."""
+    """Part of the tree could not be read. What was not seen must not look deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Walk(Generic[P]):
-    """What a sweep saw: key -> (place, fingerprint), the blind by key with the reason, and how many directories there are.
+    """What a full scan saw.
 
-    Blind are directories that cannot be read, and files that cannot be asked for: a link into a forbidden directory.
+    It has key -> (place, fingerprint), the blind by key with the reason, and how many directories there are. Blind are
+    directories that cannot be read, and files that cannot be asked for, such as a link into a forbidden directory.
     """
 
     found: Mapping[str, tuple[P, Fingerprint]]
@@ -92,7 +94,7 @@ class Reading:
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that stand for the content of all its files."""
+        """Return 16 bytes that stand for the content of all its files."""
         digest = hashlib.blake2b(digest_size=16)
         for key, content in sorted(self.sources.items()):
             digest.update(f"{len(key.encode('utf-8', 'surrogatepass'))}:{len(content)}:".encode())
@@ -102,10 +104,10 @@ class Reading:
 
 
 def key_of(root: Path, path: str) -> str | None:
-    r"""The key of an absolute path: relative to ``root``, with ``/``; None outside.
+    r"""Return the key of an absolute path: relative to ``root``, with ``/``. None for a path outside.
 
     Bytes of a name that are not UTF-8 are escaped as ``\xNN``, and a backslash that looks like such an escape as
-    ``\x5c``: two files never share a key.
+    ``\x5c``, so that two files never share a key.
     """
     base = os.fspath(root)
     full = os.path.normpath(path)
@@ -117,22 +119,24 @@ def key_of(root: Path, path: str) -> str | None:
 
 
 def path_of(root: Path, key: str) -> str:
-    """The path a key names: the inverse of ``key_of``."""
+    """Return the path that a key names. This is the inverse of ``key_of``."""
     return os.path.join(root, _ESCAPED.sub(_unescaped, key) if "\\x" in key else key)
 
 
 def locate(root: Path, asked: str) -> str:
-    """The absolute path a person means: from the root, or from the working directory where only that has such a file.
+    """Return the absolute path that a person means.
 
-    Where neither is there, as after a deletion, it is the one from the root, unless only the other's directory is there
-    and within the root. A name may be given in another Unicode form than the file's (é as one character or as two). No path holds a NUL byte: one in ``asked`` is escaped, and no such file is found.
+    It is looked up from the root, or from the working directory if only that has such a file. If neither is there, as
+    after a deletion, it is the one from the root, unless only the other's directory is there and within the root. A
+    name may be given in another Unicode form than the file's (é as one character or as two). No path holds a NUL byte.
+    One in ``asked`` is escaped, and no such file is found.
     """
     meant = _meant(root, asked.replace("\0", "\\x00"))
     return meant if os.path.lexists(meant) else in_other_form(meant) or meant
 
 
 def in_other_form(path: str) -> str | None:
-    """Return the path of the one file whose name is the same text in another Unicode form; None if there is none."""
+    """Return the path of the one file whose name is the same text in another Unicode form, or None."""
     if path.isascii():
         return None
     parent, name = os.path.split(path)
@@ -161,7 +165,7 @@ def _meant(root: Path, asked: str) -> str:
 def linked_directory(root: Path, path: str) -> str | None:
     """Return the first directory between the root and a path below it that is a link, or None.
 
-    Links to directories are not followed: what lies behind one is not part of the tree.
+    Links to directories are not followed. What lies behind one is not part of the tree.
     """
     at = os.fspath(root).rstrip(os.sep)
     for part in os.path.dirname(path)[len(at) + 1 :].split(os.sep):
@@ -172,14 +176,14 @@ def linked_directory(root: Path, path: str) -> str | None:
 
 
 def without_links(root: Path, path: str) -> str:
-    """Return a path below the root by its real directories: an event may name a file by a link to its directory."""
+    """Return a path below the root by its real directories. An event may name a file by a link to its directory."""
     if linked_directory(root, path) is None:
         return path
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _was_here(root: Path, here: str, below: str) -> bool:
-    """Whether of two paths that are not there only ``here`` has a directory, within the root."""
+    """Return whether of two missing paths only ``here`` has a directory, within the root."""
     if key_of(root, here) is None:
         return False
     return os.path.isdir(os.path.dirname(here)) and not os.path.isdir(os.path.dirname(below))
@@ -195,7 +199,7 @@ def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None 
 
     Links to directories are not followed, links to files are. A directory below the root that cannot be read is
     *blind*: nothing is known of what it holds. So is a file of which only its name can be had.
-    Raises SweepAborted where the root cannot be read, or nothing can.
+    Raises ScanAborted if the root cannot be read, or nothing can.
     """
     walker = Walker(root, recognise, below=below)
     stack = [below or os.fspath(root)]
@@ -206,7 +210,10 @@ def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None 
 
 @dataclass(frozen=True, slots=True)
 class Visit(Generic[P]):
-    """What one directory holds: directories, (key, place, fingerprint) of files, and (key, place, reason) of blind ones."""
+    """What one directory holds.
+
+    It has the directories, (key, place, fingerprint) of files, and (key, place, reason) of blind ones.
+    """
 
     directory: str
     directories: Sequence[str]
@@ -216,7 +223,7 @@ class Visit(Generic[P]):
 
 
 class Walker(Generic[P]):
-    """A walk in steps: ``visit`` may run in any thread, ``add`` and ``lose`` take what came of it."""
+    """A walk in steps. ``visit`` may run in any thread, ``add`` and ``lose`` take its results."""
 
     def __init__(self, root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> None:
         self._recognise, self._below = recognise, below
@@ -230,7 +237,7 @@ class Walker(Generic[P]):
         self._directories = 0
 
     def visit(self, directory: str) -> Visit[P]:
-        """Look at one directory, and keep nothing of it."""
+        """Look at one directory, and keep no result."""
         directories: list[str] = []
         found: list[tuple[str, P, Fingerprint]] = []
         blind: list[tuple[str, P, str]] = []
@@ -261,7 +268,7 @@ class Walker(Generic[P]):
         return Visit(directory, directories, found, blind, None)
 
     def add(self, seen: Visit[P]) -> Sequence[str]:
-        """Take what a visit saw, and return the directories to go on with. Raises SweepAborted."""
+        """Take what a visit saw, and return the directories to go on with. Raises ScanAborted."""
         self._directories += 1
         error = seen.error
         if error is not None:
@@ -280,7 +287,7 @@ class Walker(Generic[P]):
         return seen.directories
 
     def lose(self, directory: str, reason: str) -> None:
-        """Note a directory of which nothing can be known. Raises SweepAborted where that is the root."""
+        """Record a directory of which nothing can be known. Raises ScanAborted if it is the root."""
         if directory in self._tops:
             raise self._aborted(directory, reason)
         self._blind[_escape(directory[self._base :])] = reason
@@ -314,12 +321,12 @@ def is_readonly(path: str | os.PathLike[str]) -> bool:
 
 
 def directories_below(directory: str) -> int:
-    """How many directories there are at and below one; those that cannot be read count without what they hold."""
+    """Return how many directories there are at and below one. Unreadable ones count without what they hold."""
     return sum(1 for _ in os.walk(directory))
 
 
 def directories_in(directory: str) -> list[tuple[str, tuple[int, int]]]:
-    """Return the directories in one, also behind links, with (device, inode); none of one that cannot be read."""
+    """Return the directories in one, also behind links, with (device, inode). An unreadable one has none."""
     found = []
     with suppress(OSError), os.scandir(directory) as items:
         for item in items:
@@ -331,7 +338,7 @@ def directories_in(directory: str) -> list[tuple[str, tuple[int, int]]]:
 
 
 def fingerprint(root: Path, place: PlaceLike) -> Fingerprint | None:
-    """What the disk says of one change now; None where its file is gone. Raises Transient where it cannot be asked."""
+    """Return the fingerprint of one change now, or None if its file is gone. Raises Transient if it cannot be asked."""
     try:
         members = {key: print_ for key, print_ in _members(root, place) if print_ is not None}
     except OSError as error:
@@ -343,9 +350,9 @@ def fingerprint(root: Path, place: PlaceLike) -> Fingerprint | None:
 
 
 def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
-    """The bytes of one change as they were at one moment.
+    """Return the bytes of one change as they were at one moment.
 
-    Raises Vanished; BadFile where only a human can help (too large, no permission); Transient for the world's troubles.
+    Raises Vanished, BadFile if only a person can help (too large, no permission), and Transient for other troubles.
     """
     for _ in range(READ_TRIES):
         observed_ns = time.time_ns()
@@ -367,13 +374,13 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
 
 
 def is_out_of_reach(error: Transient) -> bool:
-    """Whether a look failed because of what lies on the way to the file: no permission, a failing disk."""
+    """Return whether a look failed because of what lies on the way to the file: no permission, a failing disk."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno not in _GONE | _OURS
 
 
 def _sort(place: PlaceLike, error: OSError) -> None:
-    """Return where another look is worth it; raise what the error means else."""
+    """Return if another look is worth it. Otherwise raise what the error means."""
     if error.errno in _GONE:
         return
     if error.errno in {errno.EACCES, errno.EPERM}:
@@ -386,7 +393,10 @@ def _sort(place: PlaceLike, error: OSError) -> None:
 
 
 def _members(root: Path, place: PlaceLike) -> Iterator[tuple[str, Fingerprint | None]]:
-    """List the files of one change by key: the one named, and a skill's references. None lies behind a linked directory."""
+    """List the files of one change by key: the one named, and a skill's references.
+
+    None lies behind a linked directory.
+    """
     path = path_of(root, place.md_path)
     linked = linked_directory(root, path) is not None
     yield place.md_path, None if linked else _stat(path)
@@ -410,7 +420,7 @@ def _members(root: Path, place: PlaceLike) -> Iterator[tuple[str, Fingerprint | 
 
 
 def _stat(path: str) -> Fingerprint | None:
-    """The fingerprint of a regular file, through links; None for anything else."""
+    """Return the fingerprint of a regular file, through links, or None for anything else."""
     try:
         found = os.stat(path)
     except OSError as error:
@@ -423,7 +433,10 @@ def _stat(path: str) -> Fingerprint | None:
 
 
 def fingerprint_of(found: os.stat_result) -> Fingerprint:
-    """Return what SQLite can keep of a stat: times, size and inode of 64 bits with a sign, whatever the file system says."""
+    """Return the part of a stat that SQLite can keep.
+
+    It has times, size and inode, as 64 bits with a sign, on any file system.
+    """
     mtime_ns, size, ctime_ns = map(_clamped, (found.st_mtime_ns, found.st_size, found.st_ctime_ns))
     return Fingerprint(mtime_ns, size, found.st_ino & _INT64_MAX, ctime_ns)
 
@@ -433,7 +446,7 @@ def _clamped(value: int) -> int:
 
 
 def _fold(members: Mapping[str, Fingerprint]) -> Fingerprint:
-    """One fingerprint for all files of a change: any edit, addition or removal moves it."""
+    """Return one fingerprint for all files of a change. Any edit, addition or removal changes it."""
     if len(members) == 1:
         return next(iter(members.values()))
     digest = hashlib.blake2b(
@@ -448,9 +461,10 @@ def _fold(members: Mapping[str, Fingerprint]) -> Fingerprint:
 
 
 def is_racy(found: Fingerprint, observed_ns: int) -> bool:
-    """Tell whether a later write could leave the same fingerprint: git's rule, a last change not clearly older than the look.
+    """Return whether a later write could leave the same fingerprint.
 
-    A time far in the future says nothing: the next write takes it back to the present.
+    This is git's rule: the last change is not clearly older than the look. A time far in the future says nothing,
+    because the next write sets it back to the present.
     """
     margin = COARSE_RACY_NS if found.mtime_ns % 1_000_000_000 == 0 and found.ctime_ns % 1_000_000_000 == 0 else RACY_NS
     near = [moment for moment in (found.mtime_ns, found.ctime_ns) if moment <= observed_ns + FUTURE_NS]

@@ -1,4 +1,4 @@
-"""A file that lines are appended to, whatever happens to its disk or its path meanwhile."""
+"""A file that lines are appended to, through any trouble with its disk or its path."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 @dataclass(slots=True)
 class HistoryFile:
-    """Lines appended to ``path``. It is opened with the first line, and again after each failure."""
+    """Append lines to ``path``. It is opened with the first line, and again after each failure."""
 
     path: Path
     _handle: int | None = None
     _is_torn: bool = False
 
     def append(self, line: str) -> str | None:
-        """Append a line; return why that failed, or None. Nothing is raised, and nothing waits."""
+        """Append a line. Returns why that failed, or None. Nothing is raised, and nothing waits."""
         try:
             if self._handle is None:
                 # without a wait: opening a pipe that nobody reads would hold up the whole engine
@@ -32,7 +32,7 @@ class HistoryFile:
         return "only a part of a line could be written" if self._is_torn else None
 
     def close(self) -> None:
-        """Close the file; the next line opens it again."""
+        """Close the file. The next line opens it again."""
         handle, self._handle = self._handle, None
         if handle is not None:
             with suppress(OSError):

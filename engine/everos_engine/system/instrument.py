@@ -1,4 +1,4 @@
-"""Names any task step that holds up the event loop."""
+"""Name any task step that blocks the event loop."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from everos_engine.system.repeats import Repeats
 
 BLOCKED_SECONDS = 0.1
 LONG_SECONDS = 1.0
-"""A block that a person should see; shorter ones are for those who read the log."""
+"""A block that a person should see. Shorter ones are for readers of the log."""
 SAY_EVERY_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
 class LoopBlocks(trio.abc.Instrument):
-    """Counts task steps of more than ``BLOCKED_SECONDS``, and logs each task's at most once a minute, with their count.
+    """Count task steps of more than ``BLOCKED_SECONDS``, and log each task's at most once a minute, with their count.
 
     A task is named by its loop, and by its function if that is another one: ``work/_prepare``.
     """
@@ -50,9 +50,11 @@ class LoopBlocks(trio.abc.Instrument):
 
 
 def name_of(task: trio.lowlevel.Task) -> str:
-    """The name of the loop that a task belongs to, and of its own function; the task's own name outside of every loop.
+    """Return the name of the loop that a task belongs to, and of its function.
 
-    The supervisor's tasks have the loops' names, which have no dots; all others have those of their functions.
+    Outside of every loop it is the task's name.
+
+    The supervisor's tasks have the loops' names, which have no dots. All other tasks have those of their functions.
     """
     parent = task
     while "." in parent.name:

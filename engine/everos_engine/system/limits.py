@@ -1,6 +1,6 @@
-"""What the system allows us: file descriptors, inotify watches, memory, and what the mount of a path can do.
+"""What the system allows: file descriptors, inotify watches, memory, and what the mount of a path can do.
 
-The parsers are pure, over the text the kernel shows; the doors beside them read it.
+The parsers are pure, over the text that the kernel shows. The doors next to them read it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Inotify:
-    """The kernel's bounds per user, and what this user's visible processes hold of them; None where it cannot be told.
+    """The kernel's bounds per user, and what this user's visible processes hold of them. None if it cannot be read.
 
     The names are the sysctls that bound: ``user.*`` of a user namespace, ``fs.inotify.*`` of the system.
     """
@@ -49,7 +49,7 @@ class Inotify:
 
 
 def parse_mounts(text: str) -> list[Mount]:
-    """The lines of ``/proc/self/mountinfo``, in order; a line that cannot be read is left out."""
+    """Return the lines of ``/proc/self/mountinfo``, in order. An unreadable line is left out."""
     found = []
     for line in text.splitlines():
         left, separator, right = line.partition(" - ")
@@ -62,7 +62,7 @@ def parse_mounts(text: str) -> list[Mount]:
 
 
 def mount_below(path: str, mounts: Iterable[Mount]) -> Mount:
-    """The mount an absolute, resolved path lies on; of two mounts on one point, the later hides the earlier."""
+    """Return the mount of an absolute, resolved path. Of two mounts on one point, the later hides the earlier."""
     best = Mount("/", "unknown")
     for mount in mounts:
         base = mount.point.rstrip("/")
@@ -72,12 +72,12 @@ def mount_below(path: str, mounts: Iterable[Mount]) -> Mount:
 
 
 def mounts_inside(path: str, mounts: Iterable[Mount]) -> list[Mount]:
-    """Mounts strictly below a directory: parts of the tree that live elsewhere."""
+    """Return the mounts strictly below a directory: parts of the tree that are on another file system."""
     return [mount for mount in mounts if mount.point.startswith(path.rstrip("/") + "/")]
 
 
 def mounts() -> list[Mount]:
-    """All mounts this process sees; none where the system does not tell."""
+    """Return all mounts that this process sees, or none if the system does not report them."""
     try:
         text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -86,17 +86,20 @@ def mounts() -> list[Mount]:
 
 
 def mount_of(path: str | os.PathLike[str]) -> Mount:
-    """The mount a path lies on, links resolved; of type ``unknown`` where the system does not tell."""
+    """Return the mount of a path, links resolved. Its type is ``unknown`` if the system does not report it."""
     return mount_below(os.path.realpath(path), mounts())
 
 
 def delivers_events(mount: Mount) -> bool:
-    """Whether file events tell of the changes on this mount: not on network shares, host folders and FUSE."""
+    """Return whether file events report the changes on this mount.
+
+    They do not on network shares, host folders and FUSE.
+    """
     return not (mount.type in _NETWORK | _HOST or mount.type.partition(".")[0] in {"fuse", "fuseblk"})
 
 
 def silence(mount: Mount) -> str | None:
-    """Which changes on this mount raise no event, in words; None where all of them do."""
+    """Return in words which changes on this mount raise no event, or None if all of them do."""
     if mount.type in _NETWORK:
         return f"a network share ({mount.type}): changes made on other machines raise no events"
     if mount.type in _HOST:
@@ -109,7 +112,7 @@ def silence(mount: Mount) -> str | None:
 
 
 def inotify(*, usage: bool = False) -> Inotify:
-    """The bounds that hold here, of this user namespace and the system; ``usage`` also counts what is held."""
+    """Return the bounds of this user namespace and the system. ``usage`` also counts what is held."""
     (watches, watches_name), (instances, instances_name) = (
         _least(f"fs.inotify.max_user_{name}", f"user.max_inotify_{name}") for name in ("watches", "instances")
     )
@@ -118,19 +121,19 @@ def inotify(*, usage: bool = False) -> Inotify:
 
 
 def own_watches() -> int | None:
-    """How many inotify watches this process holds; None where the system does not tell."""
+    """Return how many inotify watches this process holds, or None if the system does not report it."""
     handles = _listed("/proc/self/fd")
     return _held_of("self", handles)[0] if handles else None
 
 
 def descriptors() -> tuple[int, int]:
-    """(soft, hard) limit of open file descriptors; -1 is unlimited."""
+    """Return the (soft, hard) limit of open file descriptors. -1 is unlimited."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return tuple(UNLIMITED if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))  # type: ignore[return-value]  # two in, two out
 
 
 def parse_meminfo(text: str) -> dict[str, int]:
-    """``/proc/meminfo`` as bytes by name."""
+    """Return ``/proc/meminfo`` as bytes by name."""
     found = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")
@@ -141,7 +144,7 @@ def parse_meminfo(text: str) -> dict[str, int]:
 
 
 def memory_available() -> int | None:
-    """Bytes that may still be used, by the system and by the control group we are in; None where nobody tells."""
+    """Return the bytes that may still be used, by the system and by our control group, or None if that is unknown."""
     bounds = []
     with suppress(OSError):
         bounds.append(parse_meminfo(Path("/proc/meminfo").read_text(encoding="utf-8")).get("MemAvailable"))
@@ -157,7 +160,7 @@ def memory_available() -> int | None:
 
 
 def _inotify_held() -> tuple[int, int]:
-    """(watches, instances) held by those processes of this user that we may look at."""
+    """Return (watches, instances) held by those processes of this user that we may look at."""
     watches = instances = 0
     for process in _listed("/proc"):
         if not process.isdigit() or _owner(f"/proc/{process}") != os.getuid():
@@ -168,7 +171,7 @@ def _inotify_held() -> tuple[int, int]:
 
 
 def _held_of(process: str, handles: Iterable[str]) -> tuple[int, int]:
-    """(watches, instances) among the open descriptors of one process."""
+    """Return (watches, instances) among the open descriptors of one process."""
     watches = instances = 0
     for handle in handles:
         with suppress(OSError):
@@ -194,14 +197,14 @@ def _listed(path: str) -> list[str]:
 
 
 def _least(*sysctls: str) -> tuple[int | None, str]:
-    """The smallest of these bounds and its name; of equals the first."""
+    """Return the smallest of these bounds and its name. Of equals it is the first."""
     told = [(_number("/proc/sys/" + name.replace(".", "/")), name) for name in sysctls]
     known = [(number, name) for number, name in told if number is not None]
     return min(known, key=lambda one: one[0]) if known else (None, "")
 
 
 def _statistic(path: str, name: str) -> int:
-    """One number of a file of ``name number`` lines; 0 where it is not told."""
+    """Return one number of a file of ``name number`` lines, or 0 if it is not there."""
     with suppress(OSError, ValueError):
         for line in Path(path).read_text(encoding="ascii").splitlines():
             word, _, value = line.partition(" ")
@@ -211,7 +214,7 @@ def _statistic(path: str, name: str) -> int:
 
 
 def _number(path: str) -> int | None:
-    """The whole number a file of the kernel holds; None for ``max`` and for no file."""
+    """Return the whole number that a file of the kernel holds, or None for ``max`` and for no file."""
     try:
         text = Path(path).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -220,5 +223,5 @@ def _number(path: str) -> int | None:
 
 
 def _unescape(text: str) -> str:
-    r"""``\040`` and its like, as the kernel writes spaces, tabs, newlines and backslashes."""
+    r"""Replace ``\040`` and similar, as the kernel writes spaces, tabs, newlines and backslashes."""
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)

@@ -1,4 +1,7 @@
-"""Locks between processes: one engine a root, and one file per owner of claims that tells whether it lives."""
+"""Locks between processes.
+
+There is one engine lock for each root, and one file per owner of claims that shows whether the owner is alive.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,25 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.05
 NAMELESS_SECONDS = 2.0
-"""How long a lock is waited for whose holder has not said who it is: it took it a moment ago, or only asks."""
+"""How long to wait for a lock whose holder has not written its pid. It took the lock a moment ago, or only asks who
+holds it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds an engine's lock: its pid, 0 if that cannot be read, and whether it is a command that ends by itself."""
+    """Who holds an engine's lock.
+
+    It has the pid, 0 if that cannot be read, and whether the holder is a command that ends by itself.
+    """
 
     pid: int
     ends_by_itself: bool = False
 
 
 class EngineLock:
-    """Held by the one engine of a root; the kernel lets go of it when the process dies.
+    """Held by the one engine of a root. The kernel releases it when the process dies.
 
-    ``ends_by_itself`` says to others that its holder is a command, and that waiting for it is worth while.
+    ``ends_by_itself`` says to other processes that its holder is a command, and that it is worth waiting for.
     """
 
     def __init__(self, path: Path, *, ends_by_itself: bool = False) -> None:
@@ -65,9 +72,9 @@ class EngineLock:
         os.close(self._handle)
 
     async def take(self, *, wait_seconds: float) -> None:
-        """Take it; wait at most so long for a command that holds it, which is logged. Raises AlreadyRunning.
+        """Take it. Waits at most so long for a command that holds it, which is logged. Raises AlreadyRunning.
 
-        Whoever only asks who holds it does so for a moment, and without a pid: that is waited for too.
+        A process that only asks who holds it has it for a moment, without a pid. That is waited for too.
         """
         import trio  # noqa: PLC0415 - `status` needs no event loop, and answers in half the time without
 
@@ -96,7 +103,7 @@ class EngineLock:
 
 
 class OwnerLock:
-    """Held for as long as an owner of claims lives."""
+    """Held while an owner of claims is alive."""
 
     def __init__(self, directory: Path, owner: str) -> None:
         self._path = directory / f"{owner}.lock"
@@ -110,14 +117,14 @@ class OwnerLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove it, then let go."""
+        """Remove it, then release it."""
         with suppress(FileNotFoundError):
             self._path.unlink()
         os.close(self._handle)
 
 
 def running_pid(path: Path) -> int | None:
-    """The pid of the engine that holds the lock file, 0 if it cannot be read; None where nobody holds it."""
+    """Return the pid of the engine that holds the lock file, 0 if it cannot be read, or None if it is not held."""
     found = holder(path)
     return None if found is None else found.pid
 
@@ -135,7 +142,7 @@ def holder(path: Path) -> Holder | None:
 
 
 def _opened(path: Path) -> int:
-    """For writing, which locks on network mounts need; else for reading, which is enough to ask on others."""
+    """Open for writing, which locks on network mounts need, or else for reading, which is enough to ask."""
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -145,7 +152,7 @@ def _opened(path: Path) -> int:
 
 
 def dead_owners(directory: Path, owners: Iterable[str]) -> set[str]:
-    """Those whose lock is gone or can be taken; their files are removed."""
+    """Return the owners whose lock is gone or can be taken. Their files are removed."""
     dead = set()
     for owner in owners:
         path = directory / f"{owner}.lock"
@@ -165,7 +172,7 @@ def dead_owners(directory: Path, owners: Iterable[str]) -> set[str]:
 
 
 def is_dead(directory: Path, owner: str) -> bool:
-    """Whether an owner's lock is gone or can be taken; unlike ``dead_owners`` it leaves everything as it is."""
+    """Return whether an owner's lock is gone or can be taken. Unlike ``dead_owners`` it leaves everything as it is."""
     try:
         handle = os.open(directory / f"{owner}.lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Has memory go back to the system, so that what a long-lived process holds is what it uses."""
+"""Return memory to the system, so that a long-lived process holds no more than it uses."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ TUNABLES = {
     "glibc.malloc.mmap_threshold": str(32 << 10),
     "glibc.malloc.trim_threshold": str(64 << 10),
 }
-"""One heap for all threads, not eight for each core with holes of its own; no thread keeps freed blocks for itself (0.2 MiB
-each, which no trim returns); larger blocks are mapped one by one, and unmapped when freed; the heap's free end goes back.
-Names and units are those of the GNU C Library manual, "Memory Allocation Tunables"."""
+"""One heap for all threads, not eight for each core with separate holes. No thread keeps freed blocks for itself
+(0.2 MiB each, which no trim returns). Larger blocks are mapped one by one, and unmapped when freed. The heap's free
+end is returned. Names and units are those of the GNU C Library manual, "Memory Allocation Tunables"."""
 
 PR_SET_THP_DISABLE = 41
 """Of prctl(2), from linux/prctl.h."""
 
 
 def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """The environment in which a process gives memory back; None where it is that already, or libc is not glibc.
+    """Return the environment in which a process returns memory. None if it is that already, or libc is not glibc.
 
-    What a user has set of the tunables stands.
+    The tunables that a user has set stay.
     """
     if not _is_glibc():
         return None
@@ -36,10 +36,10 @@ def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def begin_again(environment: Mapping[str, str]) -> None:
-    """Begin this program once more in the same process, tuned: glibc reads its tunables before a program begins, and never again.
+    """Start this program again in the same process, tuned. glibc reads its tunables only before a program begins.
 
-    Returns where that is not needed. For a process of one's own, before anything else is done in it: nothing is closed or
-    flushed, and descriptors stay open as after any exec. Its pages are small from here on.
+    Returns if that is not needed. It is for a separate process, before anything else is done in it. Nothing is closed
+    or flushed, and descriptors stay open as after any exec. Its pages are small from here on.
     """
     small_pages()
     again = tuned(environment)
@@ -48,16 +48,16 @@ def begin_again(environment: Mapping[str, str]) -> None:
 
 
 def small_pages() -> bool:
-    """Have no page of this process be a huge one: each holds 2 MiB for the first byte asked of it, and takes holes back.
+    """Use no huge pages in this process. A huge page holds 2 MiB for the first byte asked of it, and takes holes back.
 
-    False where the kernel is not Linux, or has none. An exec keeps it.
+    Returns False if the kernel is not Linux, or has none. An exec keeps it.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     return prctl is not None and prctl(PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0))) == 0
 
 
 def trim() -> bool:
-    """Return the free pages inside glibc's heap to the system: 6 ms for 50 MiB; False where libc is not glibc."""
+    """Return the free pages inside glibc's heap to the system. It takes 6 ms for 50 MiB. False if libc is not glibc."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return False

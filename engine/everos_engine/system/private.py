@@ -1,4 +1,4 @@
-"""The index folder is private: the text of private files is in it. Its permissions, and what may stand in it."""
+"""Keep the index folder private, because it holds the text of private files. Check its permissions and its content."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ LINK_REMEDY = "the index is never written through links, for a copied memory roo
 
 
 def mode_of(settings: Settings) -> int:
-    """Return the most that a directory of the index may allow; a file never needs to be executed."""
+    """Return the most that a directory of the index may allow. A file never needs to be executed."""
     return GROUP if settings.memory.index_access == "group" else OWNER
 
 
 def make(settings: Settings, *, whole: bool = False) -> None:
-    """Make the engine's folder, and take from others what they may not do with it. Raises Fatal for a link in it.
+    """Make the engine's folder, and remove other users' permissions. Raises Fatal for a link in it.
 
-    Everything is behind ``.index``, so its mode alone protects what LanceDB writes later. With ``whole``, all that is below is looked
-    through: links, and files that an earlier version or a copy left open to others. What belongs to another user stays as it is.
+    Everything is below ``.index``, so its mode alone protects what LanceDB writes later. With ``whole``, all that is
+    below is looked through: links, and files that an earlier version or a copy left open to others. What belongs to
+    another user stays as it is.
     """
     index = settings.engine_directory.parent
     mode = mode_of(settings)
@@ -48,7 +49,7 @@ def make(settings: Settings, *, whole: bool = False) -> None:
 
 
 def too_open(settings: Settings) -> str | None:
-    """Return the first path of the index that more people may read than the settings say; None when there is none."""
+    """Return the first path of the index that more people may read than the settings say, or None."""
     index = settings.engine_directory.parent
     allowed = mode_of(settings)
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -59,7 +60,10 @@ def too_open(settings: Settings) -> str | None:
 
 
 def file_mode(directory: Path) -> int:
-    """Return the mode of a new file in a directory of the index: its group may read the file if it may read the directory."""
+    """Return the mode of a new file in a directory of the index.
+
+    Its group may read the file if it may read the directory.
+    """
     return 0o600 | os.stat(directory).st_mode & 0o040
 
 
@@ -82,7 +86,7 @@ def _restrict(path: str, allowed: int) -> None:
 
 
 def _check_own_link(index: Path) -> None:
-    """``.index`` itself may be a link to another disk, but only to a folder that is empty or an index."""
+    """Check ``.index``. It may be a link to another disk, but only to a folder that is empty or an index."""
     if not index.is_symlink():
         return
     names = {entry.name for entry in _in(index)}

@@ -1,4 +1,4 @@
-"""Keeps what repeats itself out of the log: each key is due once in a while, with the number of times it came."""
+"""Keep repeats out of the log. Each key is due once in a while, with the number of times it came."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ MOST_KEYS = 1024
 
 @dataclass(slots=True)
 class Repeats:
-    """Counts how often each key comes, and says when it is due."""
+    """Count how often each key comes, and say when it is due."""
 
     every_seconds: float
     _keys: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def due(self, key: str, now_seconds: float) -> int:
-        """Return how often ``key`` came since it was last due, this time included; 0 if it is not due now."""
+        """Return how often ``key`` came since it was last due, this time included. 0 if it is not due now."""
         at, times = self._keys.pop(key, (float("-inf"), 0))
         due = now_seconds - at >= self.every_seconds
         self._keys[key] = (now_seconds, 0) if due else (at, times + 1)

@@ -1,4 +1,4 @@
-"""How many index descriptors one MiB of a Session's caches pins: learned from what is counted, with an interval."""
+"""Learn how many index descriptors one MiB of a Session's caches pins, with an interval, from counted pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAIL = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Descriptors for each MiB: the estimate, and the bounds between which nine tenths of what was seen lies."""
+    """Descriptors for each MiB: the estimate, and the bounds between which nine tenths of the observations lie."""
 
     per_mebibyte: float
     low: float
@@ -30,7 +30,7 @@ class Slope:
 
 
 def kept(text: str | None) -> Slope | None:
-    """Return the slope that ``as_text`` made; None for anything else."""
+    """Return the slope that ``as_text`` made, or None for anything else."""
     try:
         return Slope(**json.loads(text)) if text else None
     except (ValueError, TypeError):
@@ -54,16 +54,16 @@ class Learner:
         self._points.append((session, session_bytes, pinned))
 
     def forget(self) -> None:
-        """Begin again, for a cap that makes for another share of indexes in a Session."""
+        """Start again, for a cap that makes for another share of indexes in a Session."""
         self._points.clear()
 
     def slope(self) -> Slope | None:
-        """Return the slope of the pairs; None while there are too few.
+        """Return the slope of the pairs, or None while there are too few.
 
-        Each pair has a slope of its own, since an empty Session pins nothing. The estimate is their median, which no few
-        wrong ones can move, and the bounds are the twentieth parts at both ends: the next pair lies between them in nine of ten
-        cases, whatever the distribution. A Session's bytes include metadata, which pins nothing, so a MiB of them pins less than
-        one of the index cache alone.
+        Each pair has a separate slope, since an empty Session pins nothing. The estimate is their median, which a few
+        wrong ones cannot move, and the bounds are the twentieth parts at both ends. The next pair lies between them in
+        nine of ten cases, for any distribution. A Session's bytes include metadata, which pins nothing, so a MiB of
+        them pins less than one of the index cache alone.
         """
         ratios = sorted(pinned / held * MIB for _, held, pinned in self._points)
         if len(ratios) < LEAST_POINTS:

@@ -1,4 +1,4 @@
-"""The boundary of one unit of a loop's work: an unexpected error costs that unit, and the loop goes on."""
+"""The boundary of one unit of a loop's work. An unexpected error costs that unit, and the loop goes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, exh
 
 @dataclass(slots=True)
 class Unit:
-    """One unit of work; ``error`` is what it failed of, None if it did not."""
+    """One unit of work. ``error`` is why it failed, or None."""
 
     error: BaseException | None = None
 
@@ -22,8 +22,9 @@ class Unit:
 def unit(loop: str, what: str) -> Iterator[Unit]:
     """Catch an unexpected error of the block, and log it once with its traceback.
 
-    What the doors raise (EngineError) and a lack of descriptors pass through: the loop knows what they mean. A group of
-    errors is unexpected if one of its members is, unless another member decides what happens. Cancellation passes through too.
+    What the doors raise (EngineError) and a lack of descriptors pass through, because the loop knows what they mean. A
+    group of errors is unexpected if one of its members is, unless another member decides what happens. Cancellation
+    passes through too.
     """
     done = Unit()
     try:

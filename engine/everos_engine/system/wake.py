@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Wake:
-    """Wake-ups as they come; ``available`` is False where the file system takes no sockets, then none ever come."""
+    """Wake-ups as they come. ``available`` is False if the file system takes no sockets. Then none ever come."""
 
     def __init__(self, sock: trio.socket.SocketType | None) -> None:
         self._sock = sock
         self.available = sock is not None
 
     async def messages(self) -> AsyncIterator[None]:
-        """One item per wake-up."""
+        """Yield one item for each wake-up."""
         if self._sock is None:
             await trio.sleep_forever()
             return
@@ -35,7 +35,7 @@ class Wake:
 
 @asynccontextmanager
 async def open_wake(path: Path) -> AsyncIterator[Wake]:
-    """Listen at ``path``; a stale socket there is replaced."""
+    """Listen at ``path``. A stale socket there is replaced."""
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     bound = False
     with sock:
@@ -54,7 +54,10 @@ async def open_wake(path: Path) -> AsyncIterator[Wake]:
 
 
 def send(path: Path) -> bool:
-    """Wake whoever listens at ``path``; False if nobody does. Never blocks, never raises for the socket's state."""
+    """Wake the process that listens at ``path``.
+
+    Returns False if there is none. Never blocks, and raises nothing about the socket.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
         try:

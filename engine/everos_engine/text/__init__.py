@@ -1,1 +1,1 @@
-"""Pure: bytes in, entries and plans out."""
+"""Pure functions: bytes in, entries and plans out."""

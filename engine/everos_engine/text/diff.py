@@ -1,4 +1,4 @@
-"""From what a file says and what the index holds to what must be written."""
+"""Compare what a file says with what the index holds, and plan what must be written."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Plan:
 
 
 def plan(document: Document, known: Mapping[str, bytes]) -> Plan:
-    """The least that makes the index hold ``document``; ``known`` is entry id -> content hash, ``b""`` unknown.
+    """Return the smallest plan that makes the index hold ``document``.
 
-    A bad entry keeps the row it has.
+    ``known`` is entry id -> content hash, ``b""`` unknown. A bad entry keeps the row it has.
     """
     upserts = tuple(entry for entry in document.entries if known.get(entry.entry_id) != entry.content_hash)
     said = {entry.entry_id for entry in document.entries} | {problem.entry_id for problem in document.problems}

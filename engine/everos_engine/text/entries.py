@@ -13,7 +13,7 @@ FORMAT_VERSION = 1
 
 
 class Place(NamedTuple):
-    """What a path says. ``md_path`` is the change's key: for a skill's reference, that of its SKILL.md."""
+    """What a path says. ``md_path`` is the change's key. For a skill's reference it is that of its SKILL.md."""
 
     md_path: str
     kind: str
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One bad entry: its file is listed as failed, its neighbours are indexed. ``line`` is 1-based."""
+    """One bad entry. Its file is listed as failed, and its neighbours are indexed. ``line`` is 1-based."""
 
     entry_id: str
     message: str
@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row to be: ``values`` has every column of the kind; an empty ``embed_text`` means no vector."""
+    """One row to write. ``values`` has every column of the kind. An empty ``embed_text`` means no vector."""
 
     entry_id: str
     line: int
@@ -47,7 +47,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """All that one file holds. ``warnings`` name what is indexed all the same; an empty entry id means the whole file."""
+    """All that one file holds.
+
+    ``warnings`` name what is indexed all the same. An empty entry id means the whole file.
+    """
 
     entries: tuple[Entry, ...]
     problems: tuple[Problem, ...]
@@ -55,7 +58,10 @@ class Document:
 
 
 def entry(entry_id: str, *, line: int, values: Mapping[str, object], embed_text: str) -> Entry:
-    """An Entry with its content hash: equal hashes exactly where the rows would be equal; the line is not covered."""
+    """Return an Entry with its content hash.
+
+    Hashes are equal exactly if the rows would be equal. The line is not covered.
+    """
     facts = json.dumps([FORMAT_VERSION, sorted(values.items()), embed_text], default=_tagged, ensure_ascii=True)
     return Entry(entry_id, line, values, embed_text, hashlib.blake2b(facts.encode(), digest_size=16).digest())
 

@@ -1,6 +1,6 @@
 """YAML frontmatter, by our own builder on PyYAML's event stream: no aliases, tags, repeated keys or deep nesting.
 
-The C loader's constructor recurses and crashes the interpreter on deep nesting; events do not.
+The C loader's constructor recurses and crashes the interpreter on deep nesting. Events do not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ REMEDY = "mend the frontmatter and save"
 
 @dataclass(frozen=True, slots=True)
 class Frontmatter:
-    """``values`` by key, each value's 1-based line and column, and the lines that follow (``first_line`` is their first's number)."""
+    """``values`` by key, each value's 1-based line and column, and the lines that follow.
+
+    ``first_line`` is the number of the first of those lines.
+    """
 
     values: dict[str, object]
     places: dict[str, tuple[int, int]]
@@ -40,9 +43,9 @@ class Frontmatter:
 
 
 def split(lines: list[str]) -> Frontmatter:
-    """Part ``lines`` of a file into frontmatter and body. Raises BadFile with the line and column in the file.
+    """Split ``lines`` of a file into frontmatter and body. Raises BadFile with the line and column in the file.
 
-    Scalars are null, booleans, integers, floats or strings as in YAML 1.2's core schema; timestamps stay strings.
+    Scalars are null, booleans, integers, floats or strings as in YAML 1.2's core schema. Timestamps stay strings.
     """
     if not lines or lines[0].rstrip() != "---":
         return Frontmatter({}, {}, lines, 1, present=False)
@@ -84,7 +87,10 @@ def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
 
 
 def _place(text: str, index: int) -> tuple[int, int]:
-    """Line and column in the file, 1-based, of an index into its frontmatter; YAML itself counts more characters as line ends."""
+    """Return the line and column in the file, 1-based, of an index into its frontmatter.
+
+    YAML counts more characters as line ends.
+    """
     return text.count("\n", 0, index) + 2, index - text.rfind("\n", 0, index)
 
 

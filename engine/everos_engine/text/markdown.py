@@ -11,7 +11,7 @@ from everos_engine.errors import BadFile, quoted
 
 MOST_ID_CHARACTERS = 200
 MOST_ENTRIES = 20_000
-"""Entries of one file: each becomes a row, which takes many times the few bytes that an entry needs."""
+"""Entries of one file. Each becomes a row, which takes many times the few bytes that an entry needs."""
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 _INLINE = re.compile(r"\*\*([A-Za-z_][A-Za-z0-9_]*)\*\*:[ \t]*(.*)\Z")
 _HEADING = re.compile(r" {0,3}(#{1,6})(?=[ \t]|\Z)")
@@ -21,7 +21,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The text between an entry's markers; ``line`` is the opening marker's, 1-based."""
+    """The text between an entry's markers. ``line`` is the opening marker's, 1-based."""
 
     entry_id: str
     line: int
@@ -37,7 +37,10 @@ class Fields:
 
 
 def decode(data: bytes) -> list[str]:
-    """Lines of a file, without their ends (LF, CRLF or CR); a BOM is dropped. Raises BadFile for bad UTF-8 and NUL."""
+    """Return the lines of a file, without their ends (LF, CRLF or CR) and without a BOM.
+
+    Raises BadFile for bad UTF-8 and NUL.
+    """
     data = data.removeprefix(BOM_UTF8)
     try:
         text = data.decode("utf-8")
@@ -54,7 +57,7 @@ def decode(data: bytes) -> list[str]:
 
 
 def outside_fences(lines: list[str], first_line: int) -> Iterator[tuple[int, str, int]]:
-    """(line number, line, number of the fence line it is inside of or 0) of each line, by CommonMark's rules."""
+    """Yield (line number, line, number of the fence line it is inside of or 0) for each line, by CommonMark's rules."""
     fence, opened = "", 0
     for number, line in enumerate(lines, start=first_line):
         match = _FENCE.match(line)
@@ -72,7 +75,10 @@ def outside_fences(lines: list[str], first_line: int) -> Iterator[tuple[int, str
 
 
 def blocks(lines: list[str], first_line: int) -> list[Block]:
-    """The entries of a daily log; text outside markers is no entry. Raises BadFile for damaged markers."""
+    """Return the entries of a daily log.
+
+    Text outside markers belongs to no entry. Raises BadFile for damaged markers.
+    """
     found: list[Block] = []
     current: Block | None = None
     fence_inside = 0
@@ -118,7 +124,10 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
 
 
 def _marker(line: str) -> tuple[bool, str] | None:
-    """(whether it closes, entry id) of an entry marker, which has its line to itself. Linear in the line, as a regex is not."""
+    """Return (whether it closes, entry id) of an entry marker on a separate line.
+
+    It is linear in the line, which a regex is not.
+    """
     text = line.strip(" \t")
     if not (text.startswith("<!--") and text.endswith("-->") and len(text) >= 7):  # noqa: PLR2004 - both ends
         return None
@@ -129,7 +138,7 @@ def _marker(line: str) -> tuple[bool, str] | None:
 
 
 def _heading(line: str) -> tuple[int, str] | None:
-    """(level, title) of an ATX heading without its closing sequence."""
+    """Return (level, title) of an ATX heading without its closing sequence."""
     match = _HEADING.match(line)
     if match is None:
         return None
@@ -139,7 +148,10 @@ def _heading(line: str) -> tuple[int, str] | None:
 
 
 def fields(block: Block) -> Fields:
-    """Inline ``**key**: value`` lines before the first section, and ``### Name`` sections, of one entry."""
+    """Return the inline values and the sections of one entry.
+
+    Inline values are ``**key**: value`` lines before the first section. A section starts with ``### Name``.
+    """
     inline: dict[str, tuple[str, int, int]] = {}
     sections: dict[str, tuple[str, int, int]] = {}
     name, start, gathered = "", 0, list[str]()
@@ -164,7 +176,10 @@ def fields(block: Block) -> Fields:
 
 
 def headings(lines: list[str], first_line: int) -> Iterator[tuple[int, int, str, str]]:
-    """(line number, level, title, line) of each line outside fences that is an ATX heading; level 0 for the others."""
+    """Yield (line number, level, title, line) of each line outside fences.
+
+    Level is 0 for a line that is not an ATX heading.
+    """
     for number, line, fence in outside_fences(lines, first_line):
         heading = None if fence else _heading(line)
         yield (number, *heading, line) if heading else (number, 0, "", line)

@@ -1,4 +1,7 @@
-"""The words inside identifiers: `run_standup` and `parseHTML` are one word to a tokenizer, and two to whoever searches."""
+"""The words inside identifiers.
+
+`run_standup` and `parseHTML` are one word to a tokenizer, and two to a person who searches.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ _JOINT = re.compile(r"[_.:]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def terms(texts: Iterable[str]) -> str | None:
-    """The parts of every compound identifier in ``texts``, each once, in order, joined by blanks; None where there is none.
+    """Return the parts of every compound identifier in ``texts``, each once, in order, joined by spaces.
 
-    Compounds are joined by ``_``, ``.`` or ``:``, or by a change from small to capital letters. At most 4096 characters.
+    None if there is none.
+
+    Compounds are joined by ``_``, ``.`` or ``:``, or by a change from small to capital letters. At most 4096
+    characters.
     """
     found: dict[str, None] = {}
     for text in texts:

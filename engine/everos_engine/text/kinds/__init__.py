@@ -1,4 +1,4 @@
-"""The kinds: how a path is recognised, split, typed and indexed. Data, not class trees."""
+"""The kinds, as data: how a path is recognised, split, typed and indexed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _DEFAULTS = {"default_app": "default", "default_project": "default"}
 
 
 def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
-    """What ``path`` (relative to the root, with ``/``) is; None where no kind wants it.
+    """Return what ``path`` (relative to the root, with ``/``) is, or None if no kind matches it.
 
-    Hidden files, apps and projects, editor temporaries (``~`` or ``#`` in front) and everything below ``.index`` are of no kind.
+    No kind matches hidden files, apps and projects, editor temporaries (``~`` or ``#`` in front) and everything below
+    ``.index``.
     """
     if not path.endswith(".md"):
         return None
@@ -51,9 +52,9 @@ def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
 
 
 def parse(place: Place, sources: Mapping[str, bytes]) -> Document:
-    """The entries of one change: ``sources`` is path -> bytes of the file and, for a skill, of its references.
+    """Return the entries of one change. ``sources`` is path -> bytes of the file and, for a skill, of its references.
 
-    Raises BadFile where the structure is damaged; a bad entry is a Problem of the document.
+    Raises BadFile if the structure is damaged. A bad entry is a Problem of the document.
     """
     lines = decode(sources[place.md_path])
     if not any(line.strip() for line in lines):

@@ -1,4 +1,4 @@
-"""The layout in words, and which part of it a path that is of no kind comes nearest to."""
+"""The layout in words, and which part of it is nearest to a path that no kind matches."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project
 """Every place a file of a built-in kind may stand at, relative to the root."""
 _DEFAULTS = {"<app>": "default_app", "<project>": "default_project"}
 _MOST_PATH_CHARACTERS = 4096
-"""No system opens a longer one."""
+"""No system opens a longer path."""
 _GAP, _OTHER, _FAR = 1.0, 1.6, 2.2
 _DEFAULT_GAP = {"<app>": 0.95, "<project>": 0.9}
 _ALIKE, _ALIKE_FILES = 0.6, 0.8
-"""Least likeness of a folder's name, and of a file's: all of those end alike."""
+"""The minimum likeness of a folder's name, and of a file's name, since all of those end alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """The layout a path comes nearest to, and where the file would stand under it."""
+    """The layout that is nearest to a path, and where the file would stand under it."""
 
     layout: str
     path: str
 
 
 def nearest(path: str) -> Nearest | None:
-    """What the writer of ``path`` most likely meant; None where nothing in the layout is near.
+    """Return what the writer of ``path`` most likely meant, or None if nothing in the layout is near.
 
     ``path`` is relative to the root, with ``/``. The path given back is always one the layout has room for.
     """
@@ -55,12 +55,15 @@ def nearest(path: str) -> Nearest | None:
 
 
 def _is_hidden(filled: list[str]) -> bool:
-    """Whether a path lies in the index, or in an app or project that begins with a dot: nothing of either is of a kind."""
+    """Return whether a path lies in the index, or in a hidden app or project. No kind matches anything there."""
     return filled[0].startswith(".") or (filled[0] not in {"users", "agents"} and filled[1].startswith("."))
 
 
 def _align(parts: list[str], layout: list[str]) -> tuple[float, list[str] | None]:
-    """The cheapest way to turn path parts into a layout's, part by part; with what fills it, None where something is missing."""
+    """Return the cheapest way to turn path parts into a layout's, part by part.
+
+    It comes with what fills each part, None if something is missing.
+    """
     width = len(layout) + 1
     table: list[list[tuple[float, list[str] | None]]] = [[(0.0, [])] + [(0.0, None)] * (width - 1)]
     for column, wanted in enumerate(layout, 1):
@@ -80,7 +83,7 @@ def _align(parts: list[str], layout: list[str]) -> tuple[float, list[str] | None
 
 
 def _fit(part: str, wanted: str) -> tuple[float, str | None]:
-    """What it costs to let ``part`` stand for ``wanted``, and what then stands there."""
+    """Return what it costs to let ``part`` stand for ``wanted``, and what then stands there."""
     if wanted == "<name>.md":
         name = _markdown_name(part)
         return (0.0 if name == part else 0.3), name
@@ -104,7 +107,7 @@ def _gap(wanted: str) -> float:
 
 
 def _made(wanted: str) -> str | None:
-    """What may stand at a place the path has nothing for."""
+    """Return what may stand at a place for which the path has nothing."""
     return _DEFAULTS.get(wanted) if wanted.startswith("<") else wanted
 
 

@@ -1,4 +1,4 @@
-"""From a file's frontmatter and lines to typed entries, a parser per kind."""
+"""Turn a file's frontmatter and lines into typed entries, with a parser for each kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from everos_engine.text.terms import terms
 
 _INT64 = 1 << 63
 _OWNER_MAX = 255
-"""As long as the name of a folder may be: it stands in every row."""
+"""The maximum length of a folder's name, which stands in every row."""
 _NULL = {"null", "None", "~"}
 _WHOLE = re.compile(r"[-+]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -50,7 +50,7 @@ class _BadValue(Exception):
 
 
 def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """Entries between markers; a repeated id is a problem of that id, and none of its entries is indexed."""
+    """Return the entries between markers. A repeated id is a problem of that id, and none of its entries is indexed."""
     found = blocks(front.body, front.first_line)
     warnings: list[Problem] = []
     folder, place = place.owner_id, _owned(place, front, warnings)
@@ -92,7 +92,7 @@ def _daily_entry(place: Place, block: Block, warnings: list[Problem], *, folder:
 
 
 def skill(place: Place, front: Frontmatter, references: Mapping[str, str]) -> Document:
-    """One row per skill directory, named by it."""
+    """Return one row per skill directory, named after it."""
     entry_id = place.md_path.split("/")[-2]
     warnings: list[Problem] = []
     place = _owned(place, front, warnings)
@@ -108,7 +108,7 @@ def skill(place: Place, front: Frontmatter, references: Mapping[str, str]) -> Do
 
 
 def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """One row, ``profile``, from the frontmatter; the body is kept as content."""
+    """Return one row, ``profile``, from the frontmatter. The body is kept as content."""
     entry_id = "profile"
     warnings: list[Problem] = []
     place = _owned(place, front, warnings)
@@ -126,10 +126,10 @@ def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) ->
 
 
 def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """One row per heading section, named by its heading path; text before the first heading is ``intro``.
+    """Return one row per heading section, named by its heading path. Text before the first heading is ``intro``.
 
-    A row has its own heading in full and the ones above it in short: a long heading is not repeated with each heading below.
-    Once there are MOST_ENTRIES rows, further headings are text of the last one.
+    A row has its own heading in full and the ones above it in short, so that a long heading is not repeated with each
+    heading below. Once there are MOST_ENTRIES rows, further headings are text of the last one.
     """
     title = front.values.get("title")
     if not isinstance(title, str):
@@ -187,7 +187,7 @@ def _entry(place: Place, entry_id: str, line: int, values: dict[str, object]) ->
 
 
 def embed_text(kind: Kind, values: Mapping[str, object]) -> str:
-    """Return the text of an entry, or of its row, that is embedded; empty if there is none."""
+    """Return the text of an entry, or of its row, that is embedded. It is empty if there is none."""
     text = "\n".join(str(values[column]) for column in kind.embed_columns if values[column])
     return text if text.strip() else ""
 
@@ -207,7 +207,10 @@ def _one_problem(entry_id: str, error: _BadValue) -> Document:
 
 
 def _owned(place: Place, front: Frontmatter, warnings: list[Problem]) -> Place:
-    """The place with the owner that the frontmatter names, if it does: what a file says of itself goes before its folder."""
+    """Return the place with the owner that the frontmatter names, if it does.
+
+    What a file says goes before its folder.
+    """
     name = f"{place.owner_type}_id"
     said, at = front.values.get(name), front.places.get(name, (1, 1))
     if said is None or (isinstance(said, str) and not said.strip()):
@@ -263,7 +266,7 @@ def _milliseconds(front: Frontmatter) -> datetime | None:
 def _typed(
     field: Field, found: tuple[str, int, int] | None, entry_place: tuple[int, int], *, section: bool = False
 ) -> object:
-    """The value of a field, or None where it is absent or null and may be."""
+    """Return the value of a field, or None if it is absent or null and may be."""
     text, *place = found or ("", *entry_place)
     if not text.strip() or (text in _NULL and not section):
         if field.required:
@@ -298,7 +301,7 @@ def _int(text: str) -> int:
 
 
 def _strings(text: str) -> list[str]:
-    """The items of ``[a, "b, c", 'd']``, without their quotes; empty ones are dropped."""
+    """Return the items of ``[a, "b, c", 'd']``, without their quotes. Empty ones are dropped."""
     if not (text.startswith("[") and text.endswith("]")):
         raise ValueError(text)
     items: list[str] = []

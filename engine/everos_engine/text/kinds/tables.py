@@ -24,7 +24,7 @@ _COMMON: dict[str, ColumnType] = {
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One typed value of an entry: where it stands (``**inline**``, ``### Section`` or a frontmatter key) and its column."""
+    """One typed value of an entry: its place (``**inline**``, ``### Section`` or a frontmatter key) and its column."""
 
     source: str
     column: str
@@ -45,13 +45,13 @@ class Kind:
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """Column -> type; md_path, entry_id, content_hash and vector are every table's."""
+        """Return column -> type. Every table has md_path, entry_id, content_hash and vector."""
         own: dict[str, str] = {field.column: field.type for field in (*self.inline, *self.own)}
         return {**_COMMON, **own, **dict(self.extra), "terms": "string"}
 
     @property
     def fts_columns(self) -> tuple[str, ...]:
-        """Columns with a full-text index: the texts, and the words inside their identifiers."""
+        """Return the columns with a full-text index: the texts, and the words inside their identifiers."""
         return (*self.text_columns, "terms")
 
 
