@@ -1,4 +1,4 @@
-"""Keeps a LanceDB index in step with a tree of markdown, the memory of people and agents."""
+"""Keep a LanceDB index in step with a tree of markdown, the memory of people and agents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAZY = {"Engine": "everos_engine.engine", "open_engine": "everos_engine.engine"
 
 
 def __getattr__(name: str) -> object:
-    """LanceDB takes a second to import; only those who open an engine pay for it."""
+    """Import LanceDB late. It takes a second, and only programs that open an engine need it."""
     import importlib
 
     if name in _LAZY:

@@ -1,4 +1,4 @@
-"""The engine: opens the stores, checks that they agree, and runs the loops."""
+"""The engine: open the stores, check that they agree, and run the loops."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ STORES = (queue, held, models, ledger)
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The queue, the rows per kind and the time of the last sweep (milliseconds since the epoch)."""
+    """The queue, the rows per kind and the time of the last full scan (milliseconds since the epoch)."""
 
     counts: Counts
     rows: dict[str, int]
@@ -77,7 +77,7 @@ class Status:
 
 
 class Engine:
-    """A running engine; get one from ``open_engine``. It stays the same object while its stores are opened again."""
+    """A running engine. Get one from ``open_engine``. It stays the same object while its stores are opened again."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -89,12 +89,12 @@ class Engine:
 
     @property
     def settings(self) -> Settings:
-        """What it runs with."""
+        """Return its settings."""
         return self._settings
 
     @property
     def context(self) -> Context:
-        """The parts, for status lines and tests. They are replaced when the stores are opened again."""
+        """Return the parts, for status lines and tests. They are replaced when the stores are opened again."""
         if self.last_desk is None:
             raise Transient(self._closed_because())
         return self.last_desk
@@ -127,7 +127,7 @@ class Engine:
                     await self._calls_gone.wait()
 
     def serve(self) -> None:
-        """Let every call through: the loops run."""
+        """Let every call through, because the loops run."""
         self.health.state.value = "serving"
         self.health.tried.set()
 
@@ -170,14 +170,17 @@ class Engine:
     async def settle(self) -> Status:
         """Return when every change on disk at the time of the call is searchable or failed.
 
-        Raises Transient if the tree cannot be swept, or a table cannot be looked at, and TableDamaged if one may not be made again yet.
+        Raises Transient if the tree cannot be scanned, or a table cannot be looked at, and TableDamaged if one may not
+        be made again yet.
         """
         return await self._call(_settle)
 
     async def sync(self, paths: Sequence[str] = ()) -> list[Outcome]:
-        """Queue ``paths`` whatever their state, or all that a sweep finds changed; wait; where each path stands.
+        """Queue ``paths`` in any state, or all that a full scan finds changed, and wait.
 
-        Raises OutsideRoot for a path outside the root or of no kind.
+        Returns where each path stands.
+
+        Raises OutsideRoot for a path outside the root or without a kind.
         """
 
         async def work(context: Context) -> list[Outcome]:
@@ -195,18 +198,18 @@ class Engine:
     async def reach(self, lsn: int) -> None:
         """Wait until every change up to ``lsn`` is applied or dead-lettered.
 
-        Raises Unavailable once the embedding service has been down for ``embedder.outage_patience_seconds``, and Transient where a
-        deletion waits because the root looks wrong; the changes wait on.
+        Raises Unavailable once the embedding service has been down for ``embedder.outage_patience_seconds``, and
+        Transient if a deletion waits because the root looks wrong. The changes continue to wait.
         """
         await self._call(lambda context: _reach(context, lsn))
 
     async def search(
         self, query: str, *, mode: Mode | None = None, only: Filter | None = None, limit: int = 10
     ) -> list[Result]:
-        """The best ``limit`` entries; ``mode`` None is hybrid with an embedding service, else full text.
+        """Return the best ``limit`` entries. ``mode`` None is hybrid with an embedding service, else full text.
 
-        Hybrid falls back to words, with a warning in the log, if the embedder refuses the query, fails or takes too long.
-        Raises BadQuestion for a limit below 1 or above 1,000, a mode or a kind there is none of.
+        Hybrid falls back to words, with a warning in the log, if the embedder refuses the query, fails or takes too
+        long. Raises BadQuestion for a limit below 1 or above 1,000, and for an unknown mode or kind.
         """
         filtered = only or Filter()
         check_question(mode, filtered.kind, limit)
@@ -228,11 +231,11 @@ class Engine:
         return await self._call(work, needs_loops=False)
 
     async def status(self) -> Status:
-        """Everything in numbers, of one moment."""
+        """Return everything in numbers, of one moment."""
         return await self._call(lambda context: context.database.aread(status_of), needs_loops=False)
 
     async def release(self) -> list[Outcome]:
-        """Apply every held deletion, and say what became of each."""
+        """Apply every held deletion. Returns what became of each."""
         released: list[str] = []
 
         async def work(context: Context) -> list[Outcome]:
@@ -246,10 +249,11 @@ class Engine:
         return await self._call(work)
 
     async def forget(self, paths: Sequence[str] = (), *, text: str | None = None, delete: bool = False) -> int:
-        """Bring the index in step, then leave no byte below it of what these files held, of ``text``, or of any older state.
+        """Bring the index in step, then leave no byte below it of what is to be forgotten.
 
-        ``delete`` deletes the files first. Returns by how many bytes the index is smaller. Raises BadQuestion if a file still holds
-        it, and OutsideRoot for a path outside the root or of no kind.
+        That is what these files held, ``text``, and any older state. ``delete`` deletes the files first. Returns by how
+        many bytes the index is smaller. Raises BadQuestion if a file still holds it, and OutsideRoot for a path outside
+        the root or without a kind.
         """
 
         async def work(context: Context) -> int:
@@ -266,7 +270,10 @@ class Engine:
         return await self._call(work)
 
     async def audit(self) -> list[str]:
-        """Read every file again and index what differs from what was indexed, whatever its fingerprint; its paths."""
+        """Read every file again and index what differs from what was indexed, with any fingerprint.
+
+        Returns its paths.
+        """
 
         async def work(context: Context) -> list[str]:
             after, found = "", list[str]()
@@ -284,11 +291,11 @@ class Engine:
         return await self._call(work)
 
     async def compact(self) -> None:
-        """Optimize the tables that are due for it; a watching engine does so by itself, in pauses."""
+        """Optimize the tables that are due for it. A watching engine does so by itself, in pauses."""
         await self._call(compact)
 
     async def fix(self) -> list[Outcome]:
-        """Try every retryable failure again, and say what became of each."""
+        """Try every retryable failure again. Returns what became of each."""
         tried: list[str] = []
 
         async def work(context: Context) -> list[Outcome]:
@@ -335,13 +342,12 @@ async def _reach(context: Context, lsn: int) -> None:
 async def open_engine(
     settings: Settings, *, embedder: Embedder | None = None, watching: bool = True
 ) -> AsyncIterator[Engine]:
-    """Own a memory root: open its stores, heal what a crash left, and run the loops until the block ends.
+    """Own a memory root: open its stores, repair what a crash left, and run the loops until the block ends.
 
-    ``embedder`` replaces the one the settings name; ``watching=False`` runs the worker alone, for a one-shot sync, and only
-    where there is a root. A watching engine waits for stores that cannot be opened now, and opens them again if a loop keeps
-    failing. A command that works on the root now is waited for, ``lock_wait_seconds`` at most.
-    Raises AlreadyRunning where another engine owns it, Fatal and SettingsError as they come, and an error of the block
-    as it is.
+    ``embedder`` replaces the one that the settings name. ``watching=False`` runs the worker alone, for a one-shot sync,
+    and only if there is a root. A watching engine waits for stores that cannot be opened now, and opens them again if a
+    loop keeps failing. A command that works on the root now is waited for, ``lock_wait_seconds`` at most. Raises
+    AlreadyRunning if another engine owns it, Fatal and SettingsError as they come, and an error of the block as it is.
     """
     check_root(settings, may_make=watching)
     if not settings.root.exists():
@@ -368,7 +374,7 @@ async def open_engine(
 
 
 def _of_block(group: BaseExceptionGroup[BaseException], error: BaseException | None) -> BaseException | None:
-    """The block's own error, as it was raised; None for a cancellation, and where the engine failed first."""
+    """Return the block's own error, as it was raised. None for a cancellation, and if the engine failed first."""
     if error is None or split_end(error)[1] is None or group.subgroup((Fatal, SettingsError)) is not None:
         return None
     return error
@@ -382,7 +388,7 @@ async def _serve(
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Keep the stores open and the loops running; started once the loops run for the first time."""
+    """Keep the stores open and the loops running. Reports as started once the loops run for the first time."""
     settings, health = engine.settings, engine.health
 
     waiting = [task_status.started]
@@ -418,7 +424,10 @@ async def _serve(
 
 
 async def _end_if_damaged(database: Database) -> None:
-    """Raise Damaged as soon as any statement finds the database damaged, whoever asked and whatever became of the error."""
+    """Raise Damaged as soon as any statement finds the database damaged.
+
+    It may have been in any task, and its error may have been handled.
+    """
     found, token = trio.Event(), trio.lowlevel.current_trio_token()
 
     def report() -> None:
@@ -433,9 +442,9 @@ async def _end_if_damaged(database: Database) -> None:
 
 
 async def _open_conditions(context: Context, health: Health) -> None:
-    """Forget the conditions of an earlier life, and say so if the stores had to be opened again.
+    """Forget the conditions of an earlier process, and report if the stores had to be opened again.
 
-    A disk that takes no words now stops nothing: they stay in memory, and the pulse has them.
+    A disk that accepts no writes now stops nothing. The conditions stay in memory, and the snapshot has them.
     """
     with suppress(Transient):
         await context.conditions.begin()
@@ -447,7 +456,7 @@ async def _open_conditions(context: Context, health: Health) -> None:
 
 
 def _loops(context: Context, *, watching: bool) -> dict[str, Callable[[], Awaitable[None]]]:
-    """The loops by their names."""
+    """Return the loops by their names."""
     loops: dict[str, Callable[[Context], Awaitable[None]]] = {
         "work": work,
         "wake": _wake_ups,
@@ -462,7 +471,10 @@ def _loops(context: Context, *, watching: bool) -> dict[str, Callable[[], Awaita
 async def _stores(
     settings: Settings, embedder: Embedder | None, owner: str, blocks: LoopBlocks, *, base: Base, before: Context | None
 ) -> AsyncIterator[Context]:
-    """The stores of one root, open for the length of the block; the shared values are those of the desk ``before``."""
+    """Yield the stores of one root, open for the length of the block.
+
+    The shared values are those of the context ``before``.
+    """
     is_first = before is None
     async with open_asyncio_thread() as bridge, _open_vectors(settings, embedder, connecting=is_first) as vectors:
         with _databases(settings, may_replace=True) as database:
@@ -481,7 +493,9 @@ async def _stores(
 
 @asynccontextmanager
 async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
-    """The stores without the loops, for searching beside a running engine. Raises SettingsError where there is no root.
+    """Yield the stores without the loops, for a search while an engine is running.
+
+    Raises SettingsError if there is no root.
 
     An index that may not be written, as on a read-only mount, is read as it is.
     """
@@ -501,14 +515,14 @@ async def open_reader(settings: Settings) -> AsyncIterator[Engine]:
 
 
 def default_mode(settings: Settings) -> Mode:
-    """Hybrid where an embedding service answers; full text with the local model or none."""
+    """Return hybrid if an embedding service answers, and full text with the local model or none."""
     return "hybrid" if settings.embedder.kind == "http" else "fts"
 
 
 def check_root(settings: Settings, *, may_make: bool = False) -> None:
-    """Raises SettingsError where the memory root is no directory; ``may_make``: one that is not there yet will be made.
+    """Raise SettingsError if the memory root is not a directory. With ``may_make`` a missing one will be made.
 
-    Only `run` makes a root: one made in passing stands in the way of the one that is mounted or moved back later.
+    Only `run` makes a root. One made in passing blocks the place of the one that is mounted or moved back later.
     """
     root = settings.root
     if root.is_dir():
@@ -525,11 +539,11 @@ def check_root(settings: Settings, *, may_make: bool = False) -> None:
 
 
 def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
-    """Open the queue and ledger of a root, and bring a file of an older version up to date.
+    """Open the queue and ledger of a root, and upgrade a file of an older version.
 
-    While an engine runs, only the engine does that, with ``may_replace``. It also sets a damaged file aside and begins an
-    empty one: all in it can be made again from markdown. Raises SettingsError if there is no root, and
-    creates none.
+    While an engine runs, only the engine does that, with ``may_replace``. It also sets a damaged file aside and begins
+    an empty one, because everything in it can be made again from markdown. Raises SettingsError if there is no root,
+    and creates none.
     """
     check_root(settings)
     private.make(settings)
@@ -547,7 +561,10 @@ def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
 
 
 def _read_queue(settings: Settings) -> Database:
-    """Open the queue of an index that may not be written. Raises SettingsError and Fatal if there is nothing to read."""
+    """Open the queue of an index that may not be written.
+
+    Raises SettingsError and Fatal if there is nothing to read.
+    """
     path = settings.engine_directory / "engine.db"
     if not (path.exists() and settings.lancedb_directory.is_dir()):
         message = f"{settings.root} was never indexed, and it may not be written here: index it where it may be, or run the command as its owner"
@@ -561,7 +578,7 @@ def _read_queue(settings: Settings) -> Database:
 
 
 def status_of(tx: Transaction) -> Status:
-    """The status, from the queue's database alone."""
+    """Return the status, from the queue's database alone."""
     last_scan = meta.get(tx, "last_scan")
     scanned = None if last_scan is None else int(last_scan)
     return Status(reports.counts(tx), ledger.rows_per_kind(tx), scanned, held.counts(tx))
@@ -609,7 +626,7 @@ def _databases(settings: Settings, *, may_replace: bool = False, readonly: bool 
 
 
 def _index(settings: Settings, bridge: AsyncioThread, database: Database) -> Index:
-    """The index, its cap checked against the descriptor limit, and no more reads at once than that has room for."""
+    """Return the index. Its cap is checked against the descriptor limit, which also bounds its parallel reads."""
     descriptors.raise_soft_limit()
     limit, lancedb, directory = descriptors.limits()[1], settings.lancedb, settings.lancedb_directory
     learned = slope.kept(database.read(lambda tx: meta.get(tx, meta.SLOPE)))
@@ -622,8 +639,8 @@ def _index(settings: Settings, bridge: AsyncioThread, database: Database) -> Ind
 async def _recover(context: Context) -> None:
     """Take back what dead engines held, and try again what waited for something outside itself.
 
-    We hold the engine's lock, but a command may live. The reason of a wait may be gone, by other settings for instance, and then
-    no event tells so.
+    We hold the engine's lock, but a command may be running. The reason of a wait may be gone, because of other settings
+    for instance, and then no event says so.
     """
 
     def reap() -> int:
@@ -642,9 +659,9 @@ async def _recover(context: Context) -> None:
 
 
 async def _control(engine: Engine) -> None:
-    """Answers to other processes, from memory but for a search; "look" asks for a sweep now.
+    """Answer other processes, from memory except for a search. "look" asks for a full scan now.
 
-    Nobody listens before the stores were open once, or could not be opened.
+    It does not listen before the stores were open once, or could not be opened.
     """
     await engine.health.tried.wait()
 
@@ -693,7 +710,7 @@ def _word(asked: Mapping[str, object], name: str) -> str | None:
 
 
 async def _wake_ups(context: Context) -> None:
-    """Datagrams of other processes: they queued something."""
+    """Receive datagrams of other processes, which queued something."""
     async with wake.open_wake(context.settings.engine_directory / "wake.sock") as messages:
         async for _ in messages.messages():
             context.wake_up()

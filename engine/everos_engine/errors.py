@@ -1,4 +1,4 @@
-"""The error families: what the world did to us, told apart by what happens next."""
+"""The error families: what went wrong outside our code, sorted by what happens next."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _FULL_WORDS = (*(f"os error {number}" for number in sorted(FULL)), "Too many ope
 
 MOST_QUOTED_CHARACTERS = 80
 MOST_ERROR_CHARACTERS = 4096
-"""What is kept of the error of one change, however much a file or a library says."""
+"""The maximum that is kept of the error of one change."""
 
 
 def quoted(value: object) -> str:
-    """Return a value as it is shown in an error: its ``repr``, of at most 80 characters and what marks the cut."""
+    """Return a value as it is shown in an error: its ``repr``, of at most 80 characters and a mark where it was cut."""
     if isinstance(value, (str, bytes)):
         value = value[: MOST_QUOTED_CHARACTERS + 1]
     text = repr(value)
@@ -32,21 +32,21 @@ def clipped(text: str, most: int = MOST_ERROR_CHARACTERS) -> str:
 
 
 class EngineError(Exception):
-    """Base of every error this package raises on purpose; its text says what to do next."""
+    """The base of every error that this package raises on purpose. Its text says what to do next."""
 
 
 class SettingsError(EngineError):
-    """A setting has a value the engine cannot work with; the text names the setting, the value and the bound."""
+    """A setting has a value that the engine cannot work with. The text names the setting, the value and the bound."""
 
 
 class Fatal(EngineError):
-    """Something only a human can change; the process ends non-zero with this reason."""
+    """Something that only a person can change. The process ends non-zero with this reason."""
 
 
 class AlreadyRunning(EngineError):
     """Another process owns this memory root.
 
-    ``pid`` is that process, or None where its lock file could not be read. ``ends_by_itself``: it is a command such as
+    ``pid`` is that process, or None if its lock file could not be read. ``ends_by_itself``: it is a command such as
     `sync`, not an engine that serves until it is stopped.
     """
 
@@ -57,19 +57,19 @@ class AlreadyRunning(EngineError):
 
 
 class OutsideRoot(EngineError):
-    """A path a person named lies outside the memory root, or is of no kind the engine indexes."""
+    """A path that a person named lies outside the memory root, or no kind of the engine matches it."""
 
 
 class BadQuestion(EngineError):
-    """A search that cannot find anything: no word in it, a kind or mode there is none of, a limit below 1."""
+    """A search that cannot find anything: no word in it, an unknown kind or mode, or a limit below 1."""
 
 
 class Transient(EngineError):
-    """The world may be better in a moment: the work is done again after a backoff.
+    """The trouble may be over in a moment. The work is done again after a backoff.
 
     ``retry_after_seconds`` is what the other side asked for (HTTP ``Retry-After``), or None. ``counts_as_retry`` is
-    False for an outage of something all changes share: it is waited out, and never dead-letters a change. ``waits_for`` is
-    the reason that the queue keeps for a change that is delayed by it.
+    False for an outage of something that all changes share. It is waited out, and never dead-letters a change.
+    ``waits_for`` is the reason that the queue keeps for a change that is delayed by it.
     """
 
     waits_for: ClassVar[Literal["retry", "settle", "embedder", "root", "descriptors", "disk", "file"]] = "retry"
@@ -81,11 +81,11 @@ class Transient(EngineError):
 
 
 class UnknownOutcome(Transient):
-    """A write was cut off at its deadline: it may or may not have happened, so it must be done again."""
+    """A write was cut off at its deadline. It may or may not have happened, so it must be done again."""
 
 
 class Exhausted(Transient):
-    """The process or the system has no file descriptor left: the work waits until it has, and no attempt is counted."""
+    """The process or the system has no file descriptor left. The work waits until it has, and no attempt is counted."""
 
     waits_for = "descriptors"
 
@@ -94,9 +94,9 @@ class Exhausted(Transient):
 
 
 class Unavailable(Transient):
-    """The embedding service as a whole does not serve (down, throttled, refusing the key): no change is to blame.
+    """The embedding service as a whole does not answer (down, throttled, refusing the key). No change is to blame.
 
-    Its text says why; what waits for it is done as soon as the service answers, and loses none of its attempts.
+    Its text says why. What waits for it is done as soon as the service answers, and loses none of its attempts.
     """
 
     waits_for = "embedder"
@@ -106,7 +106,7 @@ class Unavailable(Transient):
 
 
 class DiskFull(Transient):
-    """A disk or a quota has no room left. The work waits until it has, and no attempt is counted."""
+    """A disk or a quota has no space left. The work waits until it has, and no attempt is counted."""
 
     waits_for = "disk"
 
@@ -115,7 +115,10 @@ class DiskFull(Transient):
 
 
 class RootAway(Transient):
-    """The memory root is not what the engine began with: a person must bring it back before anything is written or deleted."""
+    """The memory root is not the one of the start.
+
+    A person must bring it back before anything is written or deleted.
+    """
 
     waits_for = "root"
 
@@ -124,7 +127,9 @@ class RootAway(Transient):
 
 
 class Unexpected(Transient):
-    """A library raised something that is on none of our lists. It is the world's trouble, and no change is to blame.
+    """A library raised an error that is unknown to us.
+
+    It counts as trouble outside our code, and no change is to blame.
 
     The library's own error is its ``__cause__``.
     """
@@ -145,10 +150,10 @@ class KeepsDying(EngineError):
 
 
 class BadFile(EngineError):
-    """A file that only an edit can heal.
+    """A file that only an edit can fix.
 
-    ``line`` and ``column`` are 1-based, or None where the damage has no place; ``remedy`` says what to edit. ``setting`` is the name
-    of the setting that another value of would help too, or None.
+    ``line`` and ``column`` are 1-based, or None if the damage has no place. ``remedy`` says what to edit. ``setting``
+    is the name of the setting of which another value would help too, or None.
     """
 
     def __init__(
@@ -175,7 +180,7 @@ class BadFile(EngineError):
 
 
 class BadText(EngineError):
-    """The embedder refuses this one text (HTTP 400, 413, 422): an edit of its entry heals it."""
+    """The embedder refuses this one text (HTTP 400, 413, 422). An edit of its entry helps."""
 
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -187,7 +192,7 @@ _NO_ROOM_WORDS = (
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether an error says, itself or by what it came from, that a disk or a quota has no room left."""
+    """Return whether an error, or one that caused it, says that a disk or a quota has no space left."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -202,15 +207,18 @@ def disk_full(error: BaseException | None) -> bool:
 
 
 def exhausted(error: BaseException | None) -> bool:
-    """Whether an error says, itself or by what it came from, that no file descriptor is left (EMFILE, ENFILE).
+    """Return whether an error, or one that caused it, says that no file descriptor is left (EMFILE, ENFILE).
 
-    LanceDB tells it in the words of a RuntimeError only.
+    LanceDB reports it only in the words of a RuntimeError.
     """
     return _exhausted(error, set())
 
 
 def _exhausted(error: BaseException | None, seen: set[int]) -> bool:
-    """``seen`` are the errors looked at: one that left its group has the group as its context, which holds it again."""
+    """Do the same for an error of which ``seen`` were looked at.
+
+    An error that left its group has the group as its context, which holds it again.
+    """
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, BaseExceptionGroup):
@@ -228,8 +236,8 @@ def _exhausted(error: BaseException | None, seen: set[int]) -> bool:
 def split_end(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
     """Split an error into what ends the task from outside, and the rest.
 
-    The first part is a cancellation, KeyboardInterrupt, SystemExit or GeneratorExit, or a group of them. It must be raised
-    again. The second part is what some code raised, also if it is a BaseException, as a Rust panic is.
+    The first part is a cancellation, KeyboardInterrupt, SystemExit or GeneratorExit, or a group of them. It must be
+    raised again. The second part is what some code raised, also if it is a BaseException, as a Rust panic is.
     """
     if isinstance(error, BaseExceptionGroup):
         end, rest = error.split(_ends_the_task)
@@ -245,7 +253,10 @@ def _ends_the_task(error: BaseException) -> bool:
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """The one error inside nested groups, or the first that decides more than the others, or the group itself."""
+    """Return the one error inside nested groups.
+
+    If there are several, return the first that decides more than the others, or else the group itself.
+    """
     while isinstance(error, BaseExceptionGroup):
         deciding = next(filter(None, map(error.subgroup, _DECIDING)), None)
         members = (deciding or error).exceptions

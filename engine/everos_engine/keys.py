@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def key_of(settings: Settings, path: str) -> str:
-    """The key of the change that ``path`` belongs to, or that ``path`` is as listed by us. Raises OutsideRoot."""
+    """Return the key of the change that ``path`` belongs to, or that ``path`` is as listed by us.
+
+    Raises OutsideRoot.
+    """
     if not _is_path(path):
         message = f"{path!r} is no path that a file can have: name a path below {settings.root}"
         raise OutsideRoot(message)
@@ -37,7 +40,7 @@ def key_of(settings: Settings, path: str) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """Whether the system could have a file of this name: no NUL, and nothing that has no bytes."""
+    """Return whether the system could have a file of this name: no NUL, and nothing that has no bytes."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -45,7 +48,7 @@ def _is_path(text: str) -> bool:
 
 
 def _refusal(settings: Settings, path: str, key: str | None) -> str:
-    """Why a path cannot be queued, and what to name instead."""
+    """Return why a path cannot be queued, and what to name instead."""
     full = os.path.join(settings.root, path)
     if os.path.isdir(full) and (key is not None or os.path.samefile(full, settings.root)):
         return f"{path!r} is a directory: name files, or no path at all to bring everything in step"
@@ -57,6 +60,6 @@ def _refusal(settings: Settings, path: str, key: str | None) -> str:
 
 
 def key_in_root(settings: Settings, path: str) -> str | None:
-    """The key of a path, absolute or relative to the root; None outside the root."""
+    """Return the key of a path, absolute or relative to the root, or None outside the root."""
     full = path if os.path.isabs(path) else os.path.join(settings.root, path)
     return files.key_of(settings.root, full)

@@ -34,7 +34,7 @@ SNIPPET_CHARACTERS = 200
 SNIPPET_WORDS = 32
 SNIPPET_LOOKS_AT = 1 << 20
 MOST_WORDS = 256
-"""Words of a query that are looked for: a whole document pasted as a query costs no more than a long paragraph."""
+"""Words of a query that are looked for. A whole document pasted as a query costs no more than a long paragraph."""
 MOST_QUERY_CHARACTERS = 1 << 14
 _WORD = re.compile(r"\w+")
 MOST_RESULTS = 1000
@@ -43,7 +43,7 @@ OVERSAMPLE = 3
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One entry found; ``line`` is 1-based in the file, None where the ledger does not know it."""
+    """One entry found. ``line`` is 1-based in the file, None if the ledger does not know it."""
 
     kind: str
     md_path: str
@@ -54,13 +54,13 @@ class Result:
     values: Mapping[str, object]
 
     def as_data(self) -> dict[str, object]:
-        """What a person is shown, as plain data: everything but the row's own columns."""
+        """Return what a person is shown, as plain data: everything but the row's own columns."""
         return {name: getattr(self, name) for name in ("kind", "md_path", "entry_id", "line", "score", "snippet")}
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What rows must be of; None means any."""
+    """What rows must match. None means any."""
 
     kind: str | None = None
     owner: str | None = None
@@ -68,7 +68,7 @@ class Filter:
     project: str | None = None
 
     def where(self) -> str:
-        """The filter in SQL."""
+        """Return the filter in SQL."""
         wanted = {"owner_id": self.owner, "app_id": self.app, "project_id": self.project}
         return " AND ".join(
             f"{column} = {text_literal(encodable(value))}" for column, value in wanted.items() if value is not None
@@ -78,7 +78,10 @@ class Filter:
 async def search(  # noqa: PLR0913 - the stores, and the question
     index: Index, database: Database, vectors: Vectors, query: str, *, mode: Mode, only: Filter, limit: int
 ) -> list[Result]:
-    """The best ``limit`` entries for ``query``, best first; words only: quotes and operators mean nothing."""
+    """Return the best ``limit`` entries for ``query``, best first.
+
+    The query is words only, and quotes and operators mean nothing.
+    """
     query = encodable(query)
     wanted = bounded(query)
     chosen = [only.kind] if only.kind else [kind for kind in index.kinds if kind not in index.shunned]
@@ -119,9 +122,11 @@ async def search(  # noqa: PLR0913 - the stores, and the question
 
 
 async def _embedded(vectors: Vectors, query: str, *, alone: bool) -> tuple[NDArray[np.float32], Model] | None:
-    """The query's vector and its model; None if there is trouble with the embedder and words can answer, not vectors ``alone``.
+    """Return the query's vector and its model.
 
-    Raises what the embedder says, and Transient if it does not answer within ``embedder.deadline_seconds``.
+    None if the embedder has trouble and words can answer, not vectors ``alone``.
+
+    Raises what the embedder raises, and Transient if it does not answer within ``embedder.deadline_seconds``.
     """
     trouble: Transient | BadText = Transient(
         f"the embedder did not answer the query within {vectors.deadline_seconds:g} s"
@@ -138,7 +143,10 @@ async def _embedded(vectors: Vectors, query: str, *, alone: bool) -> tuple[NDArr
 
 
 def check_question(mode: str | None, kind: str | None, limit: int) -> None:
-    """Raises BadQuestion for what cannot be answered: no such mode or kind, or a limit that is not from 1 to MOST_RESULTS."""
+    """Raise BadQuestion for what cannot be answered.
+
+    That is an unknown mode or kind, or a limit that is not from 1 to MOST_RESULTS.
+    """
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_RESULTS:
         message = (
             f"limit={str(limit)[:80]} is refused: it must be a whole number, at least 1 and at most {MOST_RESULTS}"
@@ -153,12 +161,12 @@ def check_question(mode: str | None, kind: str | None, limit: int) -> None:
 
 
 def encodable(text: str) -> str:
-    """``text`` without the lone surrogates that bytes of a command line which are no UTF-8 become."""
+    """Return ``text`` without the lone surrogates that non-UTF-8 bytes of a command line become."""
     return text.encode("utf-8", "replace").decode()
 
 
 def fuse(rankings: Mapping[str, Sequence[Hit]]) -> list[Hit]:
-    """Weighted reciprocal rank fusion: a hit scores the sum of weight / (60 + rank) over the rankings it is in."""
+    """Fuse rankings by weighted reciprocal ranks. A hit scores the sum of weight / (60 + rank) over its rankings."""
     scores: dict[tuple[str, str], float] = {}
     hits: dict[tuple[str, str], Hit] = {}
     for name, ranking in rankings.items():
@@ -190,7 +198,7 @@ def snippet_words(query: str) -> list[str]:
 def snippet(texts: Sequence[str], words: Sequence[str]) -> str:
     """Return about 200 characters around the first of ``words`` that occurs, on one line.
 
-    A text is looked through up to its first million characters.
+    Only the first million characters of a text are searched.
     """
     chosen, at = next((text for text in texts if not text.isspace() and text), ""), 0
     for text in texts:

@@ -24,7 +24,7 @@ N = TypeVar("N", int, float)
 ENVIRONMENT_PREFIX = "EVEROS_"
 ROOT_SETTINGS_FILE = "everos-engine.toml"
 SHARED = {"MEMORY"}
-"""Sections of which other programs have settings of their own."""
+"""Sections in which other programs have settings too."""
 _UNITS = {"": 1, "B": 1, "KB": 1 << 10, "KIB": 1 << 10, "MB": 1 << 20, "MIB": 1 << 20, "GB": 1 << 30, "GIB": 1 << 30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)(?:\s*([A-Za-z]+))?\s*")
 _TRUE = {"1", "true", "yes", "on"}
@@ -43,7 +43,7 @@ Scope = Literal["root", "user"]
 Hidden = Literal["whole", "url"]
 MASK = "********"
 MIN_SECRET_CHARACTERS = 4
-"""A shorter part of an address is not masked in a text: it is in too many words."""
+"""A shorter part of an address is not masked in a text, because it is part of too many words."""
 
 
 def setting(
@@ -59,10 +59,11 @@ def setting(
 ) -> Any:
     """Declare a setting: its default, its line in the settings table, who may set it, and its bounds (inclusive).
 
-    ``scope`` "root" is for what a memory root's own file may set: its content and its limits. "user" is for what says where text
-    or keys go, or which file outside the root is opened: a root's file may set it only when the user trusts that file, or to one of
-    ``root_values``, which send nothing anywhere. ``hidden`` is "whole" when the value must never be shown, and "url" when it may hold
-    a password or a token. ``sent_to`` names the setting with the address that this credential is sent to.
+    ``scope`` "root" is for what a memory root's own file may set: its content and its limits. "user" is for what says
+    where text or keys go, or which file outside the root is opened. A root's file may set it only if the user trusts
+    that file, or to one of ``root_values``, which send nothing anywhere. ``hidden`` is "whole" if the value must never
+    be shown, and "url" if it may hold a password or a token. ``sent_to`` names the setting with the address that this
+    credential is sent to.
     """
     metadata = {
         "doc": doc,
@@ -157,7 +158,7 @@ class LanceDBSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedderSettings:
-    """Where vectors come from."""
+    """The source of vectors."""
 
     kind: Literal["local", "http", "none"] = setting(
         "local",
@@ -220,7 +221,7 @@ class EmbedderSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoteSettings:
-    """Plain markdown as a kind of its own."""
+    """Plain markdown as a separate kind."""
 
     globs: tuple[str, ...] = setting(
         (), "Globs, relative to the root, of plain markdown indexed as `note`; empty turns the kind off.", scope="root"
@@ -229,7 +230,7 @@ class NoteSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchSettings:
-    """How changes are noticed between the sweeps."""
+    """How changes are noticed between the full scans."""
 
     mode: Literal["auto", "events", "poll", "off"] = setting(
         "auto",
@@ -258,13 +259,13 @@ class MemorySettings:
     )
 
     def __post_init__(self) -> None:
-        """Absolute from the start, links resolved: the root stays what it was though a link is moved."""
+        """Make the root absolute and resolve links, so that it stays the same if a link is moved."""
         object.__setattr__(self, "root", Path(os.path.realpath(os.path.expanduser(self.root))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything that can be set; build one with `load`, or directly in tests."""
+    """Everything that can be set. Build one with `load`, or directly in tests."""
 
     memory: MemorySettings = field(default_factory=MemorySettings)
     lancedb: LanceDBSettings = field(default_factory=LanceDBSettings)
@@ -338,22 +339,22 @@ class Settings:
 
     @property
     def root(self) -> Path:
-        """The memory root, absolute, with links resolved."""
+        """Return the memory root, absolute, with links resolved."""
         return self.memory.root
 
     @property
     def engine_directory(self) -> Path:
-        """Our SQLite files, locks and the wake-up socket."""
+        """Return the folder of our SQLite files, locks and sockets."""
         return self.root / ".index" / "engine"
 
     @property
     def control_socket(self) -> Path:
-        """Where a running engine answers questions."""
+        """Return the path at which a running engine answers questions."""
         return self.engine_directory / "control.sock"
 
     @property
     def lancedb_directory(self) -> Path:
-        """The LanceDB tables, `<kind>.lance` each."""
+        """Return the folder of the LanceDB tables, `<kind>.lance` each."""
         return self.root / ".index" / "lancedb"
 
 
@@ -364,11 +365,11 @@ def load(
     user_file: Path | None = None,
     faults: list[str] | None = None,
 ) -> Settings:
-    """Settings from all sources; ``flags`` has dotted names (``{"memory.root": "x"}``).
+    """Return the settings from all sources. ``flags`` has dotted names (``{"memory.root": "x"}``).
 
     ``user_file`` defaults to ``$XDG_CONFIG_HOME/everos-engine/settings.toml``.
     Raises SettingsError for an unknown name, a value of the wrong type or out of bounds, or an unreadable file.
-    With ``faults`` nothing is raised: each such message is appended there, and its value is left out.
+    With ``faults`` nothing is raised. Each such message is appended there, and its value is left out.
     """
     refuse = _raise if faults is None else faults.append
     env = os.environ if environment is None else environment
@@ -403,7 +404,7 @@ def _raise(message: str) -> None:
 
 
 def _suggestion(name: str) -> str:
-    """What to do about a name that no setting has."""
+    """Return what to do about a name that no setting has."""
     known = [known for known, _, _ in _fields(Settings, "")]
     meant = nearest(name, known) or next((one for one in known if one.rpartition(".")[2] == name), None)
     listed = "`everos-engine settings` lists them all"
@@ -436,7 +437,10 @@ def restricted(values: Mapping[str, tuple[object, str]]) -> list[str]:
 
 
 def table() -> list[tuple[str, str, str, str]]:
-    """(name, environment variable, default, doc) of each setting, for the docs and ``everos-engine settings``."""
+    """Return (name, environment variable, default, doc) of each setting.
+
+    The docs and ``everos-engine settings`` show it.
+    """
     return [
         (name, ENVIRONMENT_PREFIX + name.replace(".", "__").upper(), _show(fld.default), fld.metadata["doc"])
         for name, fld, _ in _fields(Settings, "")
@@ -444,12 +448,15 @@ def table() -> list[tuple[str, str, str, str]]:
 
 
 def choices() -> dict[str, tuple[object, ...]]:
-    """The values each setting may be chosen from, of those that are choices."""
+    """Return the values that each setting with choices may have."""
     return {name: get_args(hint) for name, _, hint in _fields(Settings, "") if get_origin(hint) is Literal}
 
 
 def setters() -> dict[str, str]:
-    """Who may set each setting: "root" (any source), "user", or "user" and the values that a root's file may choose."""
+    """Return who may set each setting.
+
+    It is "root" (any source), "user", or "user" and the values that a root's file may choose.
+    """
     return {
         name: ", ".join([fld.metadata["scope"], *(f"root: `{value}`" for value in fld.metadata["root_values"])])
         for name, fld, _ in _fields(Settings, "")
@@ -457,7 +464,7 @@ def setters() -> dict[str, str]:
 
 
 def describe(settings: Settings) -> dict[str, object]:
-    """Each setting's value by dotted name, secrets masked."""
+    """Return each setting's value by dotted name, secrets masked."""
     shown: dict[str, object] = {}
     for name, fld, _ in _fields(Settings, ""):
         value: Any = settings
@@ -469,7 +476,7 @@ def describe(settings: Settings) -> dict[str, object]:
 
 
 def _masked(fld: dataclasses.Field[Any], value: Any) -> Any:
-    """A setting's value for people: a secret as ``MASK``, an address without its password and its query."""
+    """Return a setting's value for people: a secret as ``MASK``, an address without its password and its query."""
     hidden = fld.metadata["hidden"]
     if hidden is None or value == "":
         return value
@@ -477,7 +484,10 @@ def _masked(fld: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def masked_url(url: str) -> str:
-    """Return an address in which only scheme, host, port and path can be read; too little rather than too much."""
+    """Return an address of which only scheme, host, port and path can be read.
+
+    It shows too little rather than too much.
+    """
     scheme, slashes, rest = url.partition("://")
     if not slashes:
         scheme, rest = "", url
@@ -503,7 +513,10 @@ def secrets_of(settings: Settings | EmbedderSettings) -> list[str]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in ``"16777216"``, ``"16MB"`` or ``"1.5 GiB"`` (binary units throughout); ValueError otherwise."""
+    """Return the bytes in ``"16777216"``, ``"16MB"`` or ``"1.5 GiB"`` (binary units throughout).
+
+    Raises ValueError otherwise.
+    """
     match = _SIZE.fullmatch(text)
     unit = None if match is None else _UNITS.get((match[2] or "").upper())
     if match is None or unit is None:
@@ -513,7 +526,7 @@ def parse_size(text: str) -> int:
 
 
 def _secrets_in(url: str) -> set[str]:
-    """The passwords and the values of the query of an address, as they are written, decoded, and as HTTP sends them."""
+    """Return the passwords and query values of an address, as they are written, decoded, and as HTTP sends them."""
     user, _, rest = url.partition("://")[2].rpartition("@")
     rest, _, fragment = rest.partition("#")
     query = rest.partition("?")[2]
@@ -527,7 +540,7 @@ def _secrets_in(url: str) -> set[str]:
 def _by_user(
     flags: Mapping[str, object] | None, env: Mapping[str, str], user_path: Path, refuse: Callable[[str], None]
 ) -> tuple[tuple[dict[str, tuple[object, str]], ...], Path]:
-    """What the user's file, the environment and the flags say, weakest first; and the root they name."""
+    """Return what the user's file, the environment and the flags say, weakest first, and the root they name."""
     from_file = _parse(user_path, _content(user_path, refuse), refuse)
     from_environment = _from_environment(env, refuse)
     from_flags = {name: (value, f"--{name}") for name, value in (flags or {}).items() if value is not None}
@@ -591,7 +604,7 @@ def _fields(cls: type, prefix: str) -> list[tuple[str, dataclasses.Field[Any], A
 
 
 def _build(cls: type, values: dict[str, tuple[object, str]], prefix: str, refuse: Callable[[str], None]) -> Any:
-    """Take what belongs to ``cls`` out of ``values``; what is left over is unknown."""
+    """Take what belongs to ``cls`` out of ``values``. What is left over is unknown."""
     hints = get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for fld in dataclasses.fields(cls):
@@ -721,7 +734,7 @@ def _user_file(env: Mapping[str, str]) -> Path:
 
 
 def _content(path: Path, refuse: Callable[[str], None]) -> bytes:
-    """The bytes of a settings file; none when there is no such file."""
+    """Return the bytes of a settings file, or none if there is no such file."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -745,7 +758,7 @@ def _parse(path: Path, content: bytes, refuse: Callable[[str], None]) -> dict[st
 
 
 def _reason(error: Exception) -> str:
-    """Why a file is not settings, in words of ours for what the parser does not say well."""
+    """Return why a file is not settings, in our words if the parser's are not clear."""
     if isinstance(error, RecursionError):
         return "its tables are nested too deeply: write section and name only"
     if isinstance(error, UnicodeDecodeError):
@@ -764,7 +777,10 @@ def _flatten(data: Mapping[str, object], prefix: str) -> list[tuple[str, object]
 
 
 def _from_environment(env: Mapping[str, str], refuse: Callable[[str], None]) -> dict[str, tuple[object, str]]:
-    """What our variables say. A name that is almost one of ours is refused: other programs use the prefix too, so others are not."""
+    """Return what our variables say.
+
+    A name that is nearly one of ours is refused. Others are not, because other programs use the prefix too.
+    """
     found: dict[str, tuple[object, str]] = {}
     known = {variable: name for name, variable, _, _ in table()}
     known.update({ENVIRONMENT_PREFIX + name.replace(".", "__").upper(): name for name in REFUSED})
@@ -780,7 +796,7 @@ def _from_environment(env: Mapping[str, str], refuse: Callable[[str], None]) -> 
 
 
 def _refuse_slip(variable: str, known: list[str], refuse: Callable[[str], None]) -> None:
-    """Refuse a variable that a slip made of one of ``known``, or that names a section of ours and nothing in it."""
+    """Refuse a variable that is a mistyped one of ``known``, or that names a section of ours and nothing in it."""
     bare = {name.removeprefix(ENVIRONMENT_PREFIX): name for name in known}
     asked = variable.removeprefix(ENVIRONMENT_PREFIX)
     meant = nearest(asked, bare)

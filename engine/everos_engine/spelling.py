@@ -1,4 +1,4 @@
-"""Which known name a mistyped one was meant to be."""
+"""Find which known name a mistyped one was meant to be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 MAX_EDITS = 2
 CHARACTERS_PER_EDIT = 4
-"""A name of 4 characters may differ in one: ``PORT`` is not a slip for ``ROOT``."""
+"""A name of 4 characters may differ in one. ``PORT`` is not a slip for ``ROOT``."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

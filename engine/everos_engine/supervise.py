@@ -1,4 +1,4 @@
-"""What keeps the engine running: restart a loop that ends with an error, and open the stores again if that is not enough."""
+"""Keep the engine running: restart a loop that ends with an error, and open the stores again if that is not enough."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WITHIN_SECONDS = 300.0
 FIRST_REST_SECONDS = 1.0
 MOST_REST_SECONDS = 300.0
 ONE_SHOT_REOPENINGS = 3
-"""A command that ends when its work is done opens damaged stores again only so often."""
+"""A command that ends when its work is done opens damaged stores again only this often."""
 
 State = Literal["closed", "searching", "serving", "ended"]
 
@@ -44,9 +44,9 @@ State = Literal["closed", "searching", "serving", "ended"]
 class Health:
     """Whether the stores are open and the loops run, and if not, why and for how long.
 
-    ``state`` is "closed" while the stores are opened, "searching" while they are open and the loops wait, "serving" while
-    the loops run, and "ended" after that. ``until`` is the time (monotonic seconds) of the next try. ``reopenings`` counts
-    since the start. ``tried`` is set once the first opening succeeded or failed.
+    ``state`` is "closed" while the stores are opened, "searching" while they are open and the loops wait, "serving"
+    while the loops run, and "ended" after that. ``until`` is the time (monotonic seconds) of the next try.
+    ``reopenings`` counts since the start. ``tried`` is set once the first opening succeeded or failed.
     """
 
     state: AsyncValue[State] = field(default_factory=lambda: AsyncValue("closed"))
@@ -67,10 +67,11 @@ class Health:
 
 
 async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
-    """Run ``loop`` without end: restart it after an error in 0.5 s, doubling to 30 s, with jitter.
+    """Run ``loop`` without end. Restart it after an error in 0.5 s, doubling to 30 s, with jitter.
 
-    Raises KeepsDying after more than 5 deaths by a bug within 300 s. Raises Fatal, SettingsError and Damaged of the loop
-    without a restart. The world's troubles (Transient, no descriptor left) are waited out however often they come.
+    Raises KeepsDying after more than 5 deaths by a bug within 300 s. Raises Fatal, SettingsError and Damaged of the
+    loop without a restart. Trouble outside our code (Transient, no descriptor left) is waited out, as often as it
+    comes.
     """
     deaths: deque[float] = deque()
     delay = FIRST_DELAY_SECONDS
@@ -102,11 +103,12 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
 
 
 async def keep_open(health: Health, life: Callable[[float], Awaitable[None]], *, forever: bool) -> None:
-    """Run ``life`` without end: it opens the stores, waits so many seconds, and runs the loops.
+    """Run ``life`` without end. It opens the stores, waits so many seconds, and runs the loops.
 
-    An error opens the stores again. The waits double from 1 s to 5 minutes, and begin at 1 s again after 300 s of service.
-    The first wait after damage is 0. While the loops wait, the stores are open for searches. If the stores cannot be
-    opened, the wait comes before the next try. Raises Fatal and SettingsError, and without ``forever`` every error but Damaged.
+    An error opens the stores again. The waits double from 1 s to 5 minutes, and begin at 1 s again after 300 s of
+    service. The first wait after damage is 0. While the loops wait, the stores are open for searches. If the stores
+    cannot be opened, the wait comes before the next try. Raises Fatal and SettingsError, and without ``forever`` every
+    error but Damaged.
     """
     rest, before_loops, damages = 0.0, 0.0, 0
     while True:
@@ -136,9 +138,10 @@ async def keep_open(health: Health, life: Callable[[float], Awaitable[None]], *,
 
 
 async def _death(name: str, loop: Callable[[], Awaitable[None]]) -> BaseException | None:
-    """What the loop died of, out of its one-member groups; None where it ended well.
+    """Return the error that ended the loop, out of its one-member groups, or None if it ended well.
 
-    Cancellation passes through, alone: an error that came at the same moment is logged, but the end is no failure for it.
+    Cancellation passes through alone. An error that came at the same moment is logged, but the end is not a failure
+    because of it.
     """
     try:
         await loop()

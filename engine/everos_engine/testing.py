@@ -1,4 +1,4 @@
-"""Public: parts for tests of programs that use the engine, kept to the same contracts as the real ones."""
+"""Public parts for tests of programs that use the engine. They keep the same contracts as the real ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class FakeEmbedder:
-    """An Embedder that answers at once with a vector made from each text's hash, for ``open_engine(embedder=...)``.
+    """An Embedder that answers immediately with a vector made from each text's hash, for ``open_engine(embedder=...)``.
 
-    A text with HANG in it never returns, POISON is refused (BadText), FLAKY fails as Transient; every call raises
-    ``outage`` while it is set. ``calls`` are the texts of each call, ``peak`` the most calls there were at once.
-    Another ``model`` name is another model: it gives other vectors.
+    A text with HANG in it never returns, POISON is refused (BadText), FLAKY fails as Transient. Every call raises
+    ``outage`` while it is set. ``calls`` are the texts of each call, ``peak`` the most parallel calls.
+    Another ``model`` name is another model, which gives other vectors.
     """
 
     def __init__(self, *, model: str = "fake", dimension: int = 16, batch_size: int = 64, concurrency: int = 8) -> None:
@@ -35,7 +35,7 @@ class FakeEmbedder:
         self._running = 0
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (n, dimension), unit length."""
+        """Return shape (n, dimension), of unit length."""
         self.calls.append(tuple(texts))
         self._running += 1
         self.peak = max(self.peak, self._running)
@@ -59,7 +59,7 @@ class FakeEmbedder:
         return np.stack([self.vector(text) for text in texts])
 
     def vector(self, text: str) -> NDArray[np.float32]:
-        """The vector this model gives ``text``, shape (dimension,)."""
+        """Return the vector that this model gives ``text``, shape (dimension,)."""
         seed = int.from_bytes(hashlib.blake2b(f"{self.model}\0{text}".encode(), digest_size=8).digest(), "big")
         vector = np.random.default_rng(seed).standard_normal(self.dimension).astype(np.float32)
         return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)

@@ -21,9 +21,9 @@ def is_trusted(root: Path, content: bytes, environment: Mapping[str, str]) -> bo
 
 
 def trusted_digest(root: Path, environment: Mapping[str, str]) -> str | None:
-    """Return the digest of the settings file that is trusted for a root; None when there is none.
+    """Return the digest of the settings file that is trusted for a root, or None.
 
-    A record that another user could have written, or that lies inside the root, counts for nothing.
+    A record that another user could have written, or that lies inside the root, does not count.
     """
     place = _record(root, environment)
     if _is_inside(place, root):
@@ -44,9 +44,9 @@ def trusted_digest(root: Path, environment: Mapping[str, str]) -> str | None:
 
 
 def remember(root: Path, content: bytes, environment: Mapping[str, str]) -> Path:
-    """Trust this content as the settings file of this root; return the record's path.
+    """Trust this content as the settings file of this root. Returns the record's path.
 
-    Raises SettingsError when the record cannot be kept, or would lie inside the root.
+    Raises SettingsError if the record cannot be kept, or would lie inside the root.
     """
     place = _record(root, environment)
     if _is_inside(place, root):
@@ -72,7 +72,7 @@ def remember(root: Path, content: bytes, environment: Mapping[str, str]) -> Path
 
 
 def forget(root: Path, environment: Mapping[str, str]) -> bool:
-    """Trust no settings file of this root any more; return whether one was trusted."""
+    """Stop trusting any settings file of this root. Returns whether one was trusted."""
     try:
         _record(root, environment).unlink()
     except (FileNotFoundError, NotADirectoryError):
@@ -84,7 +84,7 @@ def forget(root: Path, environment: Mapping[str, str]) -> bool:
 
 
 def digest_of(content: bytes) -> str:
-    """Return what stands for a file's content."""
+    """Return the digest of a file's content."""
     return hashlib.sha256(content).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One trial of ``fds calibrate``, in a process of its own so that its descriptors are nobody else's."""
+"""One benchmark run of ``fds calibrate``, in a separate process, so that no other code opens descriptors in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from everos_engine.text.kinds import KINDS
 KIND = "episode"
 LOOK_SECONDS = 0.005
 FIRST_TEXT = 2000
-"""Words a query is drawn from: the first of the sample, as people ask for what is there."""
+"""Words a query is drawn from: the first of the sample, since people ask for what is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Plan:
 
 @dataclass(slots=True)
 class BenchmarkRun:
-    """What was seen: descriptors before, at most and pinned by indexes at most; per cycle; milliseconds per query.
+    """What was seen: descriptors before, at most, and pinned by indexes, for each cycle, and milliseconds per query.
 
-    ``query_cpu_milliseconds`` is the mean over all threads: on a busy machine it is steadier than the clock.
+    ``query_cpu_milliseconds`` is the mean over all threads. On a busy machine it is steadier than the clock.
     """
 
     base: int = 0
@@ -64,7 +64,7 @@ class BenchmarkRun:
 
 
 async def run(plan: Plan, directory: Path) -> BenchmarkRun:
-    """Add and optimize ``plan.cycles`` times, a query after each; then ``plan.queries`` queries on the clock."""
+    """Add and optimize ``plan.cycles`` times, with a query after each. Then time ``plan.queries`` queries."""
     trial, chance = BenchmarkRun(), random.Random(0)  # noqa: S311 - text to fill an index
     settings = LanceDBSettings(descriptor_mode=plan.mode, read_deadline_seconds=5.0)
     async with open_asyncio_thread() as bridge, trio.open_nursery() as nursery:
@@ -135,7 +135,7 @@ def _row(plan: Plan, chance: random.Random, number: int) -> Row:
 
 
 def main() -> int:
-    """Read a Plan as JSON from standard input, write the Trial as JSON to standard output."""
+    """Read a Plan as JSON from standard input, and write the BenchmarkRun as JSON to standard output."""
     facts: Mapping[str, object] = json.load(sys.stdin)
     with tempfile.TemporaryDirectory(prefix="everos-calibrate-") as directory:
         trial = trio.run(run, Plan(**facts), Path(directory).resolve() / "lancedb")  # type: ignore[arg-type]  # our own trial's JSON

@@ -1,4 +1,4 @@
-"""``everos-engine fds calibrate``: what each cap costs in descriptors and saves in time, on this machine and its memory."""
+"""``everos-engine fds calibrate``: measure what each cap costs in descriptors and saves in time, on this machine."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ QUERIES, QUICK_QUERIES = 100, 40
 ROWS = 100
 LIMITS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROOMY = 1024
-"""A limit under which the engine reads as broadly as it wants to."""
+"""A limit under which the engine reads with its full width."""
 TRIAL_SECONDS = 900.0
 MOST_FILES, LEAST_ENTRIES, MOST_WORDS = 400, 20, 20_000
 MARGIN = 1.25
-"""On the slope that is offered: the next run pins a little more or less."""
+"""On the recommended slope, because the next run pins a little more or less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of the table. ``ceiling`` is projected from the slope where the cap was not reached; None: it never ends."""
+    """A row of the table. ``ceiling`` is projected from the slope if the cap was not reached. None: it never ends."""
 
     mode: DescriptorMode
     cap_bytes: int | None
@@ -61,7 +61,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Running words, and the words per FTS column of sample entries; ``source`` says whose."""
+    """Running words, and the words per FTS column of sample entries. ``source`` says whose they are."""
 
     words: tuple[str, ...]
     lengths: tuple[tuple[int, ...], ...]
@@ -69,7 +69,10 @@ class Shape:
 
 
 def calibrate(settings: Settings, *, quick: bool, output: Path) -> int:
-    """Run every trial in a fresh process, print the table and the setting to use, write JSON and a plot to ``output``."""
+    """Run every benchmark in a new process, and print the table and the recommended setting.
+
+    JSON and a plot go to ``output``.
+    """
     shape = shape_of(settings)
     print(f"calibrating with {shape.source}: each line is a process of its own", flush=True)
     caps, cycles = (QUICK_CAPS, QUICK_CYCLES) if quick else (CAPS, CYCLES)
@@ -104,7 +107,7 @@ def calibrate(settings: Settings, *, quick: bool, output: Path) -> int:
 
 
 def shape_of(settings: Settings) -> Shape:
-    """The words and lengths of the root's own episodes; made-up ones where it has fewer than 20."""
+    """Return the words and lengths of the root's own episodes, or made-up ones if it has fewer than 20."""
     columns = kinds.KINDS["episode"].fts_columns
     words: list[str] = []
     lengths: list[tuple[int, ...]] = []
@@ -124,9 +127,9 @@ def shape_of(settings: Settings) -> Shape:
 
 
 def slope_of(pinned: Mapping[int, Sequence[int]], *, otherwise: float) -> float:
-    """Descriptors per MiB of cap: the steepest of the caps that were reached; ``otherwise`` where none was.
+    """Return the descriptors per MiB of cap: the steepest of the caps that were reached, or ``otherwise`` if none was.
 
-    ``pinned`` is cap -> index descriptors after each cycle: they fall only where the cache evicted something.
+    ``pinned`` is cap -> index descriptors after each cycle. They fall only if the cache evicted something.
     """
     reached = [
         max(counts) / (cap / MIB)
@@ -137,7 +140,7 @@ def slope_of(pinned: Mapping[int, Sequence[int]], *, otherwise: float) -> float:
 
 
 def offer(lines: Sequence[Line], *, slope: float, limit: int) -> dict[str, object]:
-    """The settings to use: ``reopen`` where it pins none, with the fitting cap for ``pinned`` beside it."""
+    """Return the settings to use: ``reopen`` if it pins none, together with the fitting cap for ``pinned``."""
     reopen = next(line for line in lines if line.mode == "reopen")
     fitting = [
         line.cap_bytes
@@ -153,12 +156,12 @@ def offer(lines: Sequence[Line], *, slope: float, limit: int) -> dict[str, objec
 
 
 def _fits(cap_bytes: int, slope: float, limit: int) -> bool:
-    """Whether the engine will take the cap at its next start."""
+    """Return whether the engine will accept the cap at its next start."""
     return HEADROOM * (own_of(LanceDBSettings(), limit=limit) + cap_bytes / MIB * slope) <= limit
 
 
 def as_text(lines: Sequence[Line]) -> list[str]:
-    """The runbook's table for this machine."""
+    """Return the runbook's table for this machine."""
     rows = [
         ["mode", "cap", "descriptor ceiling", "p50", "p95", "CPU", f"safe under `ulimit -n` ({HEADROOM}x headroom)"]
     ]
@@ -184,7 +187,7 @@ def as_text(lines: Sequence[Line]) -> list[str]:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Pinned descriptors over the cycles, and latency against ceiling for each cap."""
+    """Draw pinned descriptors over the cycles, and latency against ceiling for each cap."""
     import matplotlib as mpl  # noqa: PLC0415 - an extra
 
     mpl.use("Agg")
@@ -204,7 +207,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def _try(plan: Mapping[str, object], shape: Shape) -> dict[str, object]:
-    """One trial in a fresh process. Raises Fatal with its last words where it fails."""
+    """Make one benchmark run in a new process. Raises Fatal with its last words if it fails."""
     given = json.dumps({**plan, "words": shape.words, "lengths": shape.lengths})
     command = [sys.executable, "-m", "everos_engine.calibrate.benchmark_run"]
     try:
@@ -284,7 +287,7 @@ def _write(facts: Mapping[str, object], lines: Sequence[Line], output: Path) -> 
 
 
 def _episodes(settings: Settings) -> list[list[str]]:
-    """The FTS columns' texts of the root's episodes, of at most 400 files; none where it cannot be read."""
+    """Return the FTS columns' texts of the root's episodes, of at most 400 files. None if it cannot be read."""
 
     def wanted(key: str) -> kinds.Place | None:
         place = kinds.recognise(key)

@@ -18,7 +18,7 @@ MOST_NAMED = 5
 
 
 def as_text(found: Explanation, style: Style) -> str:
-    """The block for a terminal."""
+    """Return the block for a terminal."""
     seen, diagnosis = found.evidence, found.diagnosis
     name = shown(seen.place.md_path if seen.place is not None and seen.key != seen.path else seen.key or seen.path)
     word = WORDS.get(diagnosis.verdict, diagnosis.verdict)

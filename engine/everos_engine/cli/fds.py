@@ -1,4 +1,4 @@
-"""``everos-engine fds``: the descriptors of the running engine by class, against its limit, budgets and ceiling."""
+"""``everos-engine fds``: the running engine's descriptors by class, against its limit, budgets and ceiling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEANINGS = {
 
 
 def show(settings: Settings, *, watch: bool, as_json: bool, program: str = "everos-engine") -> int:
-    """Print the table once, or every second until interrupted; JSON is one object, with ``watch`` one a line."""
+    """Print the table once, or every second until interrupted. JSON is one object, with ``watch`` one per line."""
     while True:
         found = read_engine_state(settings)
         data = as_data(settings, found)
@@ -49,7 +49,10 @@ def show(settings: Settings, *, watch: bool, as_json: bool, program: str = "ever
 
 
 def as_data(settings: Settings, found: EngineState) -> dict[str, object]:
-    """The stable form of ``fds --json``: ``engine`` and ``fds``, the guard's last sample, or what the settings imply."""
+    """Return the stable form of ``fds --json``.
+
+    It is ``engine`` and ``fds``, the guard's last sample, or what the settings imply.
+    """
     engine = {"state": found.state, "pid": found.pid}
     if found.descriptors:
         return {
@@ -62,7 +65,7 @@ def as_data(settings: Settings, found: EngineState) -> dict[str, object]:
 
 
 def implied(settings: Settings) -> dict[str, object]:
-    """What an engine started here and now would have to live with; ``refusal`` is why it would not start, or None."""
+    """Return what an engine started here and now would have. ``refusal`` is why it would not start, or None."""
     lancedb = settings.lancedb
     limit, pinned = descriptors.limits()[1], lancedb.descriptor_mode == "pinned"
     try:
@@ -89,7 +92,7 @@ def implied(settings: Settings) -> dict[str, object]:
 
 
 def as_text(data: Mapping[str, object], found: EngineState, style: Style) -> str:
-    """The table for people."""
+    """Return the table for people."""
     if "fds" in data:
         return _live(cast("Mapping[str, object]", data["fds"]), found, style)
     facts = cast("Mapping[str, object]", data["implied"])
@@ -141,7 +144,7 @@ def _live(sample: Mapping[str, object], found: EngineState, style: Style) -> str
 
 
 def _slope(sample: Mapping[str, object]) -> list[str]:
-    """What one MiB of the Session pins, as the guard counted it; nothing before it has seen enough."""
+    """Return what one MiB of the Session pins, as the guard counted it. Nothing before it has seen enough."""
     learned = cast("Mapping[str, float] | None", sample.get("slope"))
     if learned is None:
         return []
@@ -163,7 +166,7 @@ def _bounds(facts: Mapping[str, object]) -> list[str]:
 
 
 def _memory(facts: Mapping[str, object]) -> str:
-    """The ceiling of resident memory, as a sum."""
+    """Return the ceiling of resident memory, as a sum."""
     parts = cast("Mapping[str, int]", facts.get("parts") or {})
     total = " + ".join(f"{name} {size(part)}" for name, part in parts.items())
     return f"memory ceiling: {size(_int(facts, 'ceiling_bytes'))} = {total}; slowed from {size(_int(facts, 'soft_bytes'))} on"

@@ -1,4 +1,4 @@
-"""One log: loguru, with the standard library's records sent through it."""
+"""One log: loguru, which also gets the standard library's records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEAD = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} "
 MOST_MESSAGE_CHARACTERS = 8192
 MOST_TRACEBACK_CHARACTERS = 32_768
 CONTINUED = "    | "
-"""Before each line of a traceback: no text in it can look like a line of the log."""
+"""Before each line of a traceback, so that no text in it can look like a line of the log."""
 
 
 class _ToLoguru(logging.Handler):
@@ -46,9 +46,12 @@ class _ToLoguru(logging.Handler):
 
 
 def set_up(settings: Settings, *, reporting: bool = False) -> Screen | None:
-    """Text lines, or one JSON object a line, on standard error; above a live line, which is returned, on a terminal.
+    """Log text lines, or one JSON object per line, to standard error.
 
-    A ``reporting`` command says itself what it did and what failed: its log has only further warnings, unless a form of log was asked for.
+    On a terminal the live line, which is returned, stays below.
+
+    A ``reporting`` command says what it did and what failed. Its log has only further warnings, unless a form of log
+    was asked for.
     """
     logger.remove()
     logging.basicConfig(handlers=[_ToLoguru()], level=logging.WARNING, force=True)
@@ -79,16 +82,16 @@ def set_up(settings: Settings, *, reporting: bool = False) -> Screen | None:
 
 
 class Rarely:
-    """Lets events that come again and again through once a minute, each with how often it came meanwhile.
+    """Let repeated events through once a minute, each with how often it came meanwhile.
 
-    What is the same event: its name, and the loop, kind and unit that it names.
+    Events are the same if they have the same name and name the same loop, kind and unit.
     """
 
     def __init__(self) -> None:
         self._repeats = Repeats(every_seconds=SAY_EVERY_SECONDS)
 
     def __call__(self, record: Record) -> bool:
-        """Whether the record is due now."""
+        """Return whether the record is due now."""
         message = record["message"]
         if message.partition(" ")[0] not in REPETITIVE:
             return True
@@ -99,7 +102,10 @@ class Rarely:
 
 
 def text_form(hide: Callable[[str], str]) -> Callable[[Record], str]:
-    """Return the one form of text logs: a line a record, and marked lines for a traceback, all printable and without secrets."""
+    """Return the one form of text logs.
+
+    It is one line per record, and marked lines for a traceback, all printable and without secrets.
+    """
 
     def form(record: Record) -> str:
         lines = [printable(clipped(hide(record["message"]), MOST_MESSAGE_CHARACTERS))]
@@ -132,14 +138,20 @@ def _bounded(value: object) -> object:
 
 
 def _for_people(settings: Settings) -> Callable[[str], str]:
-    """Return what masks secrets in a message, and has the commands in it name the root unless it is the default one."""
+    """Return a function that makes a message fit for people.
+
+    It masks secrets, and has the commands in it name the root unless it is the default.
+    """
     hide, default = hider(settings), MemorySettings().root
     program = program_at(None if settings.root == default else settings.root)
     return lambda text: with_root(hide(text), program)
 
 
 def hider(settings: Settings) -> Callable[[str], str]:
-    """Return what masks every secret of these settings in a text: the last net, below what each source masks by itself."""
+    """Return a function that masks every secret of these settings in a text.
+
+    It is the last net, below the masks at each source.
+    """
     secrets = [secret for secret in secrets_of(settings) if len(secret) >= MIN_SECRET_CHARACTERS]
     if not secrets:
         return str

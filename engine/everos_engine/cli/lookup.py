@@ -1,4 +1,4 @@
-"""A search that a running engine makes for us: no import of LanceDB, no model to load, an answer in a blink."""
+"""A search by a running engine: no import of LanceDB, no model to load, an answer in a blink."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS = ("mode", "kind", "owner", "app", "project", "limit")
 
 
 def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, object]] | None:
-    """Results as plain data; None where no engine answers, or it cannot say: then we look ourselves."""
+    """Return results as plain data. None if no engine answers, or if it cannot say. Then the command searches."""
     details = {"query": " ".join(arguments.query)} | {name: getattr(arguments, name) for name in FIELDS}
     try:
         if ask(settings.control_socket, "pulse", deadline_seconds=LOOK_SECONDS) is None:

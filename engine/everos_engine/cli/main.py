@@ -43,7 +43,10 @@ ELSE = "`everos-engine doctor` looks for the cause"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done, 1 something is not in order, 2 it could not be tried, 130 interrupted."""
+    """Run a command. Returns the exit status.
+
+    0 is done, 1 something is not in order, 2 it could not be tried, 130 interrupted.
+    """
     is_program = argv is None
     if is_program:
         terminal.prepare()
@@ -87,7 +90,7 @@ def _run_command(argv: Sequence[str] | None) -> int:
 
 
 def _root_named(grammar_of_all: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
-    """The root that the words name, None if they name none. Ends the program if they name two."""
+    """Return the root that the words name, None if they name none. Ends the program if they name two."""
     named = [root for root in (arguments.at, arguments.root_too, arguments.root) if root is not None]
     if len({os.path.realpath(os.path.expanduser(root)) for root in named}) > 1:
         grammar_of_all.error(f"two memory roots are named, {' and '.join(map(shown, named))}: name one")
@@ -147,7 +150,7 @@ def _remedy(error: OSError) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their flags."""
+    """Return the commands and their flags."""
     return grammar.build(
         {
             "run": _run,
@@ -332,7 +335,10 @@ def _search(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _not_searched(settings: Settings, program: str, *, found: bool) -> list[str]:
-    """Say what a search could not look into: a damaged table, and where nothing was found, changes that are not indexed yet."""
+    """Say what a search could not look into.
+
+    That is a damaged table and, if nothing was found, changes that are not indexed yet.
+    """
     from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
 
     try:
@@ -374,7 +380,7 @@ def _kinds(settings: Settings, _arguments: argparse.Namespace) -> int:
 
 
 def _settings(flags: Mapping[str, object]) -> int:
-    """Show every setting; a source with a fault is named, and what it says wrongly is left out."""
+    """Show every setting. A source with a fault is named, and its wrong values are left out."""
     faults: list[str] = []
     for name, value in describe(load(flags, faults=faults)).items():
         print(f"{name} = {json.dumps(value)}")
@@ -425,5 +431,5 @@ def _show(outcome: Outcome) -> None:
 
 
 def program(settings: Settings, arguments: argparse.Namespace) -> str:
-    """How to call this program again on the same root."""
+    """Return how to call this program again on the same root."""
     return program_at(settings.root if arguments.root is not None else None)

@@ -1,4 +1,7 @@
-"""Commands that do their work and end: beside a running engine they hand it over, without one they do it themselves."""
+"""Commands that do their work and end.
+
+While an engine is running they hand it over, without one they do it themselves.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,9 @@ SILENT_IN_WRITE = (
 
 
 def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
-    """Bring everything, or just ``paths``, in step; what became of each path, or all that is failed.
+    """Bring everything, or only ``paths``, in step. Returns what became of each path, or everything that is failed.
 
-    A path is meant from the root, or from the working directory where only that has such a file.
+    A path is looked up from the root, or from the working directory if only that has such a file.
     """
     paths = [_locate(settings, path) for path in paths]
 
@@ -80,13 +83,13 @@ def sync(settings: Settings, paths: Sequence[str]) -> list[Outcome]:
 
 
 def _locate(settings: Settings, path: str) -> str:
-    """The path that is meant. Raises NoAnswer if its directory hangs."""
+    """Return the path that is meant. Raises NoAnswer if its directory hangs."""
     deadline = settings.file_deadline_seconds
     return call_within(lambda: files.locate(settings.root, path), name=path, seconds=deadline)
 
 
 def audit(settings: Settings) -> list[str]:
-    """Read every file again; the paths whose content was not what was indexed, now in step."""
+    """Read every file again. Returns the paths whose content was not what was indexed, which are in step now."""
     found: list[str] = []
 
     async def own(engine: Engine) -> list[Outcome]:
@@ -108,7 +111,7 @@ def audit(settings: Settings) -> list[str]:
 
 
 def release(settings: Settings) -> list[Outcome]:
-    """Apply every held deletion; what became of each."""
+    """Apply every held deletion. Returns what became of each."""
 
     async def own(engine: Engine) -> list[Outcome]:
         return await engine.release()
@@ -123,7 +126,7 @@ def release(settings: Settings) -> list[Outcome]:
 
 
 def forget(settings: Settings, paths: Sequence[str], *, text: str | None, delete: bool) -> int:
-    """Leave no trace of these files, or of a text, below the index; by how many bytes it is smaller.
+    """Leave no trace of these files, or of a text, below the index. Returns by how many bytes it is smaller.
 
     Raises Transient if the running engine cannot do it now.
     """
@@ -158,7 +161,7 @@ def _ask_slowly(settings: Settings, details: Mapping[str, object]) -> dict[str, 
 
 
 def fix(settings: Settings) -> list[Outcome]:
-    """Try every retryable failure again; what became of each."""
+    """Try every retryable failure again. Returns what became of each."""
 
     async def own(engine: Engine) -> list[Outcome]:
         return await engine.fix()
@@ -172,7 +175,7 @@ def fix(settings: Settings) -> list[Outcome]:
 
 
 def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Results as plain data."""
+    """Return results as plain data."""
     only = Filter(arguments.kind, arguments.owner, arguments.app, arguments.project)
 
     async def ask() -> list[dict[str, object]]:
@@ -250,7 +253,7 @@ def _do(
 
 
 def _left(settings: Settings) -> str:
-    """What an interrupted command did, and what is left."""
+    """Return what an interrupted command did, and what is left."""
     goes_on = "what is left is done by the next `everos-engine sync`, or by `everos-engine run`"
     try:
         counts = snapshot(settings).counts
@@ -270,7 +273,7 @@ def _alone(work: Callable[[], Awaitable[T]]) -> T:
 
 
 async def _looked_at(settings: Settings, database: Database) -> int:
-    """Have the running engine look at tables that are gone, or not as it left them. Returns the newest lsn once it has."""
+    """Have the running engine look at tables that changed or are gone. Returns the newest lsn once it has."""
 
     def differing() -> set[tuple[str, str]]:
         known = database.read(ledger.incarnations)
@@ -290,12 +293,12 @@ async def _looked_at(settings: Settings, database: Database) -> int:
 
 
 def _is_silent(settings: Settings) -> bool:
-    """Check whether the engine is running but does not answer."""
+    """Return whether the engine is running but does not answer."""
     return read_engine_state(settings).state in {"silent", "stopped"}
 
 
 def _expect_answer(settings: Settings) -> None:
-    """Raise Transient where the running engine does not answer."""
+    """Raise Transient if the running engine does not answer."""
     if _is_silent(settings):
         raise Transient(SILENT)
 
@@ -303,8 +306,9 @@ def _expect_answer(settings: Settings) -> None:
 async def _reach(settings: Settings, database: Database, lsn: int) -> None:
     """Wait for the running engine's watermark.
 
-    Raises Transient if it goes away, its embedder is down for too long, a deletion waits because the root looks wrong, or the
-    database was made again. How long an outage lasts is also counted by the monotonic clock: the wall clock may be set.
+    Raises Transient if it goes away, its embedder is down for too long, a deletion waits because the root looks wrong,
+    or the database was made again. The length of an outage is also counted by the monotonic clock, because the wall
+    clock may be set.
     """
     patience_milliseconds = settings.embedder.outage_patience_seconds * 1000
     down_since: float | None = None

@@ -1,4 +1,4 @@
-"""The command line's grammar and help texts; docs/commands.md is made from them."""
+"""The command line's grammar and help texts. docs/commands.md is made from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JSON_HELP = "print one JSON document with stable field names instead of text"
 
 
 def build(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """The parser; ``arguments.command`` is one of ``commands``, which are by name."""
+    """Return the parser. ``arguments.command`` is one of ``commands``, which are by name."""
     top = _Parser(
         prog="everos-engine",
         description="Keeps a LanceDB index in step with a tree of markdown, the memory root.",
@@ -52,7 +52,7 @@ class _Add(Protocol):
 
 class _Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        """Print what the words of a command line are quoted in, fit for a terminal."""
+        """Print the words of a command line in a form that is fit for a terminal."""
         super()._print_message(printable(message, lines=True), file)
 
 

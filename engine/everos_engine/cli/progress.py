@@ -1,4 +1,4 @@
-"""What a terminal shows while work is done: a bar while there is much to do, else one quiet line, below the log."""
+"""What a terminal shows while work is done, below the log: a bar while there is much to do, else one quiet line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLEAR = "\r\x1b[2K"
 
 @dataclass(slots=True)
 class Screen:
-    """The last line of a terminal, rewritten in place; log messages go above it."""
+    """The last line of a terminal, rewritten in place. Log messages go above it."""
 
     stream: TextIO
     line: str = ""
@@ -41,7 +41,7 @@ class Screen:
             self._put(CLEAR + line)
 
     def write(self, message: str) -> None:
-        """A whole log message; the line moves below it."""
+        """Write a whole log message. The line moves below it."""
         self._put(CLEAR + message + self.line)
 
     def clear(self) -> None:
@@ -50,7 +50,7 @@ class Screen:
         self._put(CLEAR)
 
     def _put(self, text: str) -> None:
-        """Write, if the terminal is still there: an engine goes on without one."""
+        """Write, if the terminal is still there. An engine goes on without one."""
         with suppress(OSError):
             self.stream.write(text)
             self.stream.flush()
@@ -58,13 +58,13 @@ class Screen:
 
 @dataclass(slots=True)
 class Bar:
-    """How far a piece of work is; it begins with the first change that waits and ends with the last."""
+    """The progress of a piece of work. It begins with the first change that waits and ends with the last."""
 
     most: int = 0
     began: float = field(default_factory=time.monotonic)
 
     def text(self, waiting: int) -> str | None:
-        """``[#####-----] 120/318 files, 40/s, 5 s to go``; None while there is little to do."""
+        """Return ``[#####-----] 120/318 files, 40/s, 5 s to go``, or None while there is little to do."""
         if not waiting or not self.most:
             self.most, self.began = waiting, time.monotonic()
         self.most = max(self.most, waiting)
@@ -78,7 +78,7 @@ class Bar:
 
 
 async def show_status(engine: Engine, screen: Screen) -> None:
-    """The bar or the line, for as long as the engine runs."""
+    """Show the bar or the line, for as long as the engine runs."""
     bar, context = Bar(), engine.context
     while True:
         seen = context.applied.value
@@ -94,7 +94,7 @@ async def show_status(engine: Engine, screen: Screen) -> None:
 
 
 def quiet_line(status: Status, fds: Mapping[str, object], *, notes: int) -> str:
-    """One line that says that all is well, or what is not."""
+    """Return one line that says that all is well, or what is not."""
     counts = status.counts
     failed, held = failed_of(counts), sum(one.count for one in status.held)
     parts = [
@@ -110,5 +110,5 @@ def quiet_line(status: Status, fds: Mapping[str, object], *, notes: int) -> str:
 
 
 def failed_of(counts: Counts) -> int:
-    """Everything dead-lettered."""
+    """Return everything dead-lettered."""
     return counts.failed_permanent + counts.failed_retryable

@@ -17,7 +17,7 @@ from everos_engine.settings import Settings
 
 
 def run(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM; a second signal stops at once. Exit status 0 after a graceful stop."""
+    """Serve until SIGINT or SIGTERM. A second signal stops immediately. The exit status is 0 after a graceful stop."""
     screen = set_up(settings)
     try:
         trio.run(_serve, settings, screen)

@@ -1,4 +1,7 @@
-"""What SIGINT and SIGTERM do: the first stops well, a second one and the end of the grace period stop immediately."""
+"""What SIGINT and SIGTERM do.
+
+The first stops gracefully, a second one and the end of the grace period stop immediately.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped a command; the text says what it did and what is left."""
+    """A signal stopped a command. The text says what it did and what is left."""
 
 
 async def stop_on_signal(
     signals: AsyncIterator[int], scope: trio.CancelScope, grace_seconds: float, say: Callable[[], object]
 ) -> None:
-    """Cancel ``scope`` at the first signal, after ``say``; from then on a second one or the end of the grace ends the process."""
+    """Cancel ``scope`` at the first signal, after ``say``.
+
+    Then a second one or the end of the grace ends the process.
+    """
     async for _ in signals:
         say()
         for number in (*SIGNALS, signal.SIGALRM):
@@ -30,5 +36,8 @@ async def stop_on_signal(
 
 
 def in_grace_no_more() -> None:
-    """Take back the alarm of ``stop_on_signal``: all has stopped, and an interpreter that ends has no handler for it."""
+    """Take back the alarm of ``stop_on_signal``.
+
+    All has stopped, and an interpreter that ends has no handler for it.
+    """
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,4 @@
-"""The standard streams: fit for any text, whatever they are connected to, and checked for lost output at the end."""
+"""The standard streams: fit for any text and any target, and checked for lost output at the end."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OURS = re.compile(r"(\x1b\[(?:0|1|2|3[123])m|\x1b\[H\x1b\[2J)")
 def prepare() -> None:
     """Make the three streams usable. For a whole process, before it opens anything.
 
-    A stream that is closed gets its descriptor back, so that no database is opened under its number: what is written to
-    standard output is then an error as it is for other tools, what is written to standard error is dropped. A
+    A stream that is closed gets its descriptor back, so that no database is opened under its number. What is written to
+    standard output is then an error as it is for other tools. What is written to standard error is dropped. A
     character that the encoding does not have is written as an escape.
     """
     for number, flags in ((INPUT, os.O_RDONLY), (OUTPUT, os.O_RDONLY), (ERRORS, os.O_WRONLY)):
@@ -55,12 +55,15 @@ class OutputLost(OSError):
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output, whose errors are not taken for those of a file that the command works on. ``lost`` is the first one."""
+    """Standard output.
+
+    Its errors do not count as errors of a file that the command works on. ``lost`` is the first one.
+    """
 
     lost: OutputLost | None = None
 
     def write(self, text: str, /) -> int:
-        """Write text, fit for a terminal: each source makes its text printable, and this is the net below them all."""
+        """Write text, fit for a terminal. Each source makes its text printable, and this is the net below them all."""
         with self._renamed():
             super().write(_net(text, terminal=self.isatty()))
         return len(text)
@@ -103,7 +106,7 @@ def say(message: str) -> None:
 def finish() -> OutputLost | None:
     """Write out what was printed. Returns the first error if something could not be written.
 
-    A reader that has gone away has seen all that it wanted: that is not an error.
+    A reader that has gone away has seen all that it wanted. That is not an error.
     """
     try:
         sys.stdout.flush()
@@ -125,7 +128,7 @@ def leave(status: int) -> NoReturn:
 
 
 def _drop(number: int) -> None:
-    """Send what is still buffered nowhere, for the interpreter writes it again when it ends."""
+    """Discard what is still buffered, because the interpreter writes it again when it ends."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)

@@ -1,4 +1,4 @@
-"""``everos-engine trust``: trust a memory root's own settings file, say whether it is trusted, or take the trust back."""
+"""``everos-engine trust``: trust a memory root's own settings file, show the trust, or take it back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def give(flags: Mapping[str, object]) -> int:
 
 
 def show(flags: Mapping[str, object]) -> int:
-    """Print what needs trust and whether it has it; return 1 when it has not."""
+    """Print what needs trust and whether it has it. Returns 1 if it has not."""
     root, content, asked = root_file(flags)
     file = shown(str(root / ROOT_SETTINGS_FILE))
     if not asked:
@@ -43,7 +43,7 @@ def show(flags: Mapping[str, object]) -> int:
 
 
 def remove(flags: Mapping[str, object]) -> int:
-    """Trust the file of this root no more."""
+    """Stop trusting the file of this root."""
     root, _, _ = root_file(flags)
     had = trust.forget(root, os.environ)
     print(f"{shown(str(root / ROOT_SETTINGS_FILE))}: {'not trusted any more' if had else 'it was not trusted'}")

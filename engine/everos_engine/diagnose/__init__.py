@@ -1,1 +1,1 @@
-"""Reads the queue, the index and the engine, and says what is wrong and what to do. Writes nothing."""
+"""Read the queue, the index and the engine, and say what is wrong and what to do. Nothing here writes."""

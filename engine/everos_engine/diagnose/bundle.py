@@ -1,7 +1,8 @@
 """``doctor --bundle``: what a bug report needs, without any memory content.
 
-Left out by construction, not by searching: paths appear as salted hashes (the salt is thrown away), texts of files, entry ids, error
-messages and remedies not at all, and of the settings only numbers, choices and defaults.
+What is private is left out by construction, not by searching. Paths appear as salted hashes (the salt is thrown away).
+Texts of files, entry ids, error messages and remedies do not appear. Of the settings there are only numbers, choices
+and defaults.
 """
 
 from __future__ import annotations
@@ -65,12 +66,15 @@ pulse.json     what the running engine said of itself, in numbers
 
 
 def default_name(now_seconds: float) -> str:
-    """A file name for an archive made now."""
+    """Return a file name for an archive made now."""
     return time.strftime("everos-engine-doctor-%Y%m%d-%H%M%S.tar.gz", time.gmtime(now_seconds))
 
 
 def write(settings: Settings, target: Path, *, offline: bool = False) -> Path:
-    """Write the archive, readable by this user alone; its absolute path. Raises SettingsError where it cannot be made."""
+    """Write the archive, readable by this user alone.
+
+    Returns its absolute path. Raises SettingsError if it cannot be made.
+    """
     salt = secrets.token_bytes(16)
 
     def hashed(path: str) -> str:
@@ -102,7 +106,7 @@ def write(settings: Settings, target: Path, *, offline: bool = False) -> Path:
 
 
 def masked(settings: Settings) -> dict[str, object]:
-    """Numbers, truths, choices from a list and defaults as they are; anything else only as set."""
+    """Return numbers, booleans, choices from a list and defaults as they are, and anything else only as set."""
     defaults, known = describe(type(settings)()), choices()
     return {
         name: value
@@ -166,7 +170,7 @@ def _system(settings: Settings) -> dict[str, object]:
 
 
 def _snapshot(facts: Facts) -> dict[str, object]:
-    """Numbers and truths of the pulse, and the codes of its notes."""
+    """Return numbers and booleans of the snapshot, and the codes of its conditions."""
     kept = _numbers(facts.engine.snapshot)
     return {
         **(kept if isinstance(kept, dict) else {}),

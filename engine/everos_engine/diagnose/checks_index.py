@@ -32,7 +32,11 @@ SLOW_SECONDS = 5.0
 
 
 def check_index(facts: Facts) -> Check:
-    """Every table opens, can be read and searched, is ours, and is the one the ledger speaks of, with as many rows."""
+    """Check that every table is sound, ours, and in agreement with the ledger.
+
+    It must open, and it must be readable and searchable. Its identity and its number of rows must be those of the
+    ledger.
+    """
     directory = facts.settings.lancedb_directory
     known = {} if facts.queue is None else dict(facts.queue.incarnations)
     gone = [kind for kind in known if not (directory / f"{kind}.lance").is_dir()]
@@ -68,7 +72,10 @@ def _unopened(facts: Facts, tables: list[Examination]) -> Check | None:
 
 
 def _foreign(facts: Facts, tables: list[Examination]) -> Check | None:
-    """A table of somebody else's keeps an engine from starting; an older one of ours is made again by itself."""
+    """Report a table of another program, which keeps an engine from starting.
+
+    An older one of ours is made again automatically.
+    """
     drifted = [table for table in tables if table.drift or not table.incarnation]
     if not drifted:
         return None
@@ -111,14 +118,14 @@ def _miscounted(facts: Facts, tables: list[Examination]) -> Check | None:
 
 
 def _without(facts: Facts, tables: list[str]) -> str:
-    """Throw tables away and have them made again."""
+    """Return the remedy that throws tables away and has them made again."""
     paths = quoted("rm", "-r", *(facts.settings.lancedb_directory / f"{kind}.lance" for kind in tables))
     stop = f"stop the engine: {facts.shell('kill', str(facts.engine.pid))}; then " if facts.engine.running else ""
     return f"{stop}the index is rebuildable from markdown: `{paths}`, then {facts.again()}"
 
 
 def check_embedder(facts: Facts) -> Check:
-    """The embedder answers one call, as wide as it is told to be and as the index is."""
+    """Check that the embedder answers one call, as wide as the settings say and as the index is."""
     settings = facts.settings.embedder
     if settings.kind == "none":
         return Check("embedder", "ok", "none: text search only")
@@ -154,7 +161,10 @@ def check_embedder(facts: Facts) -> Check:
 
 
 def _of_another_model(facts: Facts, model: str, probe: Sequence[float]) -> list[str]:
-    """Kinds whose vectors another model made: the probe sentence got another vector then. None without an answer to that."""
+    """Return the kinds whose vectors another model made, because the probe sentence got another vector then.
+
+    Without an answer to the probe there are none.
+    """
     import numpy as np  # noqa: PLC0415 - only where vectors are compared
 
     from everos_engine.embed.protocol import similar
@@ -172,7 +182,10 @@ def _of_another_model(facts: Facts, model: str, probe: Sequence[float]) -> list[
 
 
 def _models(facts: Facts) -> dict[int, tuple[str, NDArray[np.float32]]]:
-    """The models that the tables' vectors may be of. An index of an older version has them in its cache alone."""
+    """Return the models that may have made the tables' vectors.
+
+    An index of an older version has them only in its cache.
+    """
     from everos_engine.stores import embeddings, models  # noqa: PLC0415 - only where vectors are compared
 
     found: dict[int, tuple[str, NDArray[np.float32]]] = {}
@@ -191,7 +204,10 @@ def _models(facts: Facts) -> dict[int, tuple[str, NDArray[np.float32]]]:
 
 
 async def _ask(facts: Facts) -> tuple[str, list[float]]:
-    """One call: (model, vector of the probe sentence). The width is taken as it comes, so that a wrong one can be named."""
+    """Make one call.
+
+    Returns (model, vector of the probe sentence). Any width is accepted, so that a wrong one can be named.
+    """
     from everos_engine.embed import open_embedder  # noqa: PLC0415 - only where it is asked
     from everos_engine.embed.protocol import PROBE_SENTENCE
 

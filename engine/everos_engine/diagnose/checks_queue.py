@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 SCANS_MISSED = 3
 LATE_SECONDS = 60.0
 MOST_CHECKED_BYTES = 512 << 20
-"""A larger embedding cache is not read through: it can be thrown away at any time."""
+"""A larger embedding cache is not read through. It can be thrown away at any time."""
 SHOWN_ELSEWHERE = ("deletions_held", "descriptor")
-"""How the codes of notes begin that have a check of their own."""
+"""How the codes of conditions begin that have a separate check."""
 
 
 def check_engine(facts: Facts) -> Check:
-    """An engine serves the root, answers, and each of its loops moves."""
+    """Check that an engine serves the root and answers, and that each of its loops moves."""
     engine_state, pid = facts.engine, facts.engine.pid
     if engine_state.state == "absent" and not facts.settings.root.is_dir():
         cause = "it cannot be told whether one runs: its lock is in the memory root, which is not there"
@@ -59,7 +59,7 @@ def check_engine(facts: Facts) -> Check:
 
 
 def check_watch(facts: Facts) -> Check | None:
-    """File events reach the engine, and it has nothing to say that a person should know."""
+    """Check that file events reach the engine, and report its other conditions."""
     if facts.queue is None or facts.queue.counts is None:
         return None
     counts = facts.queue.counts
@@ -81,7 +81,7 @@ def check_watch(facts: Facts) -> Check | None:
 
 
 def check_scan(facts: Facts) -> Check | None:
-    """The tree was looked at lately, as a whole."""
+    """Check that the whole tree was scanned lately."""
     if facts.queue is None or facts.queue.trouble is not None:
         return None
     last, interval = facts.queue.last_scan_milliseconds, facts.settings.scan_interval_seconds
@@ -97,7 +97,7 @@ def check_scan(facts: Facts) -> Check | None:
 
 
 def check_queue(facts: Facts) -> Check:
-    """SQLite finds both databases sound."""
+    """Check that SQLite finds both databases sound."""
     db = facts.engine_db
     if facts.queue is None:
         return Check("queue", "ok", "nothing was ever queued here")
@@ -130,14 +130,14 @@ def check_queue(facts: Facts) -> Check:
 
 
 def _replaced(facts: Facts) -> str:
-    """Who sets a damaged database aside: all in it can be made again from markdown."""
+    """Say who sets a damaged database aside. Everything in it can be made again from markdown."""
     if facts.engine.running:
         return f"wait: the engine sets it aside and makes it again from markdown; else {facts.restart()}"
     return f"{facts.again()} sets it aside, and makes it again from markdown"
 
 
 def check_claims(facts: Facts) -> Check | None:
-    """Nobody dead holds a change."""
+    """Check that no dead process holds a change."""
     if facts.queue is None or facts.queue.counts is None:
         return None
     directory = facts.settings.engine_directory / "owners"
@@ -151,7 +151,7 @@ def check_claims(facts: Facts) -> Check | None:
 
 
 def check_backlog(facts: Facts) -> Check | None:
-    """What waits is young, and waits for no failure."""
+    """Check that waiting changes are young, and that none waits because of a failure."""
     if facts.queue is None or facts.queue.counts is None:
         return None
     counts, delayed = facts.queue.counts, facts.queue.delayed
@@ -181,7 +181,7 @@ def check_backlog(facts: Facts) -> Check | None:
 
 
 def check_files(facts: Facts) -> Check:
-    """Every file and directory answers within the deadline."""
+    """Check that every file and directory answers within the deadline."""
     waiting = [] if facts.queue is None else list(facts.queue.unanswered)
     paths = [str(facts.settings.root / path) if "\\x" not in path else path for path, _ in waiting]
     named = list(dict.fromkeys([*facts.tree.hung, *facts.engine.hung, *paths]))
@@ -197,7 +197,7 @@ def check_files(facts: Facts) -> Check:
 
 
 def check_owners(facts: Facts) -> Check | None:
-    """Every file names the owner of the folder it is in."""
+    """Check that every file names the owner of the folder it is in."""
     if facts.queue is None or facts.queue.counts is None:
         return None
     if facts.queue.warnings is None:
@@ -209,7 +209,7 @@ def check_owners(facts: Facts) -> Check | None:
 
 
 def check_failed(facts: Facts) -> Check | None:
-    """Nothing was given up on."""
+    """Check that no change is failed."""
     if facts.queue is None or facts.queue.counts is None:
         return None
     bad = [one for one in facts.queue.failed if not one.retryable]
@@ -233,7 +233,7 @@ def check_failed(facts: Facts) -> Check | None:
 
 
 def check_held(facts: Facts) -> Check | None:
-    """The brake holds no deletion."""
+    """Check that the deletion guard holds no deletion."""
     if facts.queue is None or facts.queue.counts is None:
         return None
     held = facts.queue.held

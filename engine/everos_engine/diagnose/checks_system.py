@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from everos_engine.diagnose.checkup import Facts
 
 GOOD_DESCRIPTORS = 256
-"""The engine needs up to 64 beside a pinned index, and one needs some to start; with few, work waits for descriptors."""
+"""The engine needs up to 64 apart from pinned indexes, and some to start. With few, work waits for descriptors."""
 MOST_DESCRIPTORS = 1 << 20
 """What an unlimited limit counts as."""
 DESCRIPTOR_NOTES = "descriptor"
-"""How the codes of the guard's notes begin."""
+"""How the codes of the guard's conditions begin."""
 LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = 128 << 20, 512 << 20
 LEAST_DISK_BYTES, GOOD_DISK_BYTES = 32 << 20, 256 << 20
 LEAST_INODES, GOOD_INODES = 200, 2000
@@ -38,7 +38,7 @@ SYSCTL = "echo fs.inotify.{name}={value} | {sudo}tee -a /etc/sysctl.conf && {sud
 
 
 def check_versions(facts: Facts) -> Check:
-    """What runs here; LanceDB's descriptor behaviour was measured on one minor version."""
+    """Report the versions that run here. LanceDB's descriptor behaviour was measured on one minor version."""
     lance = version("lancedb")
     cause = (
         f"everos-engine {version('everos-engine') or '(from source)'}, lancedb {lance}, Python {platform.python_version()}, "
@@ -51,7 +51,7 @@ def check_versions(facts: Facts) -> Check:
 
 
 def check_root(facts: Facts) -> Check:
-    """The root is a directory that can be read, in every part."""
+    """Check that the root is a directory that can be read, in every part."""
     root = os.fspath(facts.settings.root)
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.lexists(root) else "does not exist"
@@ -78,7 +78,7 @@ def check_root(facts: Facts) -> Check:
 
 
 def check_index_writable(facts: Facts) -> Check:
-    """The engine's own folder can be written, or made."""
+    """Check that the engine's own folder can be written, or made."""
     settings = facts.settings
     at: Path = settings.lancedb_directory if settings.lancedb_directory.exists() else settings.engine_directory
     while not at.exists() and at != at.parent:
@@ -108,7 +108,7 @@ def _remount(point: str) -> str:
 
 
 def check_private(facts: Facts) -> Check | None:
-    """Nobody else can read the index: the text of private files is in it."""
+    """Check that no other user can read the index, because it holds the text of private files."""
     index = facts.settings.root / ".index"
     if not index.is_dir():
         return None
@@ -125,7 +125,7 @@ def check_private(facts: Facts) -> Check | None:
 
 
 def check_mounts(facts: Facts) -> Check:
-    """File events come from this mount, and from those inside the root."""
+    """Check that file events come from this mount, and from those inside the root."""
     every = limits.mounts()
     root = os.fspath(facts.settings.root)
     own = limits.mount_below(root, every)
@@ -150,9 +150,9 @@ def check_mounts(facts: Facts) -> Check:
 
 
 def check_descriptors(facts: Facts) -> Check:
-    """The limit holds what the engine may need, and the running one stays under its budget.
+    """Check that the limit holds what the engine may need, and that the running one stays under its budget.
 
-    The hard limit counts: an engine raises the soft one to it when it starts.
+    The hard limit counts, because an engine raises the soft one to it when it starts.
     """
     hard = (_limit_of(facts.engine.pid) or limits.descriptors())[1]
     limit = MOST_DESCRIPTORS if hard == limits.UNLIMITED else hard
@@ -191,7 +191,7 @@ def check_descriptors(facts: Facts) -> Check:
 
 
 def check_inotify(facts: Facts) -> Check:
-    """Every directory of the tree can be watched."""
+    """Check that every directory of the tree can be watched."""
     bounds = limits.inotify(usage=True)
     needed = facts.tree.directories
     if facts.settings_watch_off or bounds.watches is None:
@@ -212,7 +212,7 @@ def check_inotify(facts: Facts) -> Check:
 
 
 def check_memory(_: Facts) -> Check:
-    """There is memory to work in."""
+    """Check that there is memory to work in."""
     left = limits.memory_available()
     if left is None:
         return Check("memory", "ok", "not told by this system")
@@ -225,7 +225,7 @@ def check_memory(_: Facts) -> Check:
 
 
 def check_disk(facts: Facts) -> Check:
-    """There is room, and there are inodes, where the index is written."""
+    """Check that there is space, and that there are inodes, where the index is written."""
     at = facts.settings.lancedb_directory
     while not at.exists() and at != at.parent:
         at = at.parent
@@ -249,7 +249,7 @@ def check_disk(facts: Facts) -> Check:
 
 
 def check_clock(facts: Facts) -> Check:
-    """No file claims to be saved in the future, and no scan to have run there."""
+    """Check that no file has a time of last change in the future, and no full scan ran there."""
     scan = None if facts.queue is None else facts.queue.last_scan_milliseconds
     ahead = 0.0 if scan is None else scan / 1000 - facts.now_seconds
     if ahead > 2:
@@ -268,19 +268,19 @@ def check_clock(facts: Facts) -> Check:
 
 
 def sudo() -> str:
-    """What a command needs in front to run as root."""
+    """Return the prefix that a command needs to run as root."""
     return "" if os.geteuid() == 0 else "sudo "
 
 
 def version(package: str) -> str:
-    """The installed version of a package; "" where it is not installed."""
+    """Return the installed version of a package, or "" if it is not installed."""
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return ""
 
 
 def _raise(bound: str, name: str, value: int) -> str:
-    """The remedy that raises an inotify bound: the one of this user namespace, or of the system for good."""
+    """Return the remedy that raises an inotify bound: of this user namespace, or permanently of the system."""
     if bound.startswith("user."):
         path = "/proc/sys/" + bound.replace(".", "/")
         return f"raise it: `echo {value} | {sudo()}tee {path}`, then restart the engine"
@@ -288,7 +288,7 @@ def _raise(bound: str, name: str, value: int) -> str:
 
 
 def _limit_of(pid: int | None) -> tuple[int, int] | None:
-    """(soft, hard) descriptor limit of a process; None where the system does not tell."""
+    """Return the (soft, hard) descriptor limit of a process, or None if the system does not report it."""
     try:
         text = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

@@ -34,7 +34,10 @@ FUTURE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check found: literal commands, and nothing else, stand in backticks in ``remedy``; "" where none is needed."""
+    """The result of one check.
+
+    Literal commands, and nothing else, are in backticks in ``remedy``, "" if none is needed.
+    """
 
     name: str
     verdict: Verdict
@@ -42,14 +45,18 @@ class Check:
     remedy: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """Plain data, with the commands taken out of the remedy."""
+        """Return plain data, with the commands taken out of the remedy."""
         told = {"name": self.name, "verdict": self.verdict, "cause": self.cause, "remedy": self.remedy}
         return {**told, "commands": commands_in(self.remedy)}
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """One walk over the root. ``closed`` is (directory, why it cannot be read); ``hung`` are directories that do not answer; ``future`` (path, seconds ahead) of files that claim to be saved later than now."""
+    """One walk over the root.
+
+    ``closed`` is (directory, why it cannot be read). ``hung`` are directories that do not answer. ``future`` is (path,
+    seconds ahead) of files with a time of last change later than now.
+    """
 
     directories: int = 0
     files: int = 0
@@ -63,7 +70,7 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class QueueFacts:
-    """What the queue's database says; ``trouble`` where it cannot be read, then nothing else is set."""
+    """What the queue's database says. ``trouble`` is why it cannot be read. Then nothing else is set."""
 
     trouble: str | None = None
     damaged: Sequence[str] = ()
@@ -83,9 +90,10 @@ class QueueFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The evidence that all checks share. ``show`` writes a path, and ``tell`` a text of somebody else, for the reader.
+    """The evidence that all checks share. ``show`` writes a path, and ``tell`` a foreign text, for the reader.
 
-    A bundle leaves the root with hashed paths and without foreign text: a check names a path or quotes an error by these two alone.
+    A bundle leaves the root with hashed paths and without foreign text. A check names a path or quotes an error only by
+    these two.
     """
 
     settings: Settings
@@ -100,28 +108,28 @@ class Facts:
 
     @property
     def engine_db(self) -> Path:
-        """The queue's and the ledger's database."""
+        """Return the queue's and the ledger's database."""
         return self.settings.engine_directory / "engine.db"
 
     @property
     def settings_watch_off(self) -> bool:
-        """Whether the settings leave every change to the scans."""
+        """Return whether the settings leave every change to the scans."""
         return self.settings.watch.mode == "off"
 
     def command(self, *words: str) -> str:
-        """A command of this program on this root, in backticks."""
+        """Return a command of this program on this root, in backticks."""
         return f"`{self.program} {quoted(*words)}`"
 
     def program_in(self, remedy: str) -> str:
-        """A remedy of the engine's own, its commands aimed at this root."""
+        """Return a remedy of the engine with its commands aimed at this root."""
         return remedy.replace("`everos-engine ", f"`{self.program} ")
 
     def shell(self, *words: str | os.PathLike[str]) -> str:
-        """A command of the system, in backticks."""
+        """Return a command of the system, in backticks."""
         return f"`{quoted(*words)}`"
 
     def restart(self) -> str:
-        """How the running engine is started anew; or how one is started."""
+        """Return how to restart the running engine, or how to start one."""
         run = self.command("run")
         return (
             f"restart it: {self.shell('kill', str(self.engine.pid))}, then {run}"
@@ -130,12 +138,12 @@ class Facts:
         )
 
     def again(self) -> str:
-        """What brings the index in step once what stood in the way is gone."""
+        """Return what brings the index in step once the obstacle is gone."""
         return self.command("sync")
 
 
 def conditions_of(facts: Facts) -> list[Condition]:
-    """What the running engine says of itself; of one that is gone nothing is known."""
+    """Return the conditions of the running engine. Of one that is gone nothing is known."""
     return list(facts.queue.conditions) if facts.queue is not None and facts.engine.running else []
 
 
@@ -155,7 +163,7 @@ def gather(settings: Settings, *, program: str, offline: bool) -> Facts:
 
 
 def survey(settings: Settings, *, now_seconds: float) -> Tree:
-    """Walk the whole tree; parts that cannot be read are named, never raised."""
+    """Walk the whole tree. Parts that cannot be read are named, never raised."""
     root = os.fspath(settings.root)
     found = _Survey()
 
@@ -225,7 +233,7 @@ def _look(settings: Settings, found: _Survey, item: os.DirEntry[str], *, now_sec
 
 
 def read_queue_facts(path: Path) -> QueueFacts:
-    """All that the checks need of the queue's database, of one moment. Never raises."""
+    """Return all that the checks need of the queue's database, of one moment. Never raises."""
     try:
         database = Database(path, readonly=True)
         try:

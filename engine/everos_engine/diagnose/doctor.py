@@ -51,7 +51,7 @@ NAME = max(len(name) for name, _ in CHECKS) + 2
 def examine(
     settings: Settings, names: Collection[str] = (), *, program: str = "everos-engine", offline: bool = False
 ) -> list[Check]:
-    """Every check that applies here, or those of ``names``, in order. ``offline`` makes no call to the embedder.
+    """Run every check that applies here, or those of ``names``, in order. ``offline`` makes no call to the embedder.
 
     Raises SettingsError for a name that no check has.
     """
@@ -64,7 +64,7 @@ def examine(
 
 
 def run(facts: Facts, names: Collection[str] = (), *, checks: Checks = CHECKS) -> list[Check]:
-    """The checks of one case. A check that crashes has failed, and says so; the others go on."""
+    """Run the checks on these facts. A check that crashes has failed, and says so. The others go on."""
     found = []
     for name, check in checks:
         if names and name not in names:
@@ -79,12 +79,12 @@ def run(facts: Facts, names: Collection[str] = (), *, checks: Checks = CHECKS) -
 
 
 def worst(checks: list[Check]) -> int:
-    """0 where all are ok, 1 where one warns, 2 where one fails."""
+    """Return 0 if all are ok, 1 if one warns, 2 if one fails."""
     return max((EXIT[check.verdict] for check in checks), default=0)
 
 
 def as_json(settings: Settings, checks: list[Check]) -> dict[str, object]:
-    """The stable form of ``doctor --json``, documented in docs/doctor.md."""
+    """Return the stable form of ``doctor --json``, documented in docs/doctor.md."""
     status = worst(checks)
     verdict = next(name for name, number in EXIT.items() if number == status)
     return {
@@ -96,7 +96,7 @@ def as_json(settings: Settings, checks: list[Check]) -> dict[str, object]:
 
 
 def as_text(checks: list[Check], style: Style) -> str:
-    """One line a check; more only where something is to be done."""
+    """Return one line for each check, and more only if something is to be done."""
     lines = []
     for check in checks:
         head = f"{style(check.verdict.ljust(5), COLOURS[check.verdict])} {check.name.ljust(NAME)}"

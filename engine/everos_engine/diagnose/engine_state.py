@@ -1,4 +1,4 @@
-"""Whether an engine serves a root, and how it is: its lock, its process, its answer on the control socket."""
+"""Whether an engine serves a root, and its state: its lock, its process, its answer on the control socket."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What the engine says of its watching, once, with the remedy."""
+    """One condition of the engine, with the remedy."""
 
     code: str
     message: str
@@ -39,10 +39,10 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """``pid`` None: nobody serves the root; 0: somebody whose pid cannot be read.
+    """The state of a root's engine. ``pid`` is None if no engine serves the root, and 0 if its pid cannot be read.
 
-    ``state``: absent; answers; mute (it holds the lock but listens nowhere); silent (it does not answer within a second);
-    stopped (the same, and its process is stopped); hidden (the lock may not be read).
+    ``state`` is one of: absent, answers, mute (it holds the lock but does not listen), silent (it does not answer
+    within a second), stopped (the same, and its process is stopped), hidden (the lock may not be read).
     """
 
     pid: int | None
@@ -51,12 +51,12 @@ class EngineState:
 
     @property
     def running(self) -> bool:
-        """Whether an engine holds the root, well or not."""
+        """Return whether an engine holds the root, well or not."""
         return self.pid is not None
 
     @property
     def stalls(self) -> list[Stall]:
-        """Loops that have not moved within their allowance."""
+        """Return the loops that have not moved within their allowance."""
         found = []
         for name, told in _mapping(self.snapshot.get("loops")).items():
             loop = _mapping(told)
@@ -66,35 +66,38 @@ class EngineState:
 
     @property
     def conditions(self) -> list[Condition]:
-        """What the engine says of its watching."""
+        """Return the engine's conditions."""
         listed = self.watch.get("conditions")
         told = [_mapping(note) for note in listed] if isinstance(listed, list) else []
         return [Condition(*(str(note.get(name, "")) for name in ("code", "message", "remedy"))) for note in told]
 
     @property
     def watch(self) -> Mapping[str, object]:
-        """The pulse's part about watching."""
+        """Return the snapshot's part about watching."""
         return _mapping(self.snapshot.get("watch"))
 
     @property
     def hung(self) -> list[str]:
-        """Files and directories that do not answer the engine."""
+        """Return the files and directories that do not answer the engine."""
         listed = self.snapshot.get("hung")
         return [str(one[0]) for one in listed if isinstance(one, list) and one] if isinstance(listed, list) else []
 
     @property
     def descriptors(self) -> Mapping[str, object]:
-        """The pulse's part about file descriptors."""
+        """Return the snapshot's part about file descriptors."""
         return _mapping(self.snapshot.get("fds"))
 
     @property
     def memory(self) -> Mapping[str, object]:
-        """The pulse's part about resident memory: bytes, their ceiling and its parts; empty before the first count."""
+        """Return the snapshot's part about resident memory: bytes, their ceiling and its parts.
+
+        Empty before the first count.
+        """
         return _mapping(self.descriptors.get("memory"))
 
 
 def read_engine_state(settings: Settings) -> EngineState:
-    """How the engine of this root is, now."""
+    """Return the state of this root's engine now."""
     try:
         pid = running_pid(settings.engine_directory / "engine.lock")
     except PermissionError:
@@ -119,7 +122,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def process_state(pid: int) -> str:
-    """The kernel's letter for a process (R, S, D, T, Z, ...); "" where it is not told."""
+    """Return the kernel's letter for a process (R, S, D, T, Z, ...), or "" if it is unknown."""
     try:
         told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -128,7 +131,7 @@ def process_state(pid: int) -> str:
 
 
 def number(value: object) -> float:
-    """A number out of JSON, 0 for anything else."""
+    """Return a number out of JSON, 0 for anything else."""
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from everos_engine.settings import Settings
 
 BY_NAME = {"no_layout", "wrong_case", "not_markdown", "hidden_name", "no_glob"}
-"""Codes that a name alone decides, be there a file or not."""
+"""Codes that a name alone decides, with or without a file."""
 LOOKED_AT_BYTES = 8192
 LAYOUT_HELP = "`everos-engine kinds` shows the layout"
 
@@ -34,7 +34,7 @@ class Exclusion:
 
 
 def exclusion(settings: Settings, path: str, *, program: str) -> Exclusion | None:
-    """The first rule that keeps an absolute path out; None where a kind wants it, be it there or not."""
+    """Return the first rule that keeps an absolute path out, or None if a kind matches it, with or without a file."""
     key = files.key_of(settings.root, path)
     if key is None:
         return _outside(settings, path, program=program)
@@ -69,7 +69,7 @@ def _outside(settings: Settings, path: str, *, program: str) -> Exclusion:
 
 
 def _by_nature(settings: Settings, path: str, key: str) -> Exclusion | None:
-    """What a path is on disk, where that excludes it."""
+    """Return what a path is on disk, if that excludes it."""
     linked = files.linked_directory(settings.root, path)
     if linked is not None:
         target = os.path.realpath(linked)
@@ -102,7 +102,7 @@ def _by_nature(settings: Settings, path: str, key: str) -> Exclusion | None:
 
 
 def _by_name(settings: Settings, path: str, key: str) -> Exclusion | None:
-    """What a name says, where no kind wants it."""
+    """Return what a name says if no kind matches it."""
     place = kinds.recognise(key, note_globs=settings.note.globs)
     if place is not None:
         return _reference(settings, place, key)
@@ -135,7 +135,7 @@ def _by_name(settings: Settings, path: str, key: str) -> Exclusion | None:
 
 
 def _is_text(path: str) -> bool:
-    """Check whether the beginning of a file is text in UTF-8; of one that cannot be read nothing is said against it."""
+    """Return whether the beginning of a file is text in UTF-8. An unreadable file counts as text."""
     try:
         with open(path, "rb") as file:
             beginning = file.read(LOOKED_AT_BYTES)
@@ -148,7 +148,7 @@ def _is_text(path: str) -> bool:
 
 
 def _reference(settings: Settings, place: kinds.Place, key: str) -> Exclusion | None:
-    """A skill's reference is indexed with its SKILL.md, and not without."""
+    """Return the rule for a skill's reference, which is indexed only with its SKILL.md."""
     if place.md_path == key or os.path.isfile(files.path_of(settings.root, place.md_path)):
         return None
     cause = f"it is a reference of a skill without its main file {shown(place.md_path)}"
@@ -158,7 +158,7 @@ def _reference(settings: Settings, place: kinds.Place, key: str) -> Exclusion | 
 
 
 def _plain(settings: Settings, key: str) -> Exclusion:
-    """Markdown in no place of the layout may be a note."""
+    """Return the rule for markdown in no place of the layout, which may be a note."""
     folder = key.split("/", maxsplit=1)[0] + "/*.md" if "/" in key else "**/*.md"
     if any(part.startswith(".") for part in key.split("/")):
         cause = "no kind has a place for it, and notes are not taken from hidden directories"
@@ -178,7 +178,7 @@ def _plain(settings: Settings, key: str) -> Exclusion:
 
 
 def _moved(settings: Settings, path: str, key: str) -> str:
-    """The command that moves a file to a key; "" where something is there already, or the file is not."""
+    """Return the command that moves a file to a key, or "" if the file is missing or another one is there already."""
     literal = "\\x" in path  # else an escape in the key stands for a byte of the name
     target = os.path.join(settings.root, key) if literal else files.path_of(settings.root, key)
     same = os.path.lexists(target) and os.path.samefile(path, target) if os.path.lexists(path) else False
@@ -192,7 +192,7 @@ def _into(target: str) -> str:
 
 
 def _root_above(path: str) -> str | None:
-    """A directory above a path that is a memory root of its own."""
+    """Return a directory above a path that is a separate memory root."""
     at = os.path.dirname(os.path.abspath(path))
     while True:
         if os.path.isdir(os.path.join(at, files.INDEX_DIRECTORY, "engine")):

@@ -1,4 +1,4 @@
-"""Why one path is or is not searchable: the disk, the queue, the ledger and the engine, put side by side. Never writes."""
+"""Explain why one path is or is not searchable, from the disk, the queue, the ledger and the engine. Never writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DiskState = Literal["there", "gone", "unreadable", "too_large", "damaged", "unst
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """What a look at the file gave; ``error`` says why it could not be read or parsed."""
+    """The result of a look at the file. ``error`` says why it could not be read or parsed."""
 
     state: DiskState
     fingerprint: files.Fingerprint | None = None
@@ -40,9 +40,9 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What the queue and the ledger know; ``orphaned`` where the claim's owner is dead.
+    """What the queue and the ledger know. ``orphaned`` is True if the claim's owner is dead.
 
-    ``outage`` is (milliseconds since the epoch, reason) while the embedder does not serve.
+    ``outage`` is (milliseconds since the epoch, reason) while the embedder does not answer.
     """
 
     change: queue_facts.Change | None = None
@@ -56,15 +56,15 @@ class Remembered:
 
     @property
     def rows(self) -> int:
-        """Rows the index holds of the path, by the ledger."""
+        """Return the rows that the index holds of the path, by the ledger."""
         return sum(1 for content_hash in (self.entries or {}).values() if content_hash)
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that a judgement rests on, of one moment (milliseconds since the epoch).
+    """All facts that a diagnosis rests on, of one moment (milliseconds since the epoch).
 
-    ``readonly_mount`` is where the file system of an index is mounted that nobody can write.
+    ``readonly_mount`` is the mount point of an index that cannot be written.
     """
 
     settings: Settings
@@ -82,13 +82,13 @@ class Evidence:
 
     @property
     def plan(self) -> diff.Plan | None:
-        """What must be written for the index to hold what the file says; None where it cannot be parsed."""
+        """Return what must be written for the index to hold what the file says, or None if it cannot be parsed."""
         return None if self.disk.document is None else diff.plan(self.disk.document, self.known.entries or {})
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The evidence, what it comes to, and how many rows the index itself holds (None: not asked)."""
+    """The evidence, the diagnosis, and how many rows the index itself holds (None: not asked)."""
 
     evidence: Evidence
     diagnosis: Diagnosis
@@ -96,9 +96,11 @@ class Explanation:
 
 
 def explain(settings: Settings, asked: str, *, program: str = "everos-engine", rows: bool = False) -> Explanation:
-    """Explain one path, absolute, relative to the root, or to the working directory. Never raises for the path's state.
+    """Explain one path, absolute, relative to the root, or to the working directory.
 
-    ``rows`` also counts them in LanceDB, which takes a second; None where the table does not open.
+    No state of the path makes it raise.
+
+    ``rows`` also counts them in LanceDB, which takes a second. None if the table does not open.
     """
     evidence = gather(settings, asked, program=program)
     return Explanation(evidence, diagnose(evidence), _index_rows(evidence) if rows else None)
@@ -144,7 +146,10 @@ def gather(settings: Settings, asked: str, *, program: str) -> Evidence:
 def _find(
     settings: Settings, asked: str, *, program: str
 ) -> tuple[str, str | None, Place | None, exclusion.Exclusion | None, Disk | None]:
-    """The path, its key, what it is, the rule that excludes it, and what is known of a path that does not answer."""
+    """Return what a path is.
+
+    It is the path, its key, its place, the rule that excludes it, and what is known of a path that does not answer.
+    """
 
     def find() -> tuple[str, str | None, Place | None, exclusion.Exclusion | None]:
         path = files.locate(settings.root, asked)
@@ -173,7 +178,7 @@ def _look_within(settings: Settings, place: Place, known: Remembered) -> Disk:
 
 
 def as_json(found: Explanation) -> dict[str, object]:
-    """The stable form of ``explain --json``, documented in docs/explain.md."""
+    """Return the stable form of ``explain --json``, documented in docs/explain.md."""
     evidence, diagnosis = found.evidence, found.diagnosis
     return {
         "version": 1,

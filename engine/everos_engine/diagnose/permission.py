@@ -8,7 +8,10 @@ from everos_engine.diagnose.wording import quoted
 
 
 def blocked(root: str, path: str) -> tuple[str, str]:
-    """The first directory from ``root`` to ``path`` that this user may not read, else ``path``; and what chmod should add."""
+    """Return the first directory on the way that this user may not read, and what chmod should add.
+
+    The way leads from ``root`` to ``path``. If no directory blocks it, the result is ``path`` itself.
+    """
     parts = [] if path == root else os.path.relpath(path, root).split(os.sep)
     at = root
     for part in ("", *parts[:-1]):
@@ -19,12 +22,12 @@ def blocked(root: str, path: str) -> tuple[str, str]:
 
 
 def may(path: str, mode: int) -> bool:
-    """Whether this process, as the user it acts for, has all of a mode's permissions."""
+    """Return whether this process, as the user it acts for, has all of a mode's permissions."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def permit(path: str, need: str) -> str:
-    """The remedy that gives permission ``need`` (in chmod's letters) on ``path``."""
+    """Return the remedy that gives permission ``need`` (in chmod's letters) on ``path``."""
     try:
         ours = os.stat(path).st_uid == os.geteuid()
     except OSError:

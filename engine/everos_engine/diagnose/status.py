@@ -30,7 +30,10 @@ Place = Literal["there", "empty", "missing"]
 
 @dataclass(frozen=True, slots=True)
 class StatusFacts:
-    """What the database says, of one moment; times in milliseconds. ``outage`` is (since, why) of the embedder's silence."""
+    """What the database says, of one moment, with times in milliseconds.
+
+    ``outage`` is (since, why) of the embedder's outage.
+    """
 
     counts: Counts
     rows: Mapping[str, int]
@@ -43,7 +46,7 @@ class StatusFacts:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What ``status`` shows; ``moment`` is None where nothing was ever indexed in the ``place`` that is there now."""
+    """What ``status`` shows. ``moment`` is None if nothing was ever indexed in the ``place`` that is there now."""
 
     root: str
     engine: EngineState
@@ -53,21 +56,21 @@ class Snapshot:
 
     @property
     def counts(self) -> Counts | None:
-        """The queue in numbers."""
+        """Return the queue in numbers."""
         return None if self.moment is None else self.moment.counts
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """Rows per kind."""
+        """Return the rows per kind."""
         return {} if self.moment is None else self.moment.rows
 
     def since(self, milliseconds: int | None) -> float | None:
-        """Seconds since a time."""
+        """Return the seconds since a time."""
         return None if milliseconds is None else round(max(0, self.now_milliseconds - milliseconds) / 1000, 3)
 
 
 def snapshot(settings: Settings) -> Snapshot:
-    """Read one moment of the queue and the ledger, and ask the running engine for its pulse."""
+    """Read one moment of the queue and the ledger, and ask the running engine for its snapshot."""
     engine = read_engine_state(settings)
     path = settings.engine_directory / "engine.db"
     if not path.exists():
@@ -86,7 +89,7 @@ def _place(settings: Settings) -> Place:
 
 
 def failed(settings: Settings) -> list[Outcome]:
-    """Every dead-lettered change."""
+    """Return every dead-lettered change."""
     path = settings.engine_directory / "engine.db"
     if not path.exists():
         return []
@@ -98,7 +101,7 @@ def failed(settings: Settings) -> list[Outcome]:
 
 
 def unknown(settings: Settings, paths: Sequence[str]) -> set[str]:
-    """Return the keys of those ``paths`` that are not on disk and of which nothing is indexed or queued.
+    """Return the keys of those ``paths`` that are not on disk and are not indexed or queued.
 
     Raises OutsideRoot for a path that the engine does not index.
     """
@@ -115,7 +118,7 @@ def unknown(settings: Settings, paths: Sequence[str]) -> set[str]:
 
 
 def as_json(found: Snapshot) -> dict[str, object]:
-    """The stable form of ``status --json``, documented in docs/status-json.md."""
+    """Return the stable form of ``status --json``, documented in docs/status-json.md."""
     moment, counts, engine = found.moment, found.counts, found.engine
     newest, watermark = (counts.lsn_max, counts.watermark) if counts else (0, 0)
     by_watch, by_scan = (counts.found_by_watch, counts.found_by_scan) if counts else (0, 0)
@@ -158,7 +161,7 @@ def as_json(found: Snapshot) -> dict[str, object]:
 
 
 def as_text(found: Snapshot, style: Style | None = None, *, program: str = "everos-engine") -> str:
-    """The runbook's block, then what else there is to know; ``program`` is how its hints call this command."""
+    """Return the runbook's block, then what else there is to know. ``program`` is how its hints call this command."""
     return "\n".join(_lines(found, style or Style())).replace("`everos-engine ", f"`{program} ")
 
 
@@ -194,7 +197,7 @@ def _lines(found: Snapshot, style: Style) -> list[str]:
 
 
 def _unindexed(found: Snapshot) -> str:
-    """What to do where there is no index: it may be elsewhere, with the disk or directory that belongs here."""
+    """Return what to do if there is no index. It may be elsewhere, with the disk or directory that belongs here."""
     start = "start with `everos-engine run`, or `everos-engine sync` once"
     if found.place == "missing":
         return "there is no such directory: mount it or move it back; its index is in it, and an engine that served it waits"
@@ -280,7 +283,7 @@ def _note(note: Condition, style: Style) -> str:
 
 
 def _notes(found: Snapshot) -> list[Condition]:
-    """What lasts while an engine runs; of one that is gone nothing is known."""
+    """Return what lasts while an engine runs. Of one that is gone nothing is known."""
     if found.moment is None or not found.engine.running:
         return []
     return [note for note in found.moment.conditions if note.code != HELD_NOTE]

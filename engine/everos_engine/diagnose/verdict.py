@@ -1,4 +1,7 @@
-"""What the evidence about one path comes to: pure, from facts to a verdict, its cause, what happens next and the remedy."""
+"""What the evidence about one path comes to.
+
+Pure: from facts to a verdict, its cause, what happens next and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ NOTHING = "nothing: it is as it should be"
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """``code`` is stable and names the cause; literal commands, and nothing else, stand in backticks in ``remedy``."""
+    """``code`` is stable and names the cause. Literal commands, and nothing else, are in backticks in ``remedy``."""
 
     verdict: Verdict
     code: str
@@ -32,7 +35,7 @@ class Diagnosis:
 
 
 def diagnose(seen: Evidence) -> Diagnosis:
-    """The first cause that applies, from the outermost: rule, brake, disk, content, queue, index."""
+    """Return the first cause that applies, from the outermost: rule, deletion guard, disk, content, queue, index."""
     for look in (_root, _rule, _trouble, _deletions_held, _gone, _file, _settling, _content, _queue, _failed):
         found = look(seen)
         if found is not None:
@@ -96,7 +99,7 @@ def _gone(seen: Evidence) -> Diagnosis | None:
 
 
 def _file(seen: Evidence) -> Diagnosis | None:
-    """The file itself cannot be read."""
+    """Return why the file itself cannot be read."""
     last = _kept(seen)
     if seen.disk.state == "too_large" and seen.disk.fingerprint is not None:
         has, most = seen.disk.fingerprint.size, seen.settings.max_file_bytes
@@ -127,7 +130,10 @@ def _file(seen: Evidence) -> Diagnosis | None:
 
 
 def _settling(seen: Evidence) -> Diagnosis | None:
-    """The file is so young that it may still be being written. What is wrong with its content may be over in a moment."""
+    """Return that the file is too young, so that it may still be being written.
+
+    A fault of its content may be over in a moment.
+    """
     change = seen.known.change
     if change is None or change.waits_for != "settle" or change.not_before <= seen.now_milliseconds:
         return None
@@ -137,7 +143,7 @@ def _settling(seen: Evidence) -> Diagnosis | None:
 
 
 def _content(seen: Evidence) -> Diagnosis | None:
-    """The file is damaged, or has bad entries, whatever the queue says."""
+    """Return that the file is damaged, or has bad entries, in any state of the queue."""
     error, document = seen.disk.error, seen.disk.document
     if seen.disk.state == "damaged" and isinstance(error, BadFile):
         cause = f"{_where(error.line, error.column)}{error.args[0]}{_kept(seen)}"
@@ -160,7 +166,7 @@ def _content(seen: Evidence) -> Diagnosis | None:
 
 
 def _queue(seen: Evidence) -> Diagnosis | None:
-    """The queue has not caught up with the disk."""
+    """Return that the queue has not caught up with the disk."""
     change = seen.known.change
     if change is not None and change.status == "processing":
         if seen.known.orphaned:
@@ -179,7 +185,7 @@ def _queue(seen: Evidence) -> Diagnosis | None:
 
 
 def _later(seen: Evidence, change: Change) -> Diagnosis:
-    """It waits for a set time: for the embedder, for what all changes share, or for its next attempt."""
+    """Return that it waits for a set time: for the embedder, for what all changes share, or for its next attempt."""
     due = ago((change.not_before - seen.now_milliseconds) / 1000)
     remedy = f"wait; or, once the cause is mended, `{_sync(seen)}`"
     if change.waits_for == "embedder" and seen.known.outage is not None and seen.engine.running:
@@ -197,7 +203,7 @@ def _later(seen: Evidence, change: Change) -> Diagnosis:
 
 
 def _failed(seen: Evidence) -> Diagnosis | None:
-    """The queue gave up on it, though the file can be read and parsed."""
+    """Return that the change is failed, though the file can be read and parsed."""
     change = seen.known.change
     if change is None or change.status != "failed":
         return None
@@ -215,7 +221,7 @@ def _failed(seen: Evidence) -> Diagnosis | None:
 
 
 def _at_rest(seen: Evidence) -> Diagnosis:
-    """Done, as far as the queue knows."""
+    """Return that the queue has no more work for the file."""
     plan, rows = seen.plan, seen.known.rows
     if seen.known.table_known and not seen.table_there:
         cause = f"the table of its kind is gone from {shown(str(seen.settings.lancedb_directory))}, with its {plural(rows, 'row')}"
@@ -239,7 +245,7 @@ def _at_rest(seen: Evidence) -> Diagnosis:
 
 
 def _waiting(seen: Evidence, code: str, cause: str, following: str, remedy: str | None = None) -> Diagnosis:
-    """Something will happen, if an engine is there to do it."""
+    """Return that something will happen, if an engine is there to do it."""
     pid = seen.engine.pid
     if seen.engine.state == "absent":
         help_ = f"start it, `{seen.program} run`; or index once, `{_sync(seen)}`"
@@ -266,7 +272,7 @@ def _waiting(seen: Evidence, code: str, cause: str, following: str, remedy: str 
 
 
 def _settled(seen: Evidence) -> bool:
-    """Whether the queue has seen the file as it is on disk."""
+    """Return whether the queue has seen the file as it is on disk."""
     change, print_ = seen.known.change, seen.disk.fingerprint
     return (
         change is not None and print_ is not None and change.fingerprint == tuple(print_) and change.status != "pending"
@@ -280,12 +286,12 @@ def _where(line: int | None, column: int | None) -> str:
 
 
 def _kept(seen: Evidence) -> str:
-    """What of the file can still be found."""
+    """Return what of the file can still be found."""
     return f"; still searchable: {plural(seen.known.rows, 'last good row')}" if seen.known.rows else ""
 
 
 def _plain(remedy: str) -> str:
-    """A parser's remedy: what it puts in backticks is no command."""
+    """Return a parser's remedy, in which backticks hold no commands."""
     return remedy.replace("`", "'")
 
 
@@ -294,7 +300,7 @@ def _sync(seen: Evidence) -> str:
 
 
 def _scan(seen: Evidence) -> str:
-    """When the next sweep looks at the tree."""
+    """Return when the next full scan looks at the tree."""
     if seen.engine.state == "absent":
         return "nothing until an engine runs"
     last, interval = seen.known.last_scan_milliseconds, seen.settings.scan_interval_seconds
@@ -316,7 +322,7 @@ def _then(seen: Evidence) -> str:
 
 
 def _neighbours(seen: Evidence) -> str:
-    """The files beside the one that is not there."""
+    """Return the files next to the missing one."""
     directory = os.path.dirname(seen.path)
     return (
         f"`{quoted('ls', '-a', directory)}` shows what is there"

@@ -1,4 +1,4 @@
-"""Colour and measure for people: only on a terminal, and never where NO_COLOR is set."""
+"""Colour and width for people: only on a terminal, and never if NO_COLOR is set."""
 
 from __future__ import annotations
 
@@ -33,18 +33,21 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """Paints where ``colour`` is True; ``columns`` is the width to wrap to."""
+    """Paint if ``colour`` is True. ``columns`` is the width to wrap to."""
 
     colour: bool = False
     columns: int = MOST_COLUMNS
 
     def __call__(self, text: str, code: str) -> str:
-        """``text``, printable, in one of ``CODES``."""
+        """Return ``text``, printable, in one of ``CODES``."""
         text = printable(text)
         return f"\x1b[{CODES[code]}m{text}\x1b[0m" if self.colour and text else text
 
     def wrap(self, text: str, *, indent: int, first: str = "") -> str:
-        """``text``, printable, after ``first``, every further line indented; a command between backticks is never broken."""
+        """Return ``text``, printable, after ``first``, with every further line indented.
+
+        A command between backticks is never broken.
+        """
         whole = _COMMAND.sub(lambda match: match[0].replace(" ", "\0"), printable(text, lines=True))
         lines: list[str] = []
         for part in whole.split("\n"):
@@ -57,14 +60,14 @@ class Style:
 
 
 def style_for(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Style:
-    """Colour and width that suit ``stream``."""
+    """Return colour and width that suit ``stream``."""
     terminal = stream.isatty()
     colour = terminal and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
     return Style(colour, min(MOST_COLUMNS, shutil.get_terminal_size().columns) if terminal else MOST_COLUMNS)
 
 
 def ago(seconds: float) -> str:
-    """A duration in the largest unit that says enough."""
+    """Return a duration in the largest unit that says enough."""
     for bound, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < bound:
             return f"{seconds / unit:.0f} {name}" if seconds >= 10 or unit > 1 else f"{seconds:.1f} {name}"
@@ -72,7 +75,7 @@ def ago(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people, in binary units."""
+    """Return bytes for people, in binary units."""
     unit = 0
     while count >= 1024 and unit < len(_UNITS) - 1:
         count /= 1024
@@ -81,7 +84,7 @@ def size(count: float) -> str:
 
 
 def program_at(root: str | os.PathLike[str] | None) -> str:
-    """Return how to call this program on a memory root; None is the root of the settings."""
+    """Return how to call this program on a memory root. None is the root of the settings."""
     return "everos-engine" if root is None else shlex.join(["everos-engine", "--root", os.fspath(root)])
 
 
@@ -91,33 +94,36 @@ def with_root(text: str, program: str) -> str:
 
 
 def quoted(*words: str | os.PathLike[str]) -> str:
-    """A command line, on one line and without backticks, that bash reads back as these words."""
+    """Return a command line, on one line and without backticks, that bash reads back as these words."""
     return " ".join(_quoted(os.fspath(word)) for word in words)
 
 
 def commands_in(remedy: str) -> list[str]:
-    """The commands of a remedy: what stands between backticks, and nothing else does."""
+    """Return the commands of a remedy: everything between backticks."""
     return [match[0][1:-1] for match in _COMMAND.finditer(remedy)]
 
 
 def printable(text: str, *, lines: bool = False) -> str:
     r"""Return ``text`` with everything escaped that a terminal obeys, or that shows another text than there is.
 
-    These are control characters (C0, DEL and C1), line and paragraph separators, marks and overrides of the writing direction,
-    invisible tags, and bytes that are not UTF-8. With ``lines`` a newline stays. All text that comes from files, from the network
-    or from another process goes through here before a person sees it.
+    These are control characters (C0, DEL and C1), line and paragraph separators, marks and overrides of the writing
+    direction, invisible tags, and bytes that are not UTF-8. With ``lines`` a newline stays. All text that comes from
+    files, from the network or from another process goes through here before a person sees it.
     """
     return (_UNSAFE_IN_LINES if lines else _UNSAFE).sub(_escaped, text)
 
 
 def json_text(value: object, *, indent: int | None = 2) -> str:
-    """Return one JSON document as text that is readable, and safe for a terminal: the same characters are escaped, as JSON does it."""
+    """Return one JSON document as readable text that is safe for a terminal.
+
+    The same characters are escaped, in JSON's way.
+    """
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _UNSAFE_IN_LINES.sub(lambda match: json.dumps(match[0])[1:-1] if match[0] != "\x7f" else "\\u007f", text)
 
 
 def shown(path: str) -> str:
-    """A path on one line whatever its name holds."""
+    """Return a path on one line, with any name."""
     return path if path.isprintable() else ascii(path)
 
 
@@ -138,5 +144,5 @@ def _quoted(word: str) -> str:
 
 
 def plural(count: int, one: str, many: str = "") -> str:
-    """``3 files``, ``1 file``."""
+    """Return ``3 files``, ``1 file``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
