@@ -52,8 +52,8 @@ LIMIT = 1024
 BUDGET = LIMIT // 2
 """The guard's soft budget."""
 STEPS = 24
-LEAST_EXAMPLES, EXAMPLES_A_MINUTE = 10, 20
-MOST_TABLES, MOST_COLUMNS, MOST_ROWS = 3, 3, 160
+MIN_EXAMPLES, EXAMPLES_A_MINUTE = 10, 20
+MAX_TABLES, MAX_COLUMNS, MAX_ROWS = 3, 3, 160
 DIMENSION = 8
 SLACK = 2
 """Descriptors a dropped Session may leave for a moment: a socket or an epoll of a runtime thread that is ending."""
@@ -114,7 +114,7 @@ class DescriptorMachine(RuleBasedStateMachine):
             st.just(DEFAULT_CAP_BYTES),
             st.just(0),
         ),
-        columns=st.lists(st.integers(1, MOST_COLUMNS), min_size=1, max_size=MOST_TABLES),
+        columns=st.lists(st.integers(1, MAX_COLUMNS), min_size=1, max_size=MAX_TABLES),
         shape=st.sampled_from(sorted(SHAPES)),
         weighed=st.booleans(),
         seed=st.integers(0, 2**16),
@@ -165,19 +165,19 @@ class DescriptorMachine(RuleBasedStateMachine):
         for key in deletes:
             held.pop(key, None)
 
-    @rule(pick=st.integers(0, 2), count=st.integers(1, MOST_ROWS))
+    @rule(pick=st.integers(0, 2), count=st.integers(1, MAX_ROWS))
     def add(self, pick: int, count: int) -> None:
         name, table = self.table(pick)
         keys = [(f"{(self.serial + at) % 7}.md", f"e{self.serial + at}") for at in range(count)]
         self.serial += count
         self.commit(name, [self.row(table, key) for key in keys], [])
 
-    @rule(pick=st.integers(0, 2), count=st.integers(1, MOST_ROWS))
+    @rule(pick=st.integers(0, 2), count=st.integers(1, MAX_ROWS))
     def upsert(self, pick: int, count: int) -> None:
         name, table = self.table(pick)
         self.commit(name, [self.row(table, key) for key in list(table.rows)[:count]], [])
 
-    @rule(pick=st.integers(0, 2), count=st.integers(1, MOST_ROWS))
+    @rule(pick=st.integers(0, 2), count=st.integers(1, MAX_ROWS))
     def delete(self, pick: int, count: int) -> None:
         name, table = self.table(pick)
         self.commit(name, [], list(table.rows)[-count:])
@@ -196,7 +196,7 @@ class DescriptorMachine(RuleBasedStateMachine):
     @rule(
         pick=st.integers(0, 2),
         times=st.integers(1, 8),
-        count=st.integers(20, MOST_ROWS),
+        count=st.integers(20, MAX_ROWS),
         how=st.sampled_from(["fts", "hybrid"]),
     )
     def churn(self, pick: int, times: int, count: int, how: str) -> None:
@@ -253,7 +253,7 @@ class DescriptorMachine(RuleBasedStateMachine):
         self.began_a_session()
 
     def has_something_to_drop(self) -> bool:
-        return sum(table.sessions + sum(table.past) for table in self.tables.values()) >= MOST_TABLES
+        return sum(table.sessions + sum(table.past) for table in self.tables.values()) >= MAX_TABLES
 
     def began_a_session(self) -> None:
         """The new Session opens what each table has on disk as its first generation."""
@@ -389,8 +389,8 @@ def profile(
 
 def run_for(minutes: float) -> int:
     """One run of as many examples as usually fit; how many. Raises the first failure, shrunk. Only the shortest is repeatable."""
-    examples = max(LEAST_EXAMPLES, round(minutes * EXAMPLES_A_MINUTE))
-    run_state_machine_as_test(DescriptorMachine, settings=profile(examples, derandomize=examples == LEAST_EXAMPLES))
+    examples = max(MIN_EXAMPLES, round(minutes * EXAMPLES_A_MINUTE))
+    run_state_machine_as_test(DescriptorMachine, settings=profile(examples, derandomize=examples == MIN_EXAMPLES))
     return examples
 
 

@@ -438,8 +438,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long every call fails at the end")
     parser.add_argument("--all-calls", action="store_true", help="each type at each call")
     arguments = parser.parse_args()
-    supervise.FIRST_DELAY_SECONDS, supervise.MOST_DELAY_SECONDS = 0.01, 0.2
-    supervise.FIRST_REST_SECONDS, supervise.MOST_REST_SECONDS = 0.01, 0.2
+    supervise.FIRST_DELAY_SECONDS, supervise.MAX_DELAY_SECONDS = 0.01, 0.2
+    supervise.FIRST_REST_SECONDS, supervise.MAX_REST_SECONDS = 0.01, 0.2
     recovery.REBUILD_MILLISECONDS = 0  # a table is made again as often as it is found damaged
     recovery.PROBE_REST_SECONDS = 0.0
     watcher.RETRY_SECONDS, watcher.FIRST_PAUSE_SECONDS = 0.2, 0.01

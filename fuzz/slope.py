@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 STRETCH_SECONDS = 37.0
 """Longer than any such cycle, and no multiple of one."""
-LEAST_STRETCHES, MOST_STRETCHES = 6, 12
-NEEDS_SECONDS = 2 * LEAST_STRETCHES * STRETCH_SECONDS
+MIN_STRETCHES, MAX_STRETCHES = 6, 12
+NEEDS_SECONDS = 2 * MIN_STRETCHES * STRETCH_SECONDS
 """A shorter series can be told, but not judged: its stretches are parts of one cycle."""
 LEVEL = 0.995
 """Of each interval. A full run asks ten times (five soaks, two series), so it cries wolf in 3 of 100 runs."""
@@ -66,12 +66,10 @@ def slope(
     when, what = np.asarray(seconds, dtype=float), np.asarray(values, dtype=float)
     late = when >= (when[0] + when[-1]) / 2
     when, what = when[late], what[late]
-    if when.size < 2 * MOST_STRETCHES:
-        message = (
-            f"{when.size} samples in the second half are too few for {MOST_STRETCHES} stretches: let it run longer"
-        )
+    if when.size < 2 * MAX_STRETCHES:
+        message = f"{when.size} samples in the second half are too few for {MAX_STRETCHES} stretches: let it run longer"
         raise ValueError(message)
-    count = int(np.clip((when[-1] - when[0]) / STRETCH_SECONDS, LEAST_STRETCHES, MOST_STRETCHES))
+    count = int(np.clip((when[-1] - when[0]) / STRETCH_SECONDS, MIN_STRETCHES, MAX_STRETCHES))
     if np.ptp(what) == 0.0:
         return Slope(0.0, 0.0, 0.0)
     which = np.searchsorted(np.linspace(when[0], when[-1], count + 1)[1:-1], when, side="right")

@@ -38,7 +38,7 @@ READY_SECONDS, END_SECONDS = 900.0, 300.0
 REST_FROM_MINUTES = 30.0
 REST_SECONDS = 1.25 * LanceDBSettings().keep_versions_seconds + 60
 """A table at rest needs two passes at most, and a minute is for the machine."""
-MOST_TIMES_FRESH = 2.0
+MAX_TIMES_FRESH = 2.0
 MIB = 1 << 20
 
 
@@ -202,7 +202,7 @@ def _judge(memory: Memory, seen: Seen, minutes: float) -> tuple[list[str], dict[
     ceiling, peak_rss = int(sample["memory"]["ceiling_bytes"]), max(meter.rss)
     if peak_rss > ceiling:
         faults.append(f"resident memory reached {mib(peak_rss)} MiB, its ceiling is {mib(ceiling)} MiB")
-    if seen.fresh is not None and disk.sizes[-1] > MOST_TIMES_FRESH * seen.fresh[0]:
+    if seen.fresh is not None and disk.sizes[-1] > MAX_TIMES_FRESH * seen.fresh[0]:
         faults.append(f"after its rest the index has {mib(disk.sizes[-1])} MiB, a fresh one {mib(seen.fresh[0])} MiB")
     session = max((point["session_bytes"] for point in seen.points), default=0)
     if session > sample["memory"]["parts"]["session"]:

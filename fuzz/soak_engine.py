@@ -174,7 +174,7 @@ def tree_of(settings: Settings) -> dict[tuple[str, str], str]:
 
 
 def main(arguments: list[str]) -> None:
-    memory.begin_again(os.environ)  # as `everos-engine run` does
+    memory.restart_tuned(os.environ)  # as `everos-engine run` does
     flags: Mapping[str, object] = json.loads(arguments[-1])
     how = serve_defaults if "--defaults" in arguments else serve
     print(json.dumps(trio.run(how, load(flags, environment={}))), flush=True)

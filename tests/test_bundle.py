@@ -85,7 +85,7 @@ def test_a_crash_of_a_check_is_a_failed_check_and_quotes_nothing_in_a_bundle(pri
     assert (first.name, first.verdict, second.name) == ("first", "fail", "versions")
     assert "ValueError at test_bundle.py" in first.cause
     assert "marzipan" in first.cause
-    (silent, _) = doctor.run(dataclasses.replace(case, tell=lambda _: "(left out)"), checks=checks)
+    (silent, _) = doctor.run(dataclasses.replace(case, quote=lambda _: "(left out)"), checks=checks)
     assert "marzipan" not in silent.cause
 
 

@@ -83,7 +83,7 @@ def trouble(kind: str, engine: Engine) -> Iterator[None]:
 def _disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(door, "BUSY_RETRIES", 1)
     monkeypatch.setattr(door, "BUSY_TIMEOUT_MILLISECONDS", 10)
-    monkeypatch.setattr(worker, "MOST_DELAY_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "MAX_DELAY_SECONDS", 0.2)
     with trapped_disk() as found:
         DISKS.append(found)
         yield

@@ -21,8 +21,8 @@ from everos_engine.supervise import keep
 from everos_engine.system import instrument
 from everos_engine.system.control import (
     BUSY,
-    MOST_QUESTION_BYTES,
-    MOST_SLOW_TALKS,
+    MAX_QUESTION_BYTES,
+    MAX_SLOW_TALKS,
     ask,
     serve_control,
     short_address,
@@ -309,15 +309,15 @@ async def test_slow_questions_stand_before_nobody_and_too_many_are_told_so(tmp_p
         nursery.start_soon(partial(serve_control, path, echo, slow={"think": think}))
         await listening(path)
         async with trio.open_nursery() as asking:
-            for _ in range(MOST_SLOW_TALKS):
+            for _ in range(MAX_SLOW_TALKS):
                 asking.start_soon(ask_one)
             with trio.fail_after(HANG_SECONDS):
-                while begun < MOST_SLOW_TALKS:  # noqa: ASYNC110 - begun in answer to threads
+                while begun < MAX_SLOW_TALKS:  # noqa: ASYNC110 - begun in answer to threads
                     await trio.sleep(0.001)
             assert await asked(path, "pulse") == {"asked": "pulse"}
             assert await trio.to_thread.run_sync(ask_slowly) == {"error": BUSY}
             go.set()
-        assert told == [{"thought": "herons"}] * MOST_SLOW_TALKS
+        assert told == [{"thought": "herons"}] * MAX_SLOW_TALKS
         nursery.cancel_scope.cancel()
 
 
@@ -325,7 +325,7 @@ async def test_a_question_too_long_to_be_taken_is_not_asked(tmp_path: Path, nurs
     path = tmp_path / "c.sock"
     nursery.start_soon(serve_control, path, echo)
     await listening(path)
-    assert ask(path, "pulse", {"query": "x" * MOST_QUESTION_BYTES}, deadline_seconds=HANG_SECONDS) is None
+    assert ask(path, "pulse", {"query": "x" * MAX_QUESTION_BYTES}, deadline_seconds=HANG_SECONDS) is None
 
 
 class Panic(BaseException):
@@ -355,14 +355,14 @@ async def test_an_unexpected_error_of_a_question_answers_that_question(
     await listening(path)
     logged: list[str] = []
     sink = logger.add(logged.append, level="ERROR", format="{message}")
-    for _ in range(2 * MOST_SLOW_TALKS):
+    for _ in range(2 * MAX_SLOW_TALKS):
         for question in ("fails", "slow", "odd"):
             answer = await asked(path, question)
             assert answer is not None
             assert f"could not answer {question!r}" in str(answer["error"])
             assert await asked(path, "pulse") == {"asked": "pulse"}
     logger.remove(sink)
-    assert len([line for line in logged if "unit_failed loop=control" in line]) == 6 * MOST_SLOW_TALKS
+    assert len([line for line in logged if "unit_failed loop=control" in line]) == 6 * MAX_SLOW_TALKS
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1001, 3_000_000_000, 2**63, 10**400, True, 2.5, "10", None, [1]], ids=str)

@@ -130,7 +130,7 @@ async def test_a_full_disk_is_named_in_one_line_and_never_called_damage(
 
 async def test_a_start_on_a_full_disk_waits_for_room(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, fake = quiet(root), FakeEmbedder()
-    monkeypatch.setattr(worker, "MOST_DELAY_SECONDS", 0.2)
+    monkeypatch.setattr(worker, "MAX_DELAY_SECONDS", 0.2)
     await in_step(settings, fake)
     put(root, "users/u1/.atomic_facts/new.md", facts(fact(1, "after")))
     with trio.fail_after(HANG_SECONDS), trapped_disk("engine.db") as disk:

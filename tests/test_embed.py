@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from embedding_server import Handler, Misbehaviour, Service, always, b64, reply, reserved_port, serving, vectors
 from everos_engine.embed.http import HttpEmbedder, endpoint, is_loopback, open_http_embedder, retry_after
-from everos_engine.embed.local import MOST_CHARACTERS, SLICE_CHARACTERS, SLICE_TEXTS, LocalEmbedder, slices
+from everos_engine.embed.local import MAX_CHARACTERS, SLICE_CHARACTERS, SLICE_TEXTS, LocalEmbedder, slices
 from everos_engine.embed.protocol import Embedder
 from everos_engine.errors import BadText, EngineError, SettingsError, Transient, Unavailable
 from everos_engine.settings import EmbedderSettings
@@ -108,7 +108,7 @@ def test_slices_keep_texts_in_order_and_stay_small(texts: list[str]) -> None:
     for part in found:
         assert 1 <= len(part) <= SLICE_TEXTS
         assert len(part) == 1 or sum(map(len, part)) <= SLICE_CHARACTERS
-    assert MOST_CHARACTERS <= SLICE_CHARACTERS
+    assert MAX_CHARACTERS <= SLICE_CHARACTERS
 
 
 @asynccontextmanager

@@ -26,7 +26,7 @@ from everos_engine.errors import SettingsError
 from everos_engine.loops.context import HISTORY, History, Point
 from everos_engine.loops.fd_guard import Guard, share_of_descriptors
 from everos_engine.loops.fd_self_test import self_test
-from everos_engine.loops.memory_guard import LEAST_SHARE
+from everos_engine.loops.memory_guard import MIN_SHARE
 from everos_engine.settings import DescriptorMode, EmbedderSettings, LanceDBSettings, Settings, load
 from everos_engine.stores import meta
 from everos_engine.system import ceiling, descriptors
@@ -39,7 +39,7 @@ from writer import fact, facts, put
 HERE = Path(__file__).parent
 CORPUS = HERE.parents[1] / "shared" / "corpus" / "memory"
 HOARD_SECONDS = float(os.environ.get("EVEROS_TEST_HOARD_SECONDS", "2"))
-MOST_ROUNDS = 20
+MAX_ROUNDS = 20
 SEARCHES = int(os.environ.get("EVEROS_TEST_SEARCHES", "100"))
 WORDS = [f"word{number}" for number in range(20_000)]
 
@@ -162,7 +162,7 @@ def test_pinned_indexes_are_kept_under_budget_by_rotation(root: Path, capfd: pyt
     eager = {"lancedb.optimize_after_commits": 1, "lancedb.optimize_idle_seconds": 0}
     with starving(root, limit=128, **pinned, **eager) as engine:
         engine.hear("ready")
-        for _ in range(MOST_ROUNDS):  # each optimize pins more; how many there are in a second is the machine's
+        for _ in range(MAX_ROUNDS):  # each optimize pins more; how many there are in a second is the machine's
             engine.tell("search 20")
             edit(root, seconds=4, turns=60)
             engine.hear("searched")
@@ -255,7 +255,7 @@ async def test_a_session_that_holds_too_many_bytes_is_rotated_over_the_soft_budg
 
 
 @given(
-    limit=st.integers(ceiling.LEAST_LIMIT, 1 << 20),
+    limit=st.integers(ceiling.MIN_LIMIT, 1 << 20),
     others=st.integers(0, 200),
     reads=st.integers(1, 64),
     soft_share=st.floats(0.1, 0.95),
@@ -296,7 +296,7 @@ async def test_memory_over_its_ceiling_slows_work_rotates_and_is_reported_until_
             hoard[page] = 1
         for _ in range(3):
             await guard.look()
-        assert context.pressure.value == LEAST_SHARE  # slow, and never at a stop
+        assert context.pressure.value == MIN_SHARE  # slow, and never at a stop
         assert context.index.rotations == 1
         assert "MiB are resident" in context.conditions.now["memory_over_ceiling"].message
         assert len(await engine.search("heron")) == 1

@@ -15,7 +15,7 @@ PROGRAM = """
 import ctypes, os, sys, threading
 from everos_engine.system import memory
 if sys.argv[1] == "again":
-    memory.begin_again(os.environ)
+    memory.restart_tuned(os.environ)
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in

@@ -84,7 +84,7 @@ async def test_a_loop_that_keeps_dying_never_ends_the_engine(
     loop: str, error: BaseException, settings: Settings, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(root, FACTS, facts(fact(1, "the heron eats fish")))
-    deaths = [error] * (2 * supervise.MOST_DEATHS + 3)
+    deaths = [error] * (2 * supervise.MAX_DEATHS + 3)
     original = getattr(engine_module, loop)
 
     async def struck(context: Context, **options: object) -> None:

@@ -13,7 +13,7 @@ from loguru import logger
 
 from everos_engine.cli import logs
 from everos_engine.settings import Settings
-from everos_engine.system.repeats import MOST_KEYS, Repeats
+from everos_engine.system.repeats import MAX_KEYS, Repeats
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 100)), max_size=60))
@@ -35,9 +35,9 @@ def test_every_time_is_counted_once_and_no_key_is_due_twice_within_the_time(step
 
 def test_keys_are_bounded() -> None:
     repeats = Repeats(every_seconds=60)
-    for number in range(3 * MOST_KEYS):
+    for number in range(3 * MAX_KEYS):
         assert repeats.due(str(number), 0.0) == 1
-    assert len(repeats._keys) == MOST_KEYS
+    assert len(repeats._keys) == MAX_KEYS
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -92,7 +92,7 @@ async def test_few_versions_take_as_many_passes_as_many(short: Settings, root: P
             while rest.seconds() < float("inf"):
                 await trio.sleep(max(0.0, rest.seconds()))
                 await rest.compact()
-        assert len(list(folder.iterdir())) <= compactor.LEAST_VERSIONS
+        assert len(list(folder.iterdir())) <= compactor.MIN_VERSIONS
 
 
 async def test_a_table_that_no_pass_makes_smaller_wakes_nobody_again(short: Settings, root: Path) -> None:
@@ -107,7 +107,7 @@ async def test_a_table_that_no_pass_makes_smaller_wakes_nobody_again(short: Sett
             while rest.seconds() < float("inf"):
                 await trio.sleep(max(0.0, rest.seconds()))
                 await rest.compact()
-        assert len(list(folder.iterdir())) > compactor.LEAST_VERSIONS
+        assert len(list(folder.iterdir())) > compactor.MIN_VERSIONS
         assert rest.seconds() == float("inf")
         rest.wake()
         assert rest.seconds() <= KEEP_SECONDS

@@ -21,8 +21,8 @@ from everos_engine import search
 from everos_engine.cli.logs import set_up
 from everos_engine.engine import open_engine
 from everos_engine.errors import (
-    MOST_ERROR_CHARACTERS,
-    MOST_QUOTED_CHARACTERS,
+    MAX_ERROR_CHARACTERS,
+    MAX_QUOTED_CHARACTERS,
     BadFile,
     BadQuestion,
     SettingsError,
@@ -30,7 +30,7 @@ from everos_engine.errors import (
     quoted,
 )
 from everos_engine.loops.job import Job, complaint
-from everos_engine.search import MOST_WORDS, SNIPPET_WORDS, bounded, check_question, snippet, snippet_words
+from everos_engine.search import MAX_WORDS, SNIPPET_WORDS, bounded, check_question, snippet, snippet_words
 from everos_engine.settings import Settings, load, parse_size
 from everos_engine.stores.queue import Claim
 from everos_engine.system import files
@@ -38,7 +38,7 @@ from everos_engine.testing import FakeEmbedder
 from everos_engine.text import diff, kinds
 from everos_engine.text.entries import Document, Place
 from everos_engine.text.kinds.layout import nearest
-from everos_engine.text.markdown import MOST_ENTRIES
+from everos_engine.text.markdown import MAX_ENTRIES
 from everos_engine.text.terms import terms
 from patience import HANG_SECONDS
 from writer import fact, put
@@ -218,18 +218,18 @@ def test_no_shape_of_a_megabyte_makes_a_regular_expression_go_back_without_end()
 
 
 def test_further_headings_of_a_note_with_very_many_are_text_of_its_last_row() -> None:
-    found = outcome("note", "# a\n" * MOST_ENTRIES + "# the heron\nfish\n")
+    found = outcome("note", "# a\n" * MAX_ENTRIES + "# the heron\nfish\n")
     assert isinstance(found, Document)
-    assert len(found.entries) == MOST_ENTRIES
+    assert len(found.entries) == MAX_ENTRIES
     assert "the heron\nfish" in str(found.entries[-1].values["content"])
 
 
 def test_a_daily_log_with_too_many_entries_says_where_to_split_it() -> None:
-    marked = "".join(f"<!-- entry:{number} -->\n<!-- /entry:{number} -->\n" for number in range(MOST_ENTRIES + 1))
+    marked = "".join(f"<!-- entry:{number} -->\n<!-- /entry:{number} -->\n" for number in range(MAX_ENTRIES + 1))
     found = outcome("atomic_fact", "---\n---\n" + marked)
     assert (
         str(found)
-        == f"line {2 * MOST_ENTRIES + 3}: there are more than {MOST_ENTRIES} entries in one file; split the file"
+        == f"line {2 * MAX_ENTRIES + 3}: there are more than {MAX_ENTRIES} entries in one file; split the file"
     )
 
 
@@ -264,19 +264,19 @@ def test_the_errors_of_a_file_are_short_whatever_it_says(
         return
     assert all(len(problem.message) <= 500 for problem in found.problems)
     job = Job(Claim("x.md", kind, 1, 1, 1, 0, 0, "scan"), problems=list(found.problems))
-    assert len(complaint(job) or "") <= MOST_ERROR_CHARACTERS
+    assert len(complaint(job) or "") <= MAX_ERROR_CHARACTERS
 
 
 @given(value=st.text() | st.binary() | st.lists(st.integers()) | st.integers(), times=st.integers(0, 200))
 def test_a_quoted_value_is_short_and_a_short_one_is_whole(value: object, times: int) -> None:
     long = value * times  # type: ignore[operator]  # each of these can be repeated
-    assert len(quoted(long)) <= MOST_QUOTED_CHARACTERS + 1
-    assert len(repr(long)) > MOST_QUOTED_CHARACTERS or quoted(long) == repr(long)
+    assert len(quoted(long)) <= MAX_QUOTED_CHARACTERS + 1
+    assert len(repr(long)) > MAX_QUOTED_CHARACTERS or quoted(long) == repr(long)
 
 
 def test_a_clipped_error_keeps_its_beginning_and_its_remedy() -> None:
     text = clipped("what happened " + "x" * 10**6 + "; what to do")
-    assert len(text) <= MOST_ERROR_CHARACTERS
+    assert len(text) <= MAX_ERROR_CHARACTERS
     assert text.startswith("what happened")
     assert text.endswith("; what to do")
 
@@ -298,7 +298,7 @@ def test_a_question_of_any_length_is_quoted_in_short() -> None:
 def test_a_query_keeps_its_first_words() -> None:
     assert bounded("a b c " * 1000) == "a b c " * 1000
     long = " ".join(f"w{number}" for number in range(2000))
-    assert bounded(long).split() == [f"w{number}" for number in range(MOST_WORDS)]
+    assert bounded(long).split() == [f"w{number}" for number in range(MAX_WORDS)]
     assert len(snippet_words(long)) == SNIPPET_WORDS
     assert snippet_words("The heron; the HERON a") == ["the", "heron"]
 

@@ -16,7 +16,7 @@ from everos_engine.settings import LanceDBSettings, Settings
 from everos_engine.stores import meta
 from everos_engine.stores.lance import Row
 from everos_engine.system import ceiling, slope
-from everos_engine.system.slope import LEAST_POINTS, Learner, Slope
+from everos_engine.system.slope import MIN_POINTS, Learner, Slope
 from everos_engine.testing import FakeEmbedder
 from writer import fact, facts, put
 
@@ -45,7 +45,7 @@ def test_too_few_pairs_or_pairs_that_say_the_same_teach_nothing() -> None:
         learner.see(0, 5 * MIB, 100)
         learner.see(0, 6 * MIB, 0)
     assert learner.slope() is None
-    for number in range(LEAST_POINTS):
+    for number in range(MIN_POINTS):
         learner.see(number, 5 * MIB, 100)
     assert learner.slope() is not None
 
@@ -70,7 +70,7 @@ def test_a_cap_is_only_lowered_and_only_if_a_full_session_would_not_fit(
     assert 0 <= found <= cap
     if high * min(cap, budget) / MIB <= room:
         assert found == cap
-    elif found > ceiling.LEAST_CAP_BYTES:
+    elif found > ceiling.MIN_CAP_BYTES:
         assert high * found / MIB <= room + 1
 
 
@@ -78,7 +78,7 @@ def test_auto_takes_what_was_counted_and_the_setting_only_until_then() -> None:
     auto = LanceDBSettings(descriptor_mode="pinned", index_cache_size_bytes="auto", descriptors_per_mebibyte=110)
     guess = ceiling.cap_of(auto, limit=1024)
     few, many = (ceiling.cap_of(auto, limit=1024, learned=Slope(n, n, n, 9)) for n in (20.0, 300.0))
-    assert many < guess < few <= ceiling.MOST_AUTO_BYTES
+    assert many < guess < few <= ceiling.MAX_AUTO_BYTES
 
 
 async def test_the_guard_learns_the_slope_lowers_a_cap_that_would_pin_too_much_and_keeps_what_it_learned(
@@ -112,7 +112,7 @@ async def test_the_guard_learns_the_slope_lowers_a_cap_that_would_pin_too_much_a
             await guard.look()
         learned, shown = guard.slope, engine.context.fds["slope"]
         assert learned is not None
-        assert shown["points"] == learned.points >= LEAST_POINTS  # type: ignore[index]
+        assert shown["points"] == learned.points >= MIN_POINTS  # type: ignore[index]
         counted = (guard.classes["lance_index"] + guard.classes["deleted"]) / (index.session_bytes() / MIB)
         assert learned.low / 2 <= counted <= 2 * learned.high
         assert (index.cap_bytes, index.rotations) == (given_cap, 0)
@@ -124,6 +124,6 @@ async def test_the_guard_learns_the_slope_lowers_a_cap_that_would_pin_too_much_a
             await guard.look()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        assert ceiling.LEAST_CAP_BYTES <= index.cap_bytes < given_cap
+        assert ceiling.MIN_CAP_BYTES <= index.cap_bytes < given_cap
         assert index.rotations >= 1
         assert await index.search_text(kind, "heron", where="", limit=3)

@@ -21,9 +21,9 @@ from everos_engine.errors import (
 from everos_engine.supervise import (
     FIRST_DELAY_SECONDS,
     FIRST_REST_SECONDS,
-    MOST_DEATHS,
-    MOST_DELAY_SECONDS,
-    MOST_REST_SECONDS,
+    MAX_DEATHS,
+    MAX_DELAY_SECONDS,
+    MAX_REST_SECONDS,
     ONE_SHOT_REOPENINGS,
     WITHIN_SECONDS,
     Health,
@@ -49,18 +49,18 @@ def dying(
 
 
 async def test_a_loop_that_dies_is_started_again_ever_more_rarely(autojump_clock: trio.testing.MockClock) -> None:
-    loop, starts = dying(lambda n: ValueError("a bug") if n <= MOST_DEATHS else None)
+    loop, starts = dying(lambda n: ValueError("a bug") if n <= MAX_DEATHS else None)
     await keep("work", loop)
     pauses = [later - sooner for sooner, later in itertools.pairwise(starts)]
-    due = [min(FIRST_DELAY_SECONDS * 2**n, MOST_DELAY_SECONDS) for n in range(MOST_DEATHS)]
-    assert [one <= pause <= one * 1.25 for one, pause in zip(due, pauses, strict=True)] == [True] * MOST_DEATHS
+    due = [min(FIRST_DELAY_SECONDS * 2**n, MAX_DELAY_SECONDS) for n in range(MAX_DEATHS)]
+    assert [one <= pause <= one * 1.25 for one, pause in zip(due, pauses, strict=True)] == [True] * MAX_DEATHS
 
 
 async def test_a_loop_that_dies_again_and_again_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
     loop, starts = dying(lambda _: ValueError("a bug"))
     with pytest.raises(KeepsDying, match=r"the work loop died 6 times within 300 s, last of ValueError\('a bug'\)"):
         await keep("work", loop)
-    assert len(starts) == MOST_DEATHS + 1
+    assert len(starts) == MAX_DEATHS + 1
 
 
 class Panic(BaseException):
@@ -152,7 +152,7 @@ BUGS: list[BaseException] = [
 
 
 def grows(waits: list[float]) -> bool:
-    due = [min(FIRST_REST_SECONDS * 2**n, MOST_REST_SECONDS) for n in range(len(waits))]
+    due = [min(FIRST_REST_SECONDS * 2**n, MAX_REST_SECONDS) for n in range(len(waits))]
     return all(one <= wait <= one * 1.25 for one, wait in zip(due, waits, strict=True))
 
 
@@ -164,7 +164,7 @@ async def test_whatever_ends_the_loops_opens_the_stores_again_and_searches_need_
     await keep_open(epoch.health, epoch, forever=True)
     assert epoch.waits[0] == 0
     assert grows(epoch.waits[1:])
-    assert epoch.waits[-1] >= MOST_REST_SECONDS
+    assert epoch.waits[-1] >= MAX_REST_SECONDS
     assert epoch.health.reopenings == 12
     assert epoch.health.reason in {str(error), repr(error)}
     pauses = [later - sooner for sooner, later in itertools.pairwise(epoch.began)]

@@ -143,7 +143,7 @@ def test_fix_says_what_it_tried_and_what_no_attempt_helps(root: Path) -> None:
 BAD_SETTINGS = {
     "a name that no setting has": ("scan_interval = 5\n", "did you mean 'scan_interval_seconds'"),
     "a section that is none": ('[embeder]\nkind = "none"\n', "did you mean 'embedder.kind'"),
-    "a value out of bounds": ("worker_batch_size = 0\n", "below its least value"),
+    "a value out of bounds": ("worker_batch_size = 0\n", "below its minimum"),
     "no TOML": ("x =\n", "cannot be read as settings"),
     "nested without end": (f"x = {'[' * 5000}\n", "cannot be read as settings"),
     "no UTF-8": ("# \udcff\n", "is not UTF-8"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from everos_engine.engine import open_engine
 from everos_engine.settings import Settings
 from everos_engine.testing import FakeEmbedder
-from everos_engine.text.terms import MOST_CHARACTERS, terms
+from everos_engine.text.terms import MAX_CHARACTERS, terms
 from writer import FACTS, fact, facts, put
 
 
@@ -35,9 +35,9 @@ def test_compounds_fall_into_their_words(text: str, expected: str | None) -> Non
 @given(st.lists(st.text()))
 def test_terms_are_bounded_and_each_stands_in_the_text(texts: list[str]) -> None:
     found = terms(texts)
-    assert found is None or 0 < len(found) <= MOST_CHARACTERS
+    assert found is None or 0 < len(found) <= MAX_CHARACTERS
     folded = "\n".join(texts).casefold()
-    assert all(part in folded for part in (found or "").split(" ") if len(found or "") < MOST_CHARACTERS)
+    assert all(part in folded for part in (found or "").split(" ") if len(found or "") < MAX_CHARACTERS)
 
 
 async def test_a_part_of_a_name_finds_the_skill(settings: Settings, root: Path) -> None:

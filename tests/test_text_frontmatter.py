@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from everos_engine.errors import BadFile
 from everos_engine.text import frontmatter
-from everos_engine.text.frontmatter import MOST_BYTES, MOST_DEPTH, split
+from everos_engine.text.frontmatter import MAX_BYTES, MAX_DEPTH, split
 
 WORDS = st.from_regex(r"[A-Za-z][A-Za-z0-9 ]{0,15}[A-Za-z0-9]", fullmatch=True)
 PLAIN = st.characters(exclude_categories=["Cc", "Cs", "Cn", "Co", "Zl", "Zp"], exclude_characters="\ufeff")
@@ -70,11 +70,11 @@ def test_plain_scalars_mean_what_yaml_1_2_says_and_nothing_is_guessed(text: str,
 
 
 def test_depth_is_bounded_however_deep_the_file() -> None:
-    assert parsed("a: " + "[" * (MOST_DEPTH - 1) + "]" * (MOST_DEPTH - 1))
-    for deep in ("[" * 60_000, "[" * MOST_DEPTH + "]" * MOST_DEPTH, "{a: " * 15_000, "- " * 30_000, "? " * 30_000):
-        assert str(MOST_DEPTH) in str(refused("a: " + deep)) or "malformed" in str(refused("a: " + deep))
+    assert parsed("a: " + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
+    for deep in ("[" * 60_000, "[" * MAX_DEPTH + "]" * MAX_DEPTH, "{a: " * 15_000, "- " * 30_000, "? " * 30_000):
+        assert str(MAX_DEPTH) in str(refused("a: " + deep)) or "malformed" in str(refused("a: " + deep))
     assert "16" in str(refused(*(" " * depth + "a:" for depth in range(300))))
-    assert f"{MOST_BYTES} bytes" in str(refused("a: " + "[" * 100_000))
+    assert f"{MAX_BYTES} bytes" in str(refused("a: " + "[" * 100_000))
 
 
 def test_a_bomb_of_aliases_is_refused_at_its_first_anchor() -> None:

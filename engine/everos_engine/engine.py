@@ -55,7 +55,7 @@ CALL_PATIENCE_SECONDS = 30.0
 CALL_TRIES = 3
 REOPENED = "stores_reopened"
 REOPENED_REMEDY = (
-    "nothing is lost, and searches go on; if this comes again, look at the log for the error, and report it with "
+    "nothing is lost, and searches go on. If this comes again, look at the log for the error, and report it with "
     "`everos-engine doctor --bundle`"
 )
 
@@ -81,7 +81,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.last_desk: Context | None = None
+        self.last_context: Context | None = None
         self._calls: set[trio.CancelScope] = set()
         self._calls_gone = trio.Event()
         self.health = Health()
@@ -95,25 +95,25 @@ class Engine:
     @property
     def context(self) -> Context:
         """Return the parts, for status lines and tests. They are replaced when the stores are opened again."""
-        if self.last_desk is None:
+        if self.last_context is None:
             raise Transient(self._closed_because())
-        return self.last_desk
+        return self.last_context
 
     @contextmanager
     def spare(self) -> Iterator[None]:
         """Lend the spare descriptor for the length of the block, if there is one."""
-        with nullcontext() if self.last_desk is None else self.last_desk.reserve.borrow():
+        with nullcontext() if self.last_context is None else self.last_context.reserve.borrow():
             yield
 
     def snapshot(self) -> dict[str, object]:
         """Return what the control socket answers to "pulse": plain data, from memory."""
-        told: dict[str, object] = {"pid": os.getpid()} if self.last_desk is None else self.last_desk.snapshot()
+        told: dict[str, object] = {"pid": os.getpid()} if self.last_context is None else self.last_context.snapshot()
         return told | {"health": self.health.as_data()}
 
     @asynccontextmanager
     async def using(self, context: Context) -> AsyncIterator[None]:
         """Let searches use these stores for the length of the block. Calls that still run at its end are cancelled."""
-        self.last_desk = context
+        self.last_context = context
         self.health.state.value = "searching"
         try:
             yield
@@ -159,7 +159,7 @@ class Engine:
                         self._calls_gone.set()
             with trio.move_on_after(CALL_PATIENCE_SECONDS):  # the supervisor closes these stores now
                 await self.health.state.wait_value(
-                    lambda state, context=context: state not in fitting or self.last_desk is not context
+                    lambda state, context=context: state not in fitting or self.last_context is not context
                 )
         raise Transient(self._closed_because())
 
@@ -321,7 +321,7 @@ async def _settle(context: Context) -> Status:
         raise not_in_step
     await _reach(context, found.lsn)
     while (again := await context.database.aread(queue.rebuilding)) is not None:
-        await _reach(context, again)  # a table was begun anew meanwhile: what it held is not searchable before that
+        await _reach(context, again)  # a table was recreated meanwhile, and what it held is not searchable before that
     return await context.database.aread(status_of)
 
 
@@ -395,7 +395,7 @@ async def _serve(
 
     async def epoch(wait_seconds: float) -> None:
         async with (
-            _stores(settings, embedder, owner, blocks, base=engine.base, before=engine.last_desk) as context,
+            _stores(settings, embedder, owner, blocks, base=engine.base, before=engine.last_context) as context,
             engine.using(context),
             trio.open_nursery() as nursery,
         ):

@@ -10,20 +10,20 @@ FULL = frozenset({errno.EMFILE, errno.ENFILE})
 _FULL_WORDS = (*(f"os error {number}" for number in sorted(FULL)), "Too many open files")
 
 
-MOST_QUOTED_CHARACTERS = 80
-MOST_ERROR_CHARACTERS = 4096
+MAX_QUOTED_CHARACTERS = 80
+MAX_ERROR_CHARACTERS = 4096
 """The maximum that is kept of the error of one change."""
 
 
 def quoted(value: object) -> str:
     """Return a value as it is shown in an error: its ``repr``, of at most 80 characters and a mark where it was cut."""
     if isinstance(value, (str, bytes)):
-        value = value[: MOST_QUOTED_CHARACTERS + 1]
+        value = value[: MAX_QUOTED_CHARACTERS + 1]
     text = repr(value)
-    return text if len(text) <= MOST_QUOTED_CHARACTERS else f"{text[:MOST_QUOTED_CHARACTERS]}…"
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}…"
 
 
-def clipped(text: str, most: int = MOST_ERROR_CHARACTERS) -> str:
+def clipped(text: str, most: int = MAX_ERROR_CHARACTERS) -> str:
     """Return a text of at most ``most`` characters: its beginning, and its end with the remedy."""
     if len(text) <= most:
         return text

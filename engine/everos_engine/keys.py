@@ -56,7 +56,7 @@ def _refusal(settings: Settings, path: str, key: str | None) -> str:
         return f"{path!r} is outside the memory root {settings.root}: name a path below it"
     near = nearest(key)
     where = f"the nearest layout is {near.layout}" if near is not None else "note.globs has no pattern for it"
-    return f"{key!r} is of no kind the engine indexes: {where}; `everos-engine explain` says more"
+    return f"{key!r} does not match any kind: {where}. `everos-engine explain` says more"
 
 
 def key_in_root(settings: Settings, path: str) -> str | None:

@@ -33,11 +33,11 @@ WEIGHTS: Mapping[str, float] = {"fts": 1.0, "vector": 1.0}
 SNIPPET_CHARACTERS = 200
 SNIPPET_WORDS = 32
 SNIPPET_LOOKS_AT = 1 << 20
-MOST_WORDS = 256
+MAX_WORDS = 256
 """Words of a query that are looked for. A whole document pasted as a query costs no more than a long paragraph."""
-MOST_QUERY_CHARACTERS = 1 << 14
+MAX_QUERY_CHARACTERS = 1 << 14
 _WORD = re.compile(r"\w+")
-MOST_RESULTS = 1000
+MAX_RESULTS = 1000
 OVERSAMPLE = 3
 
 
@@ -145,12 +145,10 @@ async def _embedded(vectors: Vectors, query: str, *, alone: bool) -> tuple[NDArr
 def check_question(mode: str | None, kind: str | None, limit: int) -> None:
     """Raise BadQuestion for what cannot be answered.
 
-    That is an unknown mode or kind, or a limit that is not from 1 to MOST_RESULTS.
+    That is an unknown mode or kind, or a limit that is not from 1 to MAX_RESULTS.
     """
-    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_RESULTS:
-        message = (
-            f"limit={str(limit)[:80]} is refused: it must be a whole number, at least 1 and at most {MOST_RESULTS}"
-        )
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_RESULTS:
+        message = f"limit={str(limit)[:80]} is refused: it must be a whole number, at least 1 and at most {MAX_RESULTS}"
         raise BadQuestion(message)
     if mode is not None and mode not in get_args(Mode):
         message = f"there is no mode {quoted(mode)}: choose one of {', '.join(get_args(Mode))}"
@@ -179,11 +177,11 @@ def fuse(rankings: Mapping[str, Sequence[Hit]]) -> list[Hit]:
 
 
 def bounded(query: str) -> str:
-    """Return the first ``MOST_WORDS`` different words of a query as it was written; a shorter query stays as it is."""
-    query = query[:MOST_QUERY_CHARACTERS]
+    """Return the first ``MAX_WORDS`` different words of a query as it was written; a shorter query stays as it is."""
+    query = query[:MAX_QUERY_CHARACTERS]
     seen: set[str] = set()
     for match in _WORD.finditer(query):
-        if len(seen) == MOST_WORDS and match[0] not in seen:
+        if len(seen) == MAX_WORDS and match[0] not in seen:
             return query[: match.start()]
         seen.add(match[0])
     return query
@@ -191,7 +189,7 @@ def bounded(query: str) -> str:
 
 def snippet_words(query: str) -> list[str]:
     """Return the words that a snippet looks for: the first 32 different ones of two characters or more, folded."""
-    words = (match[0] for match in _WORD.finditer(query[:MOST_QUERY_CHARACTERS].casefold()))
+    words = (match[0] for match in _WORD.finditer(query[:MAX_QUERY_CHARACTERS].casefold()))
     return list(islice(dict.fromkeys(word for word in words if len(word) > 1), SNIPPET_WORDS))
 
 

@@ -54,8 +54,8 @@ def setting(
     root_values: tuple[object, ...] = (),
     hidden: Hidden | None = None,
     sent_to: str = "",
-    least: float | None = None,
-    most: float | None = None,
+    min_: float | None = None,
+    max_: float | None = None,
 ) -> Any:
     """Declare a setting: its default, its line in the settings table, who may set it, and its bounds (inclusive).
 
@@ -71,8 +71,8 @@ def setting(
         "root_values": root_values,
         "hidden": hidden,
         "sent_to": sent_to,
-        "least": least,
-        "most": most,
+        "min": min_,
+        "max": max_,
     }
     return field(default=default, repr=hidden is None, metadata=metadata)
 
@@ -83,75 +83,75 @@ class LanceDBSettings:
 
     descriptor_mode: DescriptorMode = setting(
         "reopen",
-        "`reopen` opens index files for each read and pins no descriptor; `pinned` keeps them open, bounded by the cap.",
+        "`reopen` opens index files for each read and pins no descriptor. `pinned` keeps them open, bounded by the cap.",
         scope="root",
     )
     index_cache_size_bytes: int | Literal["auto"] = setting(
         16 << 20,
-        "Cap of the LanceDB index cache; sizes such as `8MB` are accepted, `auto` takes what fits under `ulimit -n`.",
-        least=0,
+        "Cap of the LanceDB index cache. Sizes such as `8MB` are accepted, and `auto` takes what fits under `ulimit -n`.",
+        min_=0,
         scope="root",
     )
     descriptors_per_mebibyte: float = setting(
         110.0,
-        "Descriptors that one MiB of index cache pins in mode `pinned`; `everos-engine fds calibrate` measures it.",
-        least=1,
+        "Descriptors that one MiB of index cache pins in mode `pinned`. `everos-engine fds calibrate` measures it.",
+        min_=1,
         scope="root",
     )
     session_most_bytes: int = setting(
         32 << 20,
-        "Bytes in the Session's caches, metadata too, above which it is rotated; sizes are accepted.",
-        least=0,
+        "Bytes in the Session's caches, metadata too, above which it is rotated. Sizes are accepted.",
+        min_=0,
         scope="root",
     )
     soft_budget_share: float = setting(
         0.5,
         "Share of the descriptor limit above which the Session is rotated and the worker slows down.",
-        least=0.1,
-        most=0.95,
+        min_=0.1,
+        max_=0.95,
         scope="root",
     )
     hard_budget_share: float = setting(
-        0.8, "Share of the descriptor limit above which new work waits.", least=0.1, most=1, scope="root"
+        0.8, "Share of the descriptor limit above which new work waits.", min_=0.1, max_=1, scope="root"
     )
     history_file: str = setting(
-        "", "File to which the descriptor guard appends one JSON line a second; empty: none.", scope="user"
+        "", "File to which the descriptor guard appends one JSON line a second. Empty: none.", scope="user"
     )
     concurrent_reads: int = setting(
         4,
-        "Most reads of the index at once; each has its files open meanwhile, the others wait their turn.",
-        least=1,
+        "Maximum of parallel reads of the index. Each has its files open meanwhile, and further reads wait.",
+        min_=1,
         scope="root",
     )
-    read_deadline_seconds: float = setting(30.0, "Longest one read of the index may take.", least=0.1, scope="root")
+    read_deadline_seconds: float = setting(30.0, "Longest one read of the index may take.", min_=0.1, scope="root")
     write_deadline_seconds: float = setting(
         120.0,
         "Longest one commit may take before its outcome counts as unknown and it is done again.",
-        least=1,
+        min_=1,
         scope="root",
     )
-    optimize_after_commits: int = setting(40, "Commits to a table before it is optimized.", least=1, scope="root")
-    optimize_after_rows: int = setting(5000, "Rows written to a table before it is optimized.", least=1, scope="root")
+    optimize_after_commits: int = setting(40, "Commits to a table before it is optimized.", min_=1, scope="root")
+    optimize_after_rows: int = setting(5000, "Rows written to a table before it is optimized.", min_=1, scope="root")
     optimize_after_share: float = setting(
         0.2,
         "Rows written to a table, as a share of those its indexes cover, before it is optimized.",
-        least=0.01,
+        min_=0.01,
         scope="root",
     )
     optimize_idle_seconds: float = setting(
-        5.0, "Quiet time after the last commit before a pending optimize runs.", least=0, scope="root"
+        5.0, "Quiet time after the last commit before a pending optimize runs.", min_=0, scope="root"
     )
     keep_versions_seconds: float = setting(
         600.0,
-        "Age before an old table version is pruned; a reader may hold one this long. A table at rest has no old version "
+        "Age before an old table version is pruned. A reader may hold one this long. A table at rest has no old version "
         "1.25 times this long after the last write to it.",
-        least=60,
+        min_=60,
         scope="root",
     )
     erase_after_hours: float = setting(
         24.0,
-        "Time after which a table that was written to is written again without the rows that were deleted; 0 never does.",
-        least=0,
+        "Time after which a changed table is written again without its deleted rows. 0: never.",
+        min_=0,
         scope="root",
     )
 
@@ -174,48 +174,50 @@ class EmbedderSettings:
     )
     model: str = setting("", "Model name sent to the service (kind `http`).", scope="user")
     api_key: str = setting(
-        "", "Bearer token for the service; never logged.", scope="user", hidden="whole", sent_to="embedder.url"
+        "", "Bearer token for the service. It is never logged.", scope="user", hidden="whole", sent_to="embedder.url"
     )
     dimension: int = setting(
-        0, "Width the service must answer with; 0 takes the width of its first answer.", least=0, scope="root"
+        0, "Width that the service must answer with. 0 accepts the width of its first answer.", min_=0, scope="root"
     )
-    batch_size: int = setting(64, "Most texts in one call.", least=1, most=2048, scope="root")
+    batch_size: int = setting(64, "Most texts in one call.", min_=1, max_=2048, scope="root")
     concurrency: int = setting(
         8,
-        "Most calls in flight; texts under suspicion have up to three quarters as many of their own.",
-        least=1,
-        most=64,
+        "Maximum of calls in flight. Suspected texts have up to three quarters as many in addition.",
+        min_=1,
+        max_=64,
         scope="root",
     )
-    calls_per_second: float = setting(0.0, "Most calls begun in a second; 0 is without limit.", least=0, scope="user")
+    calls_per_second: float = setting(
+        0.0, "Maximum of calls that begin in a second. 0: no limit.", min_=0, scope="user"
+    )
     max_characters: int = setting(
         32_000,
-        "Longest text sent to a service; the vector of a longer one is made from its beginning.",
-        least=1,
+        "Longest text sent to a service. The vector of a longer one is made from its beginning.",
+        min_=1,
         scope="root",
     )
-    deadline_seconds: float = setting(30.0, "Longest one call may take.", least=0.1, scope="root")
+    deadline_seconds: float = setting(30.0, "Longest one call may take.", min_=0.1, scope="root")
     hedge_seconds: float = setting(
         2.0,
         "A call with several texts that takes longer is split, so that one slow text cannot hold up the others.",
-        least=0.05,
+        min_=0.05,
         scope="root",
     )
     outage_probe_seconds: float = setting(
         1.0,
-        "First delay before a service that is down is asked again; doubles up to `outage_probe_max_seconds`.",
-        least=0.01,
+        "First delay before a service that is down is asked again. It doubles up to `outage_probe_max_seconds`.",
+        min_=0.01,
         scope="root",
     )
-    outage_probe_max_seconds: float = setting(30.0, "Longest delay between two such probes.", least=0.01, scope="root")
+    outage_probe_max_seconds: float = setting(30.0, "Longest delay between two such probes.", min_=0.01, scope="root")
     outage_patience_seconds: float = setting(
         60.0,
-        "How long `sync`, `fix` and `settle` wait for a service that is down; the changes wait on.",
-        least=0,
+        "How long `sync`, `fix` and `settle` wait for a service that is down. The changes continue to wait.",
+        min_=0,
         scope="root",
     )
     cache_max_bytes: int = setting(
-        2 << 30, "Size of the embedding cache before the least recently used are dropped.", least=0, scope="root"
+        2 << 30, "Size of the embedding cache before the least recently used are dropped.", min_=0, scope="root"
     )
 
 
@@ -224,7 +226,7 @@ class NoteSettings:
     """Plain markdown as a separate kind."""
 
     globs: tuple[str, ...] = setting(
-        (), "Globs, relative to the root, of plain markdown indexed as `note`; empty turns the kind off.", scope="root"
+        (), "Globs, relative to the root, of plain markdown indexed as `note`. Empty turns the kind off.", scope="root"
     )
 
 
@@ -234,15 +236,15 @@ class WatchSettings:
 
     mode: Literal["auto", "events", "poll", "off"] = setting(
         "auto",
-        "`events` listens for file events; `poll` sweeps every `watch.poll_interval_seconds` instead; `auto` listens, "
-        "and polls too where events do not tell of every change; `off` leaves all to the sweeps.",
+        "`events` listens for file events. `poll` scans every `watch.poll_interval_seconds` instead. `auto` listens, "
+        "and also polls if events do not report every change. `off` leaves all to the full scans.",
         scope="root",
     )
     debounce_milliseconds: int = setting(
-        200, "Longest time events are gathered before they are recorded.", least=1, scope="root"
+        200, "Longest time events are gathered before they are recorded.", min_=1, scope="root"
     )
     poll_interval_seconds: float = setting(
-        5.0, "Time between sweeps where events cannot be relied on.", least=0.05, scope="root"
+        5.0, "Time between full scans if events are not reliable.", min_=0.05, scope="root"
     )
 
 
@@ -250,7 +252,7 @@ class WatchSettings:
 class MemorySettings:
     """Where the memory is."""
 
-    root: Path = setting(Path("~/.everos"), "The memory root; `EVEROS_ROOT` and `--root` name it too.", scope="user")
+    root: Path = setting(Path("~/.everos"), "The memory root. `EVEROS_ROOT` and `--root` set it too.", scope="user")
 
     index_access: Literal["owner", "group"] = setting(
         "owner",
@@ -276,58 +278,58 @@ class Settings:
     file_deadline_seconds: float = setting(
         30.0,
         "How long one look at a file or directory may take. One that takes longer (a hung network file system, a file that is only in the cloud) is left, named, and tried again later.",
-        least=0.05,
+        min_=0.05,
         scope="root",
     )
-    scan_interval_seconds: float = setting(30.0, "Time between sweeps of the whole tree.", least=0.05, scope="root")
-    worker_batch_size: int = setting(50, "Changes claimed at once; grows with the backlog.", least=1, scope="root")
-    worker_batch_max: int = setting(500, "Most changes claimed at once.", least=1, scope="root")
+    scan_interval_seconds: float = setting(30.0, "Time between full scans of the tree.", min_=0.05, scope="root")
+    worker_batch_size: int = setting(50, "Changes claimed together. It grows with the backlog.", min_=1, scope="root")
+    worker_batch_max: int = setting(500, "Maximum of changes claimed together.", min_=1, scope="root")
     worker_max_retry: int = setting(
-        3, "Attempts again after a transient failure, before the change is dead-lettered.", least=0, scope="root"
+        3, "Attempts again after a transient failure, before the change is dead-lettered.", min_=0, scope="root"
     )
     worker_poll_interval_seconds: float = setting(
         1.0,
-        "Time between looks for changes queued by other processes; only the net under the wake-ups.",
-        least=0.01,
+        "Time between looks for changes queued by other processes, in case a wake-up is lost.",
+        min_=0.01,
         scope="root",
     )
     worker_retry_backoff_seconds: float = setting(
-        2.0, "First delay after a transient failure; doubles per attempt.", least=0, scope="root"
+        2.0, "First delay after a transient failure. It doubles with each attempt.", min_=0, scope="root"
     )
     worker_retry_backoff_max_seconds: float = setting(
-        300.0, "Longest delay between two attempts.", least=0, scope="root"
+        300.0, "Longest delay between two attempts.", min_=0, scope="root"
     )
     settle_milliseconds: int = setting(
         250,
         "Least time between two indexings of one file, and the age a file must have before it is believed to have "
         "lost its structure, half of its entries or all that it held: it may still be being written.",
-        least=0,
+        min_=0,
         scope="root",
     )
     audit_interval_hours: float = setting(
         24.0,
-        "Time in which every file is read again and compared by content, spread evenly; 0 never does.",
-        least=0,
+        "Time in which every file is read again and compared by content, spread evenly. 0: never.",
+        min_=0,
         scope="root",
     )
     brake_ratio: float = setting(
         0.3,
-        "Share of the known files that may vanish within a minute; more are held until `release`. 1 never holds.",
-        least=0,
-        most=1,
+        "Share of the known files that may vanish within a minute. More are held until `release`. 1 never holds.",
+        min_=0,
+        max_=1,
         scope="root",
     )
     brake_least: int = setting(
-        20, "That many may always vanish within a minute, whatever their share.", least=0, scope="root"
+        20, "This many files may always vanish within a minute, at any share.", min_=0, scope="root"
     )
-    max_file_bytes: int = setting(16 << 20, "Largest markdown file that is indexed.", least=1, scope="root")
+    max_file_bytes: int = setting(16 << 20, "Largest markdown file that is indexed.", min_=1, scope="root")
     shutdown_grace_seconds: float = setting(
-        10.0, "Time a graceful stop may take to finish what is held.", least=0, scope="root"
+        10.0, "Time a graceful stop may take to finish what is held.", min_=0, scope="root"
     )
     lock_wait_seconds: float = setting(
         600.0,
         "Longest time a command or a starting engine waits for another command that works on the same root.",
-        least=0,
+        min_=0,
         scope="root",
     )
     log_format: Literal["auto", "text", "json"] = setting(
@@ -491,7 +493,7 @@ def masked_url(url: str) -> str:
     scheme, slashes, rest = url.partition("://")
     if not slashes:
         scheme, rest = "", url
-    user, at, rest = rest.rpartition("@")  # a password that nobody quoted may hold any character
+    user, at, rest = rest.rpartition("@")  # a password that was not quoted may hold any character
     head, mark, _ = rest.partition("#")
     place, asks, _ = head.partition("?")
     mask_of = (f"{MASK}@" if user or at else "", f"?{MASK}" if asks else "", f"#{MASK}" if mark else "")
@@ -626,14 +628,14 @@ def _coerce(name: str, value: object, hint: Any, fld: dataclasses.Field[Any], so
     except (ValueError, TypeError, OverflowError) as error:
         message = f"{source}: {name}={quoted(str(_masked(fld, value)))}: {clipped(str(error))}"
         raise SettingsError(message) from None
-    least, most = fld.metadata["least"], fld.metadata["most"]
+    min_, max_ = fld.metadata["min"], fld.metadata["max"]
     if isinstance(result, str):
         return result
-    if least is not None and typing.cast("float", result) < least:
-        message = f"{source}: {name}={quoted(value)} is below its least value {least:g}"
+    if min_ is not None and typing.cast("float", result) < min_:
+        message = f"{source}: {name}={quoted(value)} is below its minimum {min_:g}"
         raise SettingsError(message)
-    if most is not None and typing.cast("float", result) > most:
-        message = f"{source}: {name}={quoted(value)} is above its greatest value {most:g}"
+    if max_ is not None and typing.cast("float", result) > max_:
+        message = f"{source}: {name}={quoted(value)} is above its maximum {max_:g}"
         raise SettingsError(message)
     return result
 

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 FIRST_DELAY_SECONDS = 0.5
-MOST_DELAY_SECONDS = 30.0
-MOST_DEATHS = 5
+MAX_DELAY_SECONDS = 30.0
+MAX_DEATHS = 5
 WITHIN_SECONDS = 300.0
 FIRST_REST_SECONDS = 1.0
-MOST_REST_SECONDS = 300.0
+MAX_REST_SECONDS = 300.0
 ONE_SHOT_REOPENINGS = 3
 """A command that ends when its work is done opens damaged stores again only this often."""
 
@@ -95,15 +95,15 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
             deaths.append(now)
             while deaths and now - deaths[0] > WITHIN_SECONDS:
                 deaths.popleft()
-            if len(deaths) > MOST_DEATHS:
+            if len(deaths) > MAX_DEATHS:
                 message = f"the {name} loop died {len(deaths)} times within {WITHIN_SECONDS:g} s, last of {error!r}"
                 raise KeepsDying(message) from error
         await trio.sleep(delay * (1 + random.random() / 4))  # noqa: S311 - spreads restarts
-        delay = min(delay * 2, MOST_DELAY_SECONDS)
+        delay = min(delay * 2, MAX_DELAY_SECONDS)
 
 
-async def keep_open(health: Health, life: Callable[[float], Awaitable[None]], *, forever: bool) -> None:
-    """Run ``life`` without end. It opens the stores, waits so many seconds, and runs the loops.
+async def keep_open(health: Health, serve: Callable[[float], Awaitable[None]], *, forever: bool) -> None:
+    """Run ``serve`` without end. It opens the stores, waits so many seconds, and runs the loops.
 
     An error opens the stores again. The waits double from 1 s to 5 minutes, and begin at 1 s again after 300 s of
     service. The first wait after damage is 0. While the loops wait, the stores are open for searches. If the stores
@@ -114,7 +114,7 @@ async def keep_open(health: Health, life: Callable[[float], Awaitable[None]], *,
     while True:
         health.until = time.monotonic() + before_loops
         began = trio.current_time()
-        error = await _death("stores", partial(life, before_loops))
+        error = await _death("stores", partial(serve, before_loops))
         if error is None:
             return
         was_open, health.state.value = health.state.value != "closed", "closed"
@@ -124,7 +124,7 @@ async def keep_open(health: Health, life: Callable[[float], Awaitable[None]], *,
             raise error
         if trio.current_time() - began - before_loops > WITHIN_SECONDS:
             rest = 0.0
-        wait = 0.0 if damaged and not rest else min(max(2 * rest, FIRST_REST_SECONDS), MOST_REST_SECONDS)
+        wait = 0.0 if damaged and not rest else min(max(2 * rest, FIRST_REST_SECONDS), MAX_REST_SECONDS)
         rest = max(wait, FIRST_REST_SECONDS / 2)
         wait *= 1 + random.random() / 4  # noqa: S311 - spreads tries
         health.reason, health.reopenings = str(error) or repr(error), health.reopenings + 1
@@ -145,7 +145,7 @@ async def _death(name: str, loop: Callable[[], Awaitable[None]]) -> BaseExceptio
     """
     try:
         await loop()
-    except BaseException as error:  # noqa: BLE001 - whatever ended a loop is sorted by the supervisor, panics too
+    except BaseException as error:  # noqa: BLE001 - the supervisor sorts anything that ended a loop, panics too
         end, rest = split_end(error)
         if rest is None:
             raise

@@ -23,7 +23,7 @@ from realistic import Memory  # noqa: E402 - the memory that the soak of the def
 MIB = 1 << 20
 SIZES_MIB = (8, 32)
 """Bytes in the Session at which it is held against a new one."""
-PAIRS, MOST_EDITS, SEARCH_EVERY = 150, 2000, 5
+PAIRS, MAX_EDITS, SEARCH_EVERY = 150, 2000, 5
 STRETCHES = ((0, 10), (10, 150))
 """Searches since the new Session began."""
 ROTATIONS = 30
@@ -60,7 +60,7 @@ def filled_session_against_a_new_one() -> Sequence[Figure]:
             index = engine.context.index
             first = index.session_bytes()
             for size in SIZES_MIB:
-                while index.session_bytes() < size * MIB and edits < MOST_EDITS:
+                while index.session_bytes() < size * MIB and edits < MAX_EDITS:
                     memory.edit()
                     await engine.settle()
                     await engine.compact()  # what is due, as a daemon does; not while pairs are timed

@@ -36,7 +36,7 @@ LIMITS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 ROOMY = 1024
 """A limit under which the engine reads with its full width."""
 TRIAL_SECONDS = 900.0
-MOST_FILES, LEAST_ENTRIES, MOST_WORDS = 400, 20, 20_000
+MAX_FILES, MIN_ENTRIES, MAX_WORDS = 400, 20, 20_000
 MARGIN = 1.25
 """On the recommended slope, because the next run pins a little more or less."""
 
@@ -115,13 +115,13 @@ def shape_of(settings: Settings) -> Shape:
         split = [text.split() for text in texts]
         words += [word for column in split for word in column]
         lengths.append(tuple(map(len, split)))
-        if len(words) > MOST_WORDS:
+        if len(words) > MAX_WORDS:
             break
-    if len(lengths) >= LEAST_ENTRIES:
-        return Shape(tuple(words[:MOST_WORDS]), tuple(lengths), f"{len(lengths)} episodes of {settings.root}")
+    if len(lengths) >= MIN_ENTRIES:
+        return Shape(tuple(words[:MAX_WORDS]), tuple(lengths), f"{len(lengths)} episodes of {settings.root}")
     chance = random.Random(0)  # noqa: S311 - text to fill an index
     ranks = range(1, 5001)
-    made = chance.choices([f"word{rank}" for rank in ranks], [1 / rank for rank in ranks], k=MOST_WORDS)
+    made = chance.choices([f"word{rank}" for rank in ranks], [1 / rank for rank in ranks], k=MAX_WORDS)
     sizes = tuple((chance.randint(3, 8), *(chance.randint(30, 120) for _ in columns[1:-1]), 1) for _ in range(200))
     return Shape(tuple(made), sizes, "made-up episodes (the root has too few of its own)")
 
@@ -296,7 +296,7 @@ def _episodes(settings: Settings) -> list[list[str]]:
     texts: list[list[str]] = []
     try:
         swept = files.walk(settings.root, wanted)
-        for place, _ in list(swept.found.values())[:MOST_FILES]:
+        for place, _ in list(swept.found.values())[:MAX_FILES]:
             reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
             entries = kinds.parse(place, reading.sources).entries
             columns = kinds.KINDS["episode"].fts_columns

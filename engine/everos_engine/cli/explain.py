@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COLOURS = {"searchable": "green", "partly": "yellow", "waiting": "yellow", "held": "yellow"}
 WORDS = {"excluded": "not indexed", "partly": "searchable in part"}
 LABEL = 10
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 def as_text(found: Explanation, style: Style) -> str:
@@ -62,17 +62,17 @@ def _disk(seen: Evidence) -> str:
     print_ = seen.disk.fingerprint
     if print_ is None:
         return {"gone": "no such file", "hung": "does not answer"}.get(seen.disk.state, "cannot be read")
-    told = f"{size(print_.size)}, saved {_since(seen, print_.mtime_ns // 1_000_000)}"
+    described = f"{size(print_.size)}, saved {_since(seen, print_.mtime_ns // 1_000_000)}"
     change = seen.known.change
     if change is None:
-        return f"{told}; unknown to the queue"
+        return f"{described}, not in the queue yet"
     if change.fingerprint == tuple(print_):
-        return f"{told}; as the queue knows it"
+        return f"{described}, unchanged since the queue recorded it"
     if change.fingerprint is None:
-        return f"{told}; the queue thinks it is gone"
+        return f"{described}, but the queue recorded it as gone"
     names = ("mtime", "size", "inode", "ctime")
     moved = [name for name, ours, theirs in zip(names, change.fingerprint, print_, strict=True) if ours != theirs]
-    return f"{told}; the queue knows another {', '.join(moved)}"
+    return f"{described}, but its {', '.join(moved)} changed since the queue recorded it"
 
 
 def _queue(seen: Evidence) -> str:
@@ -107,22 +107,22 @@ def _entries(seen: Evidence) -> str:
         ("gone", [shown(entry_id) for entry_id in plan.deletes]),
         ("bad", [f"{shown(p.entry_id)} (line {p.line})" for p in document.problems]),
     ]
-    told = [parts[0][0]] if plan.unchanged else []
-    told += [f"{len(named)} {word}: {_some(named)}" for word, named in parts[1:] if named]
+    described = [parts[0][0]] if plan.unchanged else []
+    described += [f"{len(named)} {word}: {_some(named)}" for word, named in parts[1:] if named]
     total = len(document.entries) + len(document.problems)
-    return f"{total} in the file; {'; '.join(told)}" if told else f"{total} in the file"
+    return f"{total} in the file; {'; '.join(described)}" if described else f"{total} in the file"
 
 
 def _warnings(seen: Evidence) -> str:
     warnings = () if seen.disk.document is None else seen.disk.document.warnings
-    said = [f"line {one.line}: {one.message}; {one.remedy}" for one in warnings[:MOST_NAMED]]
-    more = [f"and {len(warnings) - MOST_NAMED} more"] if len(warnings) > MOST_NAMED else []
+    said = [f"line {one.line}: {one.message}; {one.remedy}" for one in warnings[:MAX_NAMED]]
+    more = [f"and {len(warnings) - MAX_NAMED} more"] if len(warnings) > MAX_NAMED else []
     return shown(". ".join([*said, *more]))
 
 
 def _some(named: Sequence[str]) -> str:
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-    return ", ".join(named[:MOST_NAMED]) + more
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return ", ".join(named[:MAX_NAMED]) + more
 
 
 def _rows(found: Explanation) -> str:

@@ -99,8 +99,8 @@ def as_text(data: Mapping[str, object], found: EngineState, style: Style) -> str
     said = {
         "absent": "no engine is running here: start one with `everos-engine run`",
         "stopped": f"the engine (pid {found.pid}) is stopped: continue it with `kill -CONT {found.pid}`",
-        "silent": f"the engine (pid {found.pid}) does not answer: it is busy or stuck; see its log",
-        "mute": f"the engine (pid {found.pid}) takes no questions yet, or its file system takes no sockets",
+        "silent": f"the engine (pid {found.pid}) does not answer. It is busy or stuck, see its log",
+        "mute": f"the engine (pid {found.pid}) does not listen yet, or its file system does not support sockets",
         "hidden": "an engine may be running here, of another user: ask as that user",
         "answers": f"the engine (pid {found.pid}) has not counted yet: ask again in a second",
     }[found.state]
@@ -120,20 +120,25 @@ def _live(sample: Mapping[str, object], found: EngineState, style: Style) -> str
     old = max(0.0, time.time() - _int(sample, "sampled_milliseconds") / 1000)
     classes = cast("Mapping[str, int]", sample["classes"])
     law = cast("Mapping[str, object] | None", sample["law"])
-    proven = "not proven yet" if law is None else ("holds" if law["holds"] else "is BROKEN, the engine rotates instead")
+    proven = (
+        "not run yet"
+        if law is None
+        else ("passed" if law["holds"] else "FAILED, the engine rotates the session instead")
+    )
     lines = [
         f"engine: pid {found.pid}, counted {ago(old)} ago by {sample['counted_by']}",
         f"descriptors: {style(str(count), colour)} of {limit:,}  [{bar}]  peak {_int(sample, 'peak'):,}",
         *(f"  {name:<12}{number:>7,}  {MEANINGS.get(name, '')}" for name, number in classes.items()),
         *_bounds(sample),
-        f"law of the mode: {proven}" + ("" if law is None else f" (pinned {law['pinned']}, {law['library']})"),
+        f"self-test of mode {sample['mode']}: {proven}"
+        + ("" if law is None else f" (pinned {law['pinned']}, {law['library']})"),
         (
             f"session: {size(_int(sample, 'session_bytes'))} cached, rotated {_int(sample, 'rotations')} times, "
-            f"{_int(sample, 'generations_open') - 1} old ones still read"
+            f"{_int(sample, 'generations_open') - 1} old ones still in use"
         ),
         *_slope(sample),
-        f"without any descriptor: {_int(sample, 'exhaustions')} times",
-        f"worker: {cast('float', found.snapshot.get('pressure', 1.0)):.0%} of its breadth",
+        f"ran out of descriptors: {_int(sample, 'exhaustions')} times",
+        f"worker speed: {cast('float', found.snapshot.get('pressure', 1.0)):.0%}",
         f"memory: {size(_int(sample, 'rss_bytes'))} resident, {_int(sample, 'threads')} threads",
         (
             f"index on disk: {_int(sample, 'index_files'):,} files in {_int(sample, 'index_directories'):,} directories, "
@@ -169,7 +174,7 @@ def _memory(facts: Mapping[str, object]) -> str:
     """Return the ceiling of resident memory, as a sum."""
     parts = cast("Mapping[str, int]", facts.get("parts") or {})
     total = " + ".join(f"{name} {size(part)}" for name, part in parts.items())
-    return f"memory ceiling: {size(_int(facts, 'ceiling_bytes'))} = {total}; slowed from {size(_int(facts, 'soft_bytes'))} on"
+    return f"memory ceiling: {size(_int(facts, 'ceiling_bytes'))} = {total}; slows down above {size(_int(facts, 'soft_bytes'))}"
 
 
 def _int(facts: Mapping[str, object], name: str) -> int:

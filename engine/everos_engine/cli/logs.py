@@ -33,8 +33,8 @@ REPETITIVE = frozenset({
 """Events that a lasting trouble raises again and again. With `log_level=DEBUG` each is logged."""
 _SAME = re.compile(r"^\S+|\b(?:loop|kind|what)=(?:'[^']*'|\S+)")
 HEAD = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} "
-MOST_MESSAGE_CHARACTERS = 8192
-MOST_TRACEBACK_CHARACTERS = 32_768
+MAX_MESSAGE_CHARACTERS = 8192
+MAX_TRACEBACK_CHARACTERS = 32_768
 CONTINUED = "    | "
 """Before each line of a traceback, so that no text in it can look like a line of the log."""
 
@@ -108,11 +108,11 @@ def text_form(hide: Callable[[str], str]) -> Callable[[Record], str]:
     """
 
     def form(record: Record) -> str:
-        lines = [printable(clipped(hide(record["message"]), MOST_MESSAGE_CHARACTERS))]
+        lines = [printable(clipped(hide(record["message"]), MAX_MESSAGE_CHARACTERS))]
         caught = record["exception"]
         if caught is not None and caught.type is not None:
             text = "".join(traceback.format_exception(caught.type, caught.value, caught.traceback))
-            text = clipped(hide(text), MOST_TRACEBACK_CHARACTERS)
+            text = clipped(hide(text), MAX_TRACEBACK_CHARACTERS)
             lines += [CONTINUED + printable(line) for line in text.rstrip("\n").split("\n")]
         record["extra"]["lines"] = "\n".join(lines)
         return HEAD + "{extra[lines]}\n"
@@ -123,7 +123,7 @@ def text_form(hide: Callable[[str], str]) -> Callable[[Record], str]:
 def as_json_line(line: str, hide: Callable[[str], str]) -> str:
     """Return a serialized record as one printable line of bounded length. Escapes of JSON keep its meaning."""
     line = hide(line.rstrip("\n"))
-    if len(line) > MOST_MESSAGE_CHARACTERS:
+    if len(line) > MAX_MESSAGE_CHARACTERS:
         line = json.dumps(_bounded(json.loads(line)))
     return re.sub(r"[^ -~]", _as_json_escape, line) + "\n"
 
@@ -131,7 +131,7 @@ def as_json_line(line: str, hide: Callable[[str], str]) -> str:
 def _bounded(value: object) -> object:
     """Return plain data with each text in it clipped."""
     if isinstance(value, str):
-        return clipped(value, MOST_MESSAGE_CHARACTERS)
+        return clipped(value, MAX_MESSAGE_CHARACTERS)
     if isinstance(value, dict):
         return {name: _bounded(part) for name, part in value.items()}
     return [_bounded(part) for part in value] if isinstance(value, list) else value

@@ -22,8 +22,8 @@ def search(settings: Settings, arguments: argparse.Namespace) -> list[dict[str, 
     try:
         if ask(settings.control_socket, "pulse", deadline_seconds=LOOK_SECONDS) is None:
             return None
-        told = ask(settings.control_socket, "search", details, deadline_seconds=DEADLINE_SECONDS)
+        answer = ask(settings.control_socket, "search", details, deadline_seconds=DEADLINE_SECONDS)
     except TimeoutError:
         return None
-    results = None if told is None else told.get("results")
+    results = None if answer is None else answer.get("results")
     return results if isinstance(results, list) else None

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = end.code if isinstance(end.code, int) else USAGE
     except BrokenPipeError:
         status = OK
-    except BaseException as ended:  # noqa: BLE001 - a user gets one line whatever went wrong; Rust's panics are no Exceptions
+    except BaseException as ended:  # noqa: BLE001 - a user gets one line for any error, and Rust's panics are not Exceptions
         status = _failed(ended, _called(argv))
     if is_program:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: an interrupt now would only spoil its end
@@ -175,7 +175,7 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.system import memory  # noqa: PLC0415 - the other commands need none of it
 
     if arguments.is_program:
-        memory.begin_again(os.environ)
+        memory.restart_tuned(os.environ)
     from everos_engine.cli.run import run  # noqa: PLC0415 - imports LanceDB
     from everos_engine.engine import check_root  # noqa: PLC0415 - imports LanceDB
 
@@ -246,7 +246,7 @@ def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
         written = bundle.write(
             settings, Path(arguments.bundle or bundle.default_name(time.time())), offline=arguments.offline
         )
-        print(f"{written}: no memory content, file names hashed; look into it before you send it")
+        print(f"{written}: it has no memory content, and file names are hashed. Read it before you send it")
         return OK
     checks = doctor.examine(settings, arguments.checks, program=program(settings, arguments), offline=arguments.offline)
     if arguments.json:
@@ -283,7 +283,7 @@ def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
 
 def _forget(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.text == bool(arguments.paths) or (arguments.text and arguments.delete):
-        message = "name files, or give a text with --text; --delete is for files"
+        message = "name files, or give a text with --text. --delete is for files"
         raise BadQuestion(message)
     text = None
     if arguments.text:

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LOOK_SECONDS = 0.05
 SILENCE_SECONDS = 5.0
-LOOK_MOST_SECONDS = 60.0
+MAX_LOOK_SECONDS = 60.0
 """How long the running engine may take to see that a table is gone."""
-SILENT = "the running engine does not answer (`everos-engine doctor` says why); everything is queued, and done when it moves again"
+SILENT = "the running engine does not answer (`everos-engine doctor` says why); everything is queued, and is done when it continues"
 SILENT_IN_WRITE = (
     "the running engine does not answer (`everos-engine doctor` says why) and holds the lock on its database, "
-    "so nothing could be queued: run the command again when the engine moves"
+    "so nothing could be queued. Run the command again when the engine continues"
 )
 """It was stopped inside a transaction."""
 
@@ -139,10 +139,10 @@ def forget(settings: Settings, paths: Sequence[str], *, text: str | None, delete
 
     async def hand_over(_: Database) -> list[Outcome]:
         details = {"paths": paths, "text": text, "delete": delete}
-        told = await trio.to_thread.run_sync(lambda: _ask_slowly(settings, details))
-        if "error" in told:
-            raise BadQuestion(str(told["error"]))
-        saved.append(cast("int", told["saved_bytes"]))
+        answer = await trio.to_thread.run_sync(lambda: _ask_slowly(settings, details))
+        if "error" in answer:
+            raise BadQuestion(str(answer["error"]))
+        saved.append(cast("int", answer["saved_bytes"]))
         return []
 
     _do(settings, own, hand_over)
@@ -151,13 +151,13 @@ def forget(settings: Settings, paths: Sequence[str], *, text: str | None, delete
 
 def _ask_slowly(settings: Settings, details: Mapping[str, object]) -> dict[str, object]:
     try:
-        told = ask(settings.control_socket, "forget", details, deadline_seconds=SLOW_TALK_SECONDS + SILENCE_SECONDS)
+        answer = ask(settings.control_socket, "forget", details, deadline_seconds=SLOW_TALK_SECONDS + SILENCE_SECONDS)
     except TimeoutError:
-        told = None
-    if told is None or told.get("error") == BUSY:
+        answer = None
+    if answer is None or answer.get("error") == BUSY:
         message = "the running engine could not do this in time, or the question is too long: stop it, then run the command again"
         raise Transient(message)
-    return told
+    return answer
 
 
 def fix(settings: Settings) -> list[Outcome]:
@@ -222,7 +222,7 @@ def _do(
             raise
 
     def said() -> None:
-        say(f"stopping within {settings.shutdown_grace_seconds:g} s; a second signal stops immediately")
+        say(f"stopping within {settings.shutdown_grace_seconds:g} s. A second signal stops immediately")
 
     async def until_signal() -> list[Outcome] | None:
         if threading.current_thread() is not threading.main_thread():
@@ -285,7 +285,7 @@ async def _looked_at(settings: Settings, database: Database) -> int:
 
     before = differing()
     if before:
-        with suppress(TimeoutError), trio.move_on_after(LOOK_MOST_SECONDS):
+        with suppress(TimeoutError), trio.move_on_after(MAX_LOOK_SECONDS):
             ask(settings.control_socket, "look")
             while before & differing():  # noqa: ASYNC110 - what another process does has no event here
                 await trio.sleep(LOOK_SECONDS)

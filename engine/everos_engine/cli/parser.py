@@ -26,7 +26,7 @@ def build(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     top.add_argument(
         "--root",
         metavar="DIR",
-        help="the memory root; else EVEROS_ROOT, memory.root of the settings file, or ~/.everos",
+        help="the memory root. Default: EVEROS_ROOT, memory.root of the settings file, or ~/.everos",
     )
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     top.set_defaults(at=None, root_too=None, create=False)
@@ -71,13 +71,13 @@ def _add_engine(add: _Add) -> None:
     run = add(
         "run",
         "watch the memory root and keep its index in step, until a signal",
-        "SIGINT or SIGTERM stops it within shutdown_grace_seconds, a second one at once (exit status 130); one engine per root.",
+        "SIGINT or SIGTERM stops it within shutdown_grace_seconds. A second one stops it immediately (exit status 130). There is one engine per root.",
     )
-    run.add_argument("at", nargs="?", metavar="ROOT", help="the memory root; same as --root")
+    run.add_argument("at", nargs="?", metavar="ROOT", help="the memory root, same as --root")
     run.add_argument(
         "--create",
         action="store_true",
-        help="make the memory root if there is none; without it only ~/.everos is made",
+        help="make the memory root if there is none. Without it only ~/.everos is made",
     )
     run.add_argument(
         "--log-format",
@@ -87,26 +87,26 @@ def _add_engine(add: _Add) -> None:
     run.add_argument(
         "--poll",
         action="store_true",
-        help="sweep every watch.poll_interval_seconds instead of listening for file events",
+        help="scan every watch.poll_interval_seconds instead of listening for file events",
     )
     sync = add(
         "sync",
         "bring the index in step once, or just these paths, and say what became of them",
-        "Returns when the work is done. A running engine does it; without one this command does.",
+        "Returns when the work is done. A running engine does it. Without one this command does.",
     )
     sync.add_argument(
         "paths",
         nargs="*",
         metavar="PATH",
-        help="a file, from the root or from here, indexed again whatever its state; none: all",
+        help="a file, from the root or from here, that is indexed again in any state. Without one: all files",
     )
-    sync.add_argument(
-        "--audit", action="store_true", help="read every file and compare by content, whatever its times say"
-    )
+    sync.add_argument("--audit", action="store_true", help="read every file and compare by content, not by its times")
 
 
 def _add_questions(add: _Add) -> None:
-    search = add("search", "search the memory", "Works beside a running engine; quotes and operators are plain text.")
+    search = add(
+        "search", "search the memory", "Works with or without a running engine. Quotes and operators are plain text."
+    )
     search.add_argument("query", nargs="+", metavar="QUERY", help="what to look for, in words")
     search.add_argument("--kind", help="only entries of this kind, such as episode or note")
     search.add_argument("--owner", help="only entries of this user or agent")
@@ -118,13 +118,13 @@ def _add_questions(add: _Add) -> None:
     search.add_argument(
         "--mode",
         choices=["fts", "vector", "hybrid"],
-        help="by words, by meaning, or both; default: hybrid with an embedding service, else fts",
+        help="by words, by meaning, or both. Default: hybrid with an embedding service, else fts",
     )
     search.add_argument("--json", action="store_true", help=JSON_HELP)
     status = add(
         "status",
         "the queue, the watermark and the rows, in numbers",
-        "Reads the queue's database only. Exits with 0 whatever it shows, and with 2 if it cannot read the settings or the database; `doctor` judges.",
+        "Reads the queue's database only. Exits with 0, or with 2 if it cannot read the settings or the database. `doctor` says whether all is well.",
     )
     status.add_argument("--json", action="store_true", help=JSON_HELP)
     explain = add(
@@ -132,7 +132,7 @@ def _add_questions(add: _Add) -> None:
         "why one path is or is not searchable, and what to do",
         "Writes nothing. Exit status 0 if it is searchable, 1 if not.",
     )
-    explain.add_argument("path", metavar="PATH", help="a path from the root or from here; it need not exist")
+    explain.add_argument("path", metavar="PATH", help="a path from the root or from here. It need not exist")
     explain.add_argument(
         "--rows", action="store_true", help="count its rows in the index itself too, which takes a second"
     )
@@ -174,12 +174,12 @@ def _add_repairs(add: _Add) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="write an archive for a bug report, without memory content; default name everos-engine-doctor-TIME.tar.gz",
+        help="write an archive for a bug report, without memory content. Default name: everos-engine-doctor-TIME.tar.gz",
     )
     doctor.add_argument("--offline", action="store_true", help="make no call to the embedder")
     fix = add(
         "fix",
-        "list what failed and why; --apply tries the retryable ones again",
+        "list what failed and why. --apply tries the retryable ones again",
         "What is retryable=FALSE needs an edit of the file named. Exit status 1 while anything is failed.",
     )
     fix.add_argument(
@@ -194,7 +194,7 @@ def _add_repairs(add: _Add) -> None:
         "forget",
         "erase every trace that deleted text has left in the index",
         "Old versions of tables, vectors, copies that were set aside, and free pages hold text that no file holds any more. This "
-        "command removes it now; a running engine does it by itself, see lancedb.erase_after_hours. What still is in a file is refused.",
+        "command removes it now. A running engine does so automatically, see lancedb.erase_after_hours. Text that is still in a file is refused.",
     )
     forget.add_argument("paths", nargs="*", metavar="PATH", help="a file that was deleted, from the root or from here")
     forget.add_argument("--delete", action="store_true", help="delete these files too")
@@ -211,7 +211,7 @@ def _add_repairs(add: _Add) -> None:
     choice.add_argument(
         "--show",
         action="store_true",
-        help="change nothing; exit status 0 when the file is trusted or needs no trust, else 1",
+        help="change nothing. The exit status is 0 if the file is trusted or needs no trust, else 1",
     )
     choice.add_argument("--remove", action="store_true", help="trust the file of this root no more")
 

@@ -44,7 +44,7 @@ async def _serve(settings: Settings, screen: Screen | None) -> None:
                 lambda: logger.info("engine_stopping grace_seconds={}", grace_seconds),
             )
             async with open_engine(settings) as engine:
-                gc.freeze()  # what lives by now lives for good: a sweep's garbage is collected without looking through it
+                gc.freeze()  # objects made by now stay for good, so the garbage collector need not look through them after each scan
                 logger.info("engine_started root={} pid={}", settings.root, os.getpid())
                 if screen is not None:
                     await show_status(engine, screen)

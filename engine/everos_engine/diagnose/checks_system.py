@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 GOOD_DESCRIPTORS = 256
 """The engine needs up to 64 apart from pinned indexes, and some to start. With few, work waits for descriptors."""
-MOST_DESCRIPTORS = 1 << 20
+MAX_DESCRIPTORS = 1 << 20
 """What an unlimited limit counts as."""
 DESCRIPTOR_NOTES = "descriptor"
 """How the codes of the guard's conditions begin."""
-LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = 128 << 20, 512 << 20
-LEAST_DISK_BYTES, GOOD_DISK_BYTES = 32 << 20, 256 << 20
-LEAST_INODES, GOOD_INODES = 200, 2000
+MIN_MEMORY_BYTES, GOOD_MEMORY_BYTES = 128 << 20, 512 << 20
+MIN_DISK_BYTES, GOOD_DISK_BYTES = 32 << 20, 256 << 20
+MIN_INODES, GOOD_INODES = 200, 2000
 WATCHES = 524_288
 INSTANCES = 512
 LANCEDB = "0.40."
@@ -55,7 +55,7 @@ def check_root(facts: Facts) -> Check:
     root = os.fspath(facts.settings.root)
     if not os.path.isdir(root):
         what = "is not a directory" if os.path.lexists(root) else "does not exist"
-        remedy = f"mount it or move it back, or name another with --root; only a new one is made: {facts.shell('mkdir', '-p', root)}"
+        remedy = f"mount it or move it back, or name another with --root. To make a new one: {facts.shell('mkdir', '-p', root)}"
         return Check("root", "fail", f"the memory root {facts.show(root)} {what}", remedy)
     tree = facts.tree
     if tree.closed:
@@ -68,11 +68,9 @@ def check_root(facts: Facts) -> Check:
         cause = f"{plural(len(tree.unreadable), 'file')} cannot be read, the first {facts.show(path)}"
         return Check("root", "warn", cause, permit(path, "r"))
     if not tree.files and not tree.index_directories and not any(os.scandir(root)):
-        remedy = (
-            "if a file system belongs there, mount it; else put memory into it: `everos-engine kinds` shows the layout"
-        )
+        remedy = "if a file system belongs there, mount it. Otherwise put memory into it: `everos-engine kinds` shows the layout"
         return Check("root", "warn", f"{facts.show(root)} is empty, and was never indexed", remedy)
-    found = f"{plural(tree.files, 'file')} of a kind in {plural(tree.directories, 'directory', 'directories')}"
+    found = f"{plural(tree.files, 'matching file')} in {plural(tree.directories, 'directory', 'directories')}"
     links = f"; {plural(len(tree.linked), 'link')} to directories not followed" if tree.linked else ""
     return Check("root", "ok", f"{facts.show(root)}: {found}{links}")
 
@@ -94,7 +92,7 @@ def check_index_writable(facts: Facts) -> Check:
                     "permissions", "fail", cause, f"give it back: {facts.shell('chmod', '-R', 'u+rwX', index)}"
                 )
             owner = f"{os.geteuid()}:{os.getegid()}"
-            remedy = f"run doctor as the engine's user; if that was it, `{sudo()}{quoted('chown', '-R', owner, index)}`"
+            remedy = f"run doctor as the engine's user. If you are that user, `{sudo()}{quoted('chown', '-R', owner, index)}`"
             return Check("permissions", "fail", cause, remedy)
     if files.is_readonly(at):
         point = limits.mount_of(at).point
@@ -121,7 +119,7 @@ def check_private(facts: Facts) -> Check | None:
     chmod = quoted("chmod", "o-rwx" if facts.settings.memory.index_access == "group" else "go-rwx", found)
     if os.stat(found).st_uid not in {os.geteuid(), 0} and os.geteuid() != 0:
         return Check("private", "warn", cause, f"as its owner, `{chmod}`")
-    return Check("private", "warn", cause, f"take that away: `{chmod}`; the engine does so too when it starts")
+    return Check("private", "warn", cause, f"remove that permission: `{chmod}`. The engine does so too when it starts")
 
 
 def check_mounts(facts: Facts) -> Check:
@@ -155,8 +153,8 @@ def check_descriptors(facts: Facts) -> Check:
     The hard limit counts, because an engine raises the soft one to it when it starts.
     """
     hard = (_limit_of(facts.engine.pid) or limits.descriptors())[1]
-    limit = MOST_DESCRIPTORS if hard == limits.UNLIMITED else hard
-    told = [note for note in conditions_of(facts) if note.code.startswith(DESCRIPTOR_NOTES)]
+    limit = MAX_DESCRIPTORS if hard == limits.UNLIMITED else hard
+    reported = [note for note in conditions_of(facts) if note.code.startswith(DESCRIPTOR_NOTES)]
     sample = facts.engine.descriptors
     whose = f"the engine's limit is {limit:,}" if facts.engine.pid else f"this shell's limit is {limit:,}"
     lancedb = facts.settings.lancedb
@@ -170,18 +168,18 @@ def check_descriptors(facts: Facts) -> Check:
     try:
         most = ceiling.cap_of(lancedb, limit=limit)
     except SettingsError as error:
-        return Check("descriptors", "fail", f"{whose}: the engine would not start: {facts.tell(str(error))}", remedy)
+        return Check("descriptors", "fail", f"{whose}: the engine would not start: {facts.quote(str(error))}", remedy)
     needed = ceiling.ceiling_of(facts.settings, cap_bytes=most, pinned=pinned, limit=limit)
     count = (
         f"{number(sample.get('count')):,.0f} open, at most {number(sample.get('peak')):,.0f} so far; " if sample else ""
     )
     cause = f"{count}{whose}, the engine needs up to {needed:,}"
-    if limit < ceiling.LEAST_LIMIT:
+    if limit < ceiling.MIN_LIMIT:
         return Check("descriptors", "fail", cause, remedy)
-    if told:
-        words = "; ".join(f"{note.code}: {facts.tell(note.message)}" for note in told)
+    if reported:
+        words = "; ".join(f"{note.code}: {facts.quote(note.message)}" for note in reported)
         return Check(
-            "descriptors", "warn", f"{words}; {cause}", facts.program_in("; ".join(note.remedy for note in told))
+            "descriptors", "warn", f"{words}; {cause}", facts.program_in("; ".join(note.remedy for note in reported))
         )
     if limit < max(GOOD_DESCRIPTORS, ceiling.HEADROOM * needed):
         return Check(
@@ -196,7 +194,9 @@ def check_inotify(facts: Facts) -> Check:
     needed = facts.tree.directories
     if facts.settings_watch_off or bounds.watches is None:
         return Check(
-            "inotify", "ok", "not used: nothing is watched" if facts.settings_watch_off else "not told by this system"
+            "inotify",
+            "ok",
+            "not used: nothing is watched" if facts.settings_watch_off else "not reported by this system",
         )
     mine = needed if facts.engine.watch.get("watching") else 0
     left = bounds.watches - max(0, bounds.watches_used - mine)
@@ -204,9 +204,9 @@ def check_inotify(facts: Facts) -> Check:
     if needed > left:
         value = max(WATCHES, 2 * (needed + bounds.watches_used))
         remedy = _raise(bounds.watches_name, "max_user_watches", value)
-        return Check("inotify", "warn", f"{cause}: changes are found by scans alone", remedy)
+        return Check("inotify", "warn", f"{cause}: changes are found only by a scan", remedy)
     if bounds.instances is not None and not mine and bounds.instances_used >= bounds.instances:
-        cause = f"all {bounds.instances} inotify instances of this user are in use: changes are found by scans alone"
+        cause = f"all {bounds.instances} inotify instances of this user are in use: changes are found only by a scan"
         return Check("inotify", "warn", cause, _raise(bounds.instances_name, "max_user_instances", INSTANCES))
     return Check("inotify", "ok", cause)
 
@@ -215,13 +215,13 @@ def check_memory(_: Facts) -> Check:
     """Check that there is memory to work in."""
     left = limits.memory_available()
     if left is None:
-        return Check("memory", "ok", "not told by this system")
+        return Check("memory", "ok", "not reported by this system")
     cause = f"{size(left)} available"
     if left >= GOOD_MEMORY_BYTES:
         return Check("memory", "ok", cause)
-    verdict: Verdict = "fail" if left < LEAST_MEMORY_BYTES else "warn"
-    remedy = "close what else runs here, or raise the container's memory limit; `export EVEROS_WORKER_BATCH_MAX=50` makes do with less"
-    return Check("memory", verdict, f"{cause}; {size(GOOD_MEMORY_BYTES)} let it work freely", remedy)
+    verdict: Verdict = "fail" if left < MIN_MEMORY_BYTES else "warn"
+    remedy = "close other programs, or raise the container's memory limit. `export EVEROS_WORKER_BATCH_MAX=50` makes do with less"
+    return Check("memory", verdict, f"{cause}; {size(GOOD_MEMORY_BYTES)} let it work at full speed", remedy)
 
 
 def check_disk(facts: Facts) -> Check:
@@ -235,12 +235,12 @@ def check_disk(facts: Facts) -> Check:
     cause = f"{size(free)} free on {facts.show(where)}"
     verdict: Verdict
     if inodes is not None and inodes < GOOD_INODES:
-        verdict = "fail" if inodes < LEAST_INODES else "warn"
+        verdict = "fail" if inodes < MIN_INODES else "warn"
         remedy = f"remove files there: {facts.shell('df', '-i', where)} shows the count; it goes on by itself"
         return Check("disk", verdict, f"only {inodes:,} inodes left on {facts.show(where)}", remedy)
     if free >= GOOD_DISK_BYTES:
         return Check("disk", "ok", cause)
-    verdict = "fail" if free < LEAST_DISK_BYTES else "warn"
+    verdict = "fail" if free < MIN_DISK_BYTES else "warn"
     remedy = (
         f"free at least {size(GOOD_DISK_BYTES)} there: {facts.shell('du', '-xh', '-d', '1', where)} shows what takes the room; "
         f"the engine goes on by itself, else {facts.again()}"
@@ -258,13 +258,13 @@ def check_clock(facts: Facts) -> Check:
     if facts.tree.future:
         path, seconds = max(facts.tree.future, key=lambda one: one[1])
         cause = (
-            f"{plural(len(facts.tree.future), 'file')} saved in the future, {facts.show(path)} by {ago(seconds)}: "
-            "read again with every scan, since their times tell nothing"
+            f"{plural(len(facts.tree.future), 'file')} with a time of last change in the future, {facts.show(path)} by {ago(seconds)}: "
+            "read again with every scan, since their times cannot be trusted"
         )
         root = facts.settings.root
         find = quoted("find", root, "-name", "*.md", "-newermt", "now", "-exec", "touch", "{}", "+")
         return Check("clock", "warn", cause, f"if this clock is right, give them today's time: `{find}`")
-    return Check("clock", "ok", "no file is of the future")
+    return Check("clock", "ok", "no file has a time in the future")
 
 
 def sudo() -> str:

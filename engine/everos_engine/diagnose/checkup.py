@@ -46,8 +46,8 @@ class Check:
 
     def as_json(self) -> dict[str, object]:
         """Return plain data, with the commands taken out of the remedy."""
-        told = {"name": self.name, "verdict": self.verdict, "cause": self.cause, "remedy": self.remedy}
-        return {**told, "commands": commands_in(self.remedy)}
+        data = {"name": self.name, "verdict": self.verdict, "cause": self.cause, "remedy": self.remedy}
+        return {**data, "commands": commands_in(self.remedy)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class QueueFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The evidence that all checks share. ``show`` writes a path, and ``tell`` a foreign text, for the reader.
+    """The evidence that all checks share. ``show`` writes a path, and ``quote`` a foreign text, for the reader.
 
     A bundle leaves the root with hashed paths and without foreign text. A check names a path or quotes an error only by
     these two.
@@ -104,7 +104,7 @@ class Facts:
     queue: QueueFacts | None
     now_seconds: float
     show: Callable[[str], str] = shown
-    tell: Callable[[str], str] = str
+    quote: Callable[[str], str] = str
 
     @property
     def engine_db(self) -> Path:
@@ -242,7 +242,7 @@ def read_queue_facts(path: Path) -> QueueFacts:
             database.close()
     except Damaged as error:
         return QueueFacts(damaged=[str(error.__cause__ or error)])
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with it is what the check must say
+    except Exception as error:  # noqa: BLE001 - the check must report any error
         return QueueFacts(trouble=str(error) or type(error).__name__)
 
 

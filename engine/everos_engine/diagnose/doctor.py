@@ -105,8 +105,8 @@ def as_text(checks: list[Check], style: Style) -> str:
             arrow = style("do", "bold") + "  "
             lines.append(style.wrap(check.remedy, indent=NAME + 10, first=" " * (NAME + 6) + arrow))
     counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in EXIT}
-    told = [style(f"{count} {verdict}", COLOURS[verdict]) for verdict, count in counts.items() if count]
-    return "\n".join([*lines, "", ", ".join(told)])
+    totals = [style(f"{count} {verdict}", COLOURS[verdict]) for verdict, count in counts.items() if count]
+    return "\n".join([*lines, "", ", ".join(totals)])
 
 
 def _crashed(facts: Facts, name: str, error: Exception) -> Check:
@@ -115,7 +115,7 @@ def _crashed(facts: Facts, name: str, error: Exception) -> Check:
         return Check(name, "fail", "it cannot be looked at: no file descriptor is left for this command", remedy)
     at = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(at.filename)}:{at.lineno}"
-    cause = f"the check itself failed: {type(error).__name__} at {where}: {facts.tell(shown(str(error)))}"
+    cause = f"the check itself failed: {type(error).__name__} at {where}: {facts.quote(shown(str(error)))}"
     return Check(
         name, "fail", cause, f"this is a bug of doctor: please report it with {facts.command('doctor', '--bundle')}"
     )

@@ -58,8 +58,8 @@ class EngineState:
     def stalls(self) -> list[Stall]:
         """Return the loops that have not moved within their allowance."""
         found = []
-        for name, told in _mapping(self.snapshot.get("loops")).items():
-            loop = _mapping(told)
+        for name, facts in _mapping(self.snapshot.get("loops")).items():
+            loop = _mapping(facts)
             if loop.get("stalled"):
                 found.append(Stall(name, number(loop.get("beat_seconds_ago")), number(loop.get("allowance_seconds"))))
         return found
@@ -68,8 +68,8 @@ class EngineState:
     def conditions(self) -> list[Condition]:
         """Return the engine's conditions."""
         listed = self.watch.get("conditions")
-        told = [_mapping(note) for note in listed] if isinstance(listed, list) else []
-        return [Condition(*(str(note.get(name, "")) for name in ("code", "message", "remedy"))) for note in told]
+        conditions = [_mapping(note) for note in listed] if isinstance(listed, list) else []
+        return [Condition(*(str(note.get(name, "")) for name in ("code", "message", "remedy"))) for note in conditions]
 
     @property
     def watch(self) -> Mapping[str, object]:
@@ -124,10 +124,10 @@ def _is_stopped(pid: int) -> bool:
 def process_state(pid: int) -> str:
     """Return the kernel's letter for a process (R, S, D, T, Z, ...), or "" if it is unknown."""
     try:
-        told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return told.rpartition(")")[2].split()[0]
+    return stat.rpartition(")")[2].split()[0]
 
 
 def number(value: object) -> float:

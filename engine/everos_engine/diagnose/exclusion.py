@@ -93,7 +93,7 @@ def _by_nature(settings: Settings, path: str, key: str) -> Exclusion | None:
         if key.endswith(".md"):
             cause = "it is a directory, though it is named like a file"
             return Exclusion("directory", cause, f"give it another name: `{quoted('mv', path, path[:-3])}`")
-        return Exclusion("directory", "it is a directory; files are indexed", "name a file in it")
+        return Exclusion("directory", "it is a directory, and only files are indexed", "name a file in it")
     if not stat.S_ISREG(mode):
         return Exclusion(
             "not_a_file", "it is no regular file (a pipe, socket or device)", "keep memory in regular files"
@@ -129,7 +129,7 @@ def _by_name(settings: Settings, path: str, key: str) -> Exclusion | None:
             "hidden_name", f"a name that begins with {name[0]!r} counts as {what}", f"rename it: {renamed}"
         )
     if near is not None:
-        cause = f"no kind has a place for it; the nearest layout is {near.layout}"
+        cause = f"no kind matches it. The nearest layout is {near.layout}"
         return Exclusion("no_layout", cause, f"move it there: {moved}" if moved else f"move it to {shown(near.path)}")
     return _plain(settings, key)
 

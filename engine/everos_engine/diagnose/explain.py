@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.database import Transaction
     from everos_engine.text.entries import Document, Place
 
-MOST_NAMED = 20
+MAX_NAMED = 20
 BRIEF_SECONDS = 2.0
 DiskState = Literal["there", "gone", "unreadable", "too_large", "damaged", "unsteady", "hung"]
 
@@ -244,7 +244,7 @@ def _remember(settings: Settings, key: str | None) -> Remembered:
             return database.read(read)
         finally:
             database.close()
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with the database is doctor's to say; the file is ours
+    except Exception as error:  # noqa: BLE001 - doctor reports what is wrong with the database, and explain reports the file
         return Remembered(trouble=str(error) or type(error).__name__)
 
 

@@ -200,9 +200,9 @@ def _unindexed(found: Snapshot) -> str:
     """Return what to do if there is no index. It may be elsewhere, with the disk or directory that belongs here."""
     start = "start with `everos-engine run`, or `everos-engine sync` once"
     if found.place == "missing":
-        return "there is no such directory: mount it or move it back; its index is in it, and an engine that served it waits"
+        return "there is no such directory. Mount it or move it back. Its index is in it, and an engine that served it waits"
     if found.place == "empty":
-        return f"empty, and never indexed: if a file system belongs here, mount it first; else {start}"
+        return f"empty, and never indexed. If a file system belongs here, mount it first. Otherwise {start}"
     return f"never indexed: {start}"
 
 
@@ -216,7 +216,7 @@ def _waiting(found: Snapshot) -> list[str]:
     age = found.since(counts.oldest_pending_milliseconds) if counts else None
     if counts is None or age is None:
         return []
-    delayed = f", {counts.delayed} of them until a set time" if counts.delayed else ""
+    delayed = f", {counts.delayed} of them delayed" if counts.delayed else ""
     return [f"oldest pending: {ago(age)}{delayed}"]
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CODES = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
-MOST_COLUMNS = 110
+MAX_COLUMNS = 110
 _COMMAND = re.compile(r"`[^`]+`")
 _ESCAPE = re.compile(r"\x1b\[\d+m")
 _UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}
@@ -36,7 +36,7 @@ class Style:
     """Paint if ``colour`` is True. ``columns`` is the width to wrap to."""
 
     colour: bool = False
-    columns: int = MOST_COLUMNS
+    columns: int = MAX_COLUMNS
 
     def __call__(self, text: str, code: str) -> str:
         """Return ``text``, printable, in one of ``CODES``."""
@@ -63,7 +63,7 @@ def style_for(stream: TextIO, environment: Mapping[str, str] = os.environ) -> St
     """Return colour and width that suit ``stream``."""
     terminal = stream.isatty()
     colour = terminal and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
-    return Style(colour, min(MOST_COLUMNS, shutil.get_terminal_size().columns) if terminal else MOST_COLUMNS)
+    return Style(colour, min(MAX_COLUMNS, shutil.get_terminal_size().columns) if terminal else MAX_COLUMNS)
 
 
 def ago(seconds: float) -> str:

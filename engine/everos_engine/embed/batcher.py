@@ -26,8 +26,8 @@ PARTS = 8
 SHARE = 8
 """Texts taken from one file before the next file gets its share. A file of thousands then does not delay a line
 edited elsewhere."""
-MOST_SUSPECTS = 4096
-MOST_SUSPECTS_WAITING = 64
+MAX_SUSPECTS = 4096
+MAX_SUSPECTS_WAITING = 64
 
 
 class _Wanted:
@@ -53,7 +53,7 @@ class Batcher:
 
     def __init__(self, breaker: CircuitBreaker, settings: EmbedderSettings, nursery: trio.Nursery, keep: Keep) -> None:
         many = breaker.embedder.concurrency
-        self._gate = breaker
+        self._breaker = breaker
         self._keep = keep
         self._nursery = nursery
         self._batch_size = breaker.embedder.batch_size
@@ -75,8 +75,8 @@ class Batcher:
         A text in flight is not asked twice.
         """
         try:
-            self._gate.raise_if_down()
-            await self._gate.identify()
+            self._breaker.raise_if_down()
+            await self._breaker.identify()
         except Unavailable as error:
             return [error for _ in texts]
         wanted = self._want(texts)
@@ -94,7 +94,7 @@ class Batcher:
         while True:
             await self._arrived.wait()
             await self._first_lane.acquire()
-            await trio.lowlevel.checkpoint()  # whoever was woken together gets into the same call
+            await trio.lowlevel.checkpoint()  # texts that were woken together get into the same call
             batch = self._take()
             if not self._requests:
                 self._arrived = trio.Event()
@@ -164,8 +164,8 @@ class Batcher:
         await self._again(left)
 
     async def _alone(self, one: _Wanted) -> None:
-        if self._suspect_lane.statistics().tasks_waiting >= MOST_SUSPECTS_WAITING:
-            message = "too many texts hang or are refused at once: this one is tried later"
+        if self._suspect_lane.statistics().tasks_waiting >= MAX_SUSPECTS_WAITING:
+            message = "too many texts hang or are refused now. This one is tried later"
             self._end(one, Transient(message, retry_after_seconds=self._deadline_seconds, counts_as_retry=False))
             return
         async with self._suspect_lane:
@@ -173,20 +173,20 @@ class Batcher:
 
     async def _ask(self, batch: list[_Wanted], patience_seconds: float) -> list[list[_Wanted]]:
         """Make one call. What it leaves to be asked again is split into parts."""
-        answers = self._gate.answers
+        answers = self._breaker.answers
         try:
-            await self._gate.acquire()
-            epoch = self._gate.epoch
+            await self._breaker.acquire()
+            epoch = self._breaker.epoch
             with trio.move_on_after(patience_seconds) as scope:
-                vectors = await self._gate.embed([one.text for one in batch])
+                vectors = await self._breaker.embed([one.text for one in batch])
         except (Transient, BadText) as error:
-            told = await self._gate.blame(error, answers=answers)
-            if not isinstance(told, (Unavailable, Exhausted)):
+            blamed = await self._breaker.blame(error, answers=answers)
+            if not isinstance(blamed, (Unavailable, Exhausted)):
                 if len(batch) > 1:
                     return _split(batch)
                 self._suspect(batch[0])
             for one in batch:
-                self._end(one, told)
+                self._end(one, blamed)
             return []
         if scope.cancelled_caught:
             if len(batch) == 1:
@@ -209,7 +209,7 @@ class Batcher:
 
     def _suspect(self, wanted: _Wanted) -> None:
         self._suspects[hash(wanted.text)] = None
-        if len(self._suspects) > MOST_SUSPECTS:
+        if len(self._suspects) > MAX_SUSPECTS:
             self._suspects.popitem(last=False)
 
     def _end(self, wanted: _Wanted, outcome: Outcome) -> None:
@@ -221,7 +221,7 @@ class Batcher:
 async def open_batcher(breaker: CircuitBreaker, settings: EmbedderSettings, keep: Keep) -> AsyncIterator[Batcher]:
     """Yield a batcher for the length of the block. Calls that are in flight at its end are cancelled.
 
-    ``keep`` is called with the ``life`` of the model and the vectors by text, before any caller gets them.
+    ``keep`` is called with the ``epoch`` of the model and the vectors by text, before any caller gets them.
     """
     async with trio.open_nursery() as nursery:
         batcher = Batcher(breaker, settings, nursery, keep)

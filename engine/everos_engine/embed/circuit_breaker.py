@@ -42,7 +42,7 @@ RECHECK_SECONDS = 600.0
 class CircuitBreaker:
     """An embedder behind a rate limit and a circuit breaker.
 
-    ``down`` is why the service is down, or None. ``since`` is when that began (trio's clock). ``life`` counts the
+    ``down`` is why the service is down, or None. ``since`` is when that began (trio's clock). ``epoch`` counts the
     models that have answered. It moves when the probe sentence gets another vector, which may be ``unsure_seconds``
     late. ``answers`` counts the calls answered.
     """
@@ -59,7 +59,7 @@ class CircuitBreaker:
         self._due = 0.0
         self._failures = 0
         self._cause: BaseException | None = None
-        self._next_turn = 0.0
+        self._next_call = 0.0
         self._confirmed = 0.0
         self.unsure_seconds = 0.0
 
@@ -67,8 +67,8 @@ class CircuitBreaker:
         """Return when a call may begin, at most ``calls_per_second``. Raises Unavailable while the service is down."""
         self.raise_if_down()
         if rate := self._settings.calls_per_second:
-            at = max(trio.current_time(), self._next_turn)
-            self._next_turn = at + 1 / rate
+            at = max(trio.current_time(), self._next_call)
+            self._next_call = at + 1 / rate
             await trio.sleep_until(at)
         else:
             await trio.lowlevel.checkpoint()
@@ -120,7 +120,7 @@ class CircuitBreaker:
             return error
 
     async def identify(self) -> NDArray[np.float32]:
-        """Return the vector of the probe sentence from the model of this ``life``.
+        """Return the vector of the probe sentence from the model of this ``epoch``.
 
         Raises Unavailable while none has answered.
         """

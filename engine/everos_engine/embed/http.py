@@ -54,10 +54,10 @@ HINTS = {
     HTTPStatus.PROXY_AUTHENTICATION_REQUIRED: "check the proxy named by the environment",
     HTTPStatus.TOO_MANY_REQUESTS: "it asks for fewer calls: see embedder.calls_per_second",
 }
-LEAST_ANSWER_BYTES = 64 << 10
-MOST_BYTES_PER_VECTOR = 512 << 10
+MIN_ANSWER_BYTES = 64 << 10
+MAX_BYTES_PER_VECTOR = 512 << 10
 """A vector of 8,192 numbers as text takes about 180 KiB. An answer larger than this is refused."""
-MOST_QUOTED = 200
+MAX_QUOTED = 200
 
 
 class HttpEmbedder:
@@ -136,7 +136,7 @@ class HttpEmbedder:
             with trio.fail_after(self._settings.deadline_seconds):
                 request = self.connect().stream("POST", self._url, json=body, headers=self._headers)
                 async with request as answer:
-                    content = await _bounded(answer, LEAST_ANSWER_BYTES + len(texts) * MOST_BYTES_PER_VECTOR)
+                    content = await _bounded(answer, MIN_ANSWER_BYTES + len(texts) * MAX_BYTES_PER_VECTOR)
                     return answer.status_code, answer.headers, content
         except trio.TooSlowError:
             message = f"the embedding service did not answer within {self._settings.deadline_seconds:g} s"
@@ -173,7 +173,7 @@ class HttpEmbedder:
 
     def _refusal(self, status: int, headers: httpx.Headers, content: bytes) -> Transient | BadText:
         message = f"the embedding service answered HTTP {status}"
-        said = self._safe(" ".join(content[: 4 * MOST_QUOTED].decode("utf-8", "replace").split()))[:MOST_QUOTED]
+        said = self._safe(" ".join(content[: 4 * MAX_QUOTED].decode("utf-8", "replace").split()))[:MAX_QUOTED]
         quoted = f" ({said})" if said else ""
         if status in REFUSED:
             return BadText(f"{message} for this text{quoted}")
@@ -181,7 +181,7 @@ class HttpEmbedder:
         if status in HINTS:
             return Unavailable(f"{message}: {HINTS[HTTPStatus(status)]}{quoted}", retry_after_seconds=wait)
         if status < HTTPStatus.BAD_REQUEST:
-            target = self._safe(headers.get("location", "nowhere"))[:MOST_QUOTED]
+            target = self._safe(headers.get("location", "nowhere"))[:MAX_QUOTED]
             return Unavailable(f"{message}, a redirect to {target}: set embedder.url to where the service is")
         if wait is not None:
             return Unavailable(f"{message}{quoted}", retry_after_seconds=wait)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MOST_CHARACTERS = 8000
+MAX_CHARACTERS = 8000
 """A sentence encoder gains nothing from more, and its tokenizer's time grows with the length."""
 SLICE_TEXTS = 16
 SLICE_CHARACTERS = 8000
@@ -39,7 +39,7 @@ class LocalEmbedder:
 
         parts = [
             await trio.to_thread.run_sync(self._encode, part, limiter=self._limiter)
-            for part in slices([text[:MOST_CHARACTERS] for text in texts])
+            for part in slices([text[:MAX_CHARACTERS] for text in texts])
         ]
         return check(np.concatenate(parts), count=len(texts), dimension=self.dimension)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PROBE_SENTENCE = "The quick brown fox remembers where the lazy dog sleeps."
 """Embedded once per start. Two models that give it the same vector are the same model."""
 SAME_COSINE = 0.999
-MOST_QUOTED = 200
+MAX_QUOTED = 200
 """Characters of a foreign error's text in a message."""
 
 
@@ -126,9 +126,9 @@ def quoted(error: BaseException) -> str:
     It works for errors without a usable text too.
     """
     if isinstance(error, BaseExceptionGroup):
-        return f"{type(error).__name__} of {'; '.join(map(quoted, error.exceptions))}"[: 2 * MOST_QUOTED]
+        return f"{type(error).__name__} of {'; '.join(map(quoted, error.exceptions))}"[: 2 * MAX_QUOTED]
     try:
-        said = " ".join(str(error).split())[:MOST_QUOTED]
-    except Exception:  # noqa: BLE001 - an error of somebody else's, whose __str__ fails
+        said = " ".join(str(error).split())[:MAX_QUOTED]
+    except Exception:  # noqa: BLE001 - a foreign error, whose __str__ fails
         said = ""
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

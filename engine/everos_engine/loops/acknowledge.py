@@ -33,7 +33,7 @@ def mark(tx: Transaction, *, context: Context, kind: str, jobs: list[Job], writt
     """
     now, values = now_milliseconds(), _values(context)
     if written is not None and ledger.incarnations(tx).get(kind, ("",))[0] != written.incarnation:
-        for job in jobs:  # the table was begun anew behind the commit: what was written went with the old one
+        for job in jobs:  # the table was recreated after the commit, and what was written went with the old one
             job.error = job.error or Transient(f"the table {kind!r} was made again meanwhile", counts_as_retry=False)
         written = None
     for job in jobs:
@@ -43,8 +43,8 @@ def mark(tx: Transaction, *, context: Context, kind: str, jobs: list[Job], writt
         if job.error is None:
             note_written(tx, kind, job)
         message = complaint(job)
-        if job.defer is not None:
-            _try_later(tx, context, job, job.defer, now)
+        if job.deferred is not None:
+            _try_later(tx, context, job, job.deferred, now)
             continue
         if message is None:
             queue.mark_done(
@@ -91,7 +91,7 @@ def _try_later(tx: Transaction, context: Context, job: Job, error: Transient, no
     settings, breaker = context.settings, context.vectors.breaker
     said = clipped(str(error))
     if job.error is None:
-        where = job.put_off_where if error.counts_as_retry else ""
+        where = job.deferred_for if error.counts_as_retry else ""
         said = clipped("\n".join(filter(None, [f"{where}{error}", complaint(job)])))
     counts = error.counts_as_retry and not disk_full(error)
     if counts and job.claim.retry_count >= settings.worker_max_retry:
@@ -108,7 +108,7 @@ def _try_later(tx: Transaction, context: Context, job: Job, error: Transient, no
     if isinstance(error, Unsettled):
         delay = error.retry_after_seconds or 0.0
     if isinstance(error, Unavailable) and breaker is not None and breaker.down.value is not None:
-        # its return wakes whatever waits for it: reading the files again before that would be for nothing
+        # its return wakes what waits for it, and reading the files again before that would be useless
         delay = max(delay, settings.worker_retry_backoff_max_seconds)
     not_before = now + max(1, int(delay * 1000))
     queue.postpone(

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 LONG_SECONDS = 3600.0
 ERASE_LOOK_SECONDS = 600.0
 ALLOWANCE_SECONDS = 60.0
-LEAST_VERSIONS = 2
+MIN_VERSIONS = 2
 """The current version and the one before it. An optimize always leaves these two."""
-LEAST_REST_SECONDS = 0.05
-MOST_PASSES = 4
+MIN_REST_SECONDS = 0.05
+MAX_PASSES = 4
 EARLY_SHARE = 0.25
 """A share of the time for which versions are kept. A table that was not written for that long is compacted, due or
 not. A table that is edited all the time is therefore not, and one that is edited now and then costs one optimize in
@@ -89,7 +89,7 @@ class Rest:
     An optimize leaves the versions before it for ``keep_versions_seconds``, so the last one before a pause leaves many
     files. The folder of versions says when it was last written to and how many there are, also after a restart. Two
     passes are needed. The first compacts what was written last, after ``EARLY_SHARE`` of that time. The second prunes
-    what the first replaced. After ``MOST_PASSES`` the table is left alone until the next write, so that an idle engine
+    what the first replaced. After ``MAX_PASSES`` the table is left alone until the next write, so that an idle engine
     is not woken forever.
     """
 
@@ -126,7 +126,7 @@ class Rest:
                 wait = await self._compact(kind)
             if wait is not None:
                 waits.append(wait)
-        self._look_at = time.monotonic() + max(LEAST_REST_SECONDS, min(waits)) if waits else None
+        self._look_at = time.monotonic() + max(MIN_REST_SECONDS, min(waits)) if waits else None
 
     async def _compact(self, kind: str) -> float | None:
         """Return the seconds until this table should be looked at again, or None if nothing is left to prune."""
@@ -134,7 +134,7 @@ class Rest:
         written, count = await trio.to_thread.run_sync(_versions, folder)
         ours, passes = self._passes.get(kind, (written, 0))
         passes = passes if ours == written else 0
-        if count <= LEAST_VERSIONS or passes >= MOST_PASSES:
+        if count <= MIN_VERSIONS or passes >= MAX_PASSES:
             return None
         age = max(0.0, time.time() - written)  # a clock that was ahead makes it new
         is_early = context.index.unoptimized(kind) > 0
@@ -145,7 +145,7 @@ class Rest:
         await _optimize(context, kind, alone=not is_early)  # early on an edit may come, and does not wait
         written, count = await trio.to_thread.run_sync(_versions, folder)
         self._passes[kind] = written, passes + 1
-        return self._keep_seconds if count > LEAST_VERSIONS else None
+        return self._keep_seconds if count > MIN_VERSIONS else None
 
 
 def _versions(folder: Path) -> tuple[float, int]:

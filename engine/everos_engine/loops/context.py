@@ -44,7 +44,7 @@ class Progress:
 
     ``unseen`` are changes that a full scan found first, with the time (monotonic seconds). An event may still report
     them. ``burst`` is the size of the largest batch of events since the last full scan, ``stall_seconds`` the longest
-    sleep. ``told`` counts the changes that events reported, ``silent`` those that they did not report without a burst
+    sleep. ``reported`` counts the changes that events reported, ``silent`` those that they did not report without a burst
     as the cause.
     """
 
@@ -58,7 +58,7 @@ class Progress:
     stall_seconds: float = 0.0
     unseen: dict[str, float] = field(default_factory=dict)
     silent: int = 0
-    told: int = 0
+    reported: int = 0
     lost_at_seconds: float = 0.0
     directories_added: int = 0
 
@@ -175,9 +175,7 @@ class Context:
         path, reason = self.database.path, self.database.replaced
         if reason is not None:
             message = f"{path} was damaged ({reason}): it is made again from markdown, with the vectors that are cached"
-            remedy = (
-                f"check the disk; the damaged file is kept as {path}.damaged, remove it if nobody wants to look into it"
-            )
+            remedy = f"check the disk. The damaged file is kept as {path}.damaged. Remove it if you do not need it"
             await self.conditions.say("database_recreated", message, remedy)
 
     def table(self, kind: str) -> trio.Lock:

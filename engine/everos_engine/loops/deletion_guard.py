@@ -1,4 +1,4 @@
-"""The deletion guard: tell an accident (an unmounted disk, a replaced root) from files that a person removed."""
+"""The deletion guard: distinguish an accident (an unmounted disk, a replaced root) from files that a person removed."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def write_marker(settings: Settings) -> None:
     path = settings.engine_directory / MARKER
     if not path.exists():
         path.touch(private.file_mode(path.parent))
-        path.write_text("While this file is here, this is the memory root that the index beside it was made from.\n")
+        path.write_text("While this file is here, this is the memory root that the index next to it was made from.\n")
 
 
 def without_moved(

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 1.0
 ALLOWANCE_SECONDS = 30.0
-LEAST_PAUSE_SECONDS = 0.1
+MIN_PAUSE_SECONDS = 0.1
 CLASSIFY_SECONDS = 10.0
 JUMP = 8
 WALK_SHARE = 1 / 2000
 """The share of the time that walks of the index folder may take."""
-FIRST_REST_SECONDS, MOST_REST_SECONDS = 1.0, 300.0
+FIRST_REST_SECONDS, MAX_REST_SECONDS = 1.0, 300.0
 """After a rotation that freed nothing, the rest before the next one doubles, from the first value up to the second."""
 CALM_SECONDS = 2.0
 """After an exhaustion, new work waits until none was seen for this long."""
@@ -57,9 +57,11 @@ LAW_REMEDY = (
     "the engine counts and rotates the Session instead, and stays under its budget; pin the lancedb version it was "
     "tested with, and report the new one"
 )
-EXHAUSTED_REMEDY = "see `everos-engine fds` for who holds them; raise `ulimit -n`, or lower lancedb.index_cache_size_bytes in mode pinned"
-HISTORY_REMEDY = "make room on its disk, or name another file with lancedb.history_file; the last hour is kept in memory all the same"
-OVER_REMEDY = f"{EXHAUSTED_REMEDY}; where others hold them for good, raise lancedb.hard_budget_share"
+EXHAUSTED_REMEDY = "see `everos-engine fds` for what holds them. Raise `ulimit -n`, or lower lancedb.index_cache_size_bytes in mode pinned"
+HISTORY_REMEDY = (
+    "free space on its disk, or name another file with lancedb.history_file. The last hour is kept in memory anyway"
+)
+OVER_REMEDY = f"{EXHAUSTED_REMEDY}. If other programs hold them permanently, raise lancedb.hard_budget_share"
 
 
 async def guard(context: Context, *, proving: bool = True) -> None:
@@ -76,8 +78,8 @@ async def guard(context: Context, *, proving: bool = True) -> None:
                 seen = context.exhaustion.value
                 with unit("guard", "a look at descriptors"):
                     await watcher.look()
-                await trio.sleep(LEAST_PAUSE_SECONDS)
-                await wait_moved(context.exhaustion, seen, at_most_seconds=BEAT_SECONDS - LEAST_PAUSE_SECONDS)
+                await trio.sleep(MIN_PAUSE_SECONDS)
+                await wait_moved(context.exhaustion, seen, at_most_seconds=BEAT_SECONDS - MIN_PAUSE_SECONDS)
 
 
 @dataclass(slots=True, eq=False)
@@ -287,7 +289,7 @@ class Guard:
             return
         self._rotate(before, reason=reason)
         helped = self._before_last - self._lowest_since > 1 or not self._before_last  # its readers may have gone later
-        self._rest_seconds = FIRST_REST_SECONDS if helped else min(2 * self._rest_seconds, MOST_REST_SECONDS)
+        self._rest_seconds = FIRST_REST_SECONDS if helped else min(2 * self._rest_seconds, MAX_REST_SECONDS)
         self._rotate_after = now + self._rest_seconds
         self._before_last = self._lowest_since = before
 
@@ -338,7 +340,7 @@ class Guard:
         await context.conditions.over("descriptors_exhausted")
         if self._was_exhausted:
             self._was_exhausted = False
-            context.look_again()  # events and sweeps of that time are void
+            context.look_again()  # events and full scans of that time are void
         if exhausting:
             hard = context.settings.lancedb.hard_budget_share
             message = f"more than {hard:.0%} of the {limit} file descriptors are open: new work waits"

@@ -30,9 +30,9 @@ KIND = "throwaway"
 CYCLES = 3
 ROWS, WORDS, VOCABULARY = 20, 100, 20_000
 """Many different words. LanceDB holds a small index whole, and keeps a descriptor only for a larger one."""
-LOOKS, MOST_LOOKS, LOOK_SECONDS = 20, 300, 0.01
+LOOKS, MAX_LOOKS, LOOK_SECONDS = 20, 300, 0.01
 """The result is the smallest of several samples, because Lance may still be closing a reader on another thread. On a
-busy machine that can take seconds, so the law counts as broken only after MOST_LOOKS."""
+busy machine that can take seconds, so the law counts as broken only after MAX_LOOKS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ async def _exercise(index: Index) -> None:
 async def pinned_below(place: Path, *, bound: int) -> int:
     """Return how many index descriptors of files below ``place`` stay open. At most ``bound`` are expected."""
     least = 1 << 30
-    for look in range(MOST_LOOKS):
+    for look in range(MAX_LOOKS):
         found = descriptors.classify(descriptors.limits()[0], lancedb=place, engine=place / "none")
         least = min(least, found["lance_index"] + found["deleted"])
         if not least or (look >= LOOKS and least <= bound):

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Job:
     """One claimed change on its way: what was read, what is to be written, and why it failed if it did.
 
-    ``put_off`` is why some of its entries wait. ``put_off_where`` names them if they are to blame. The other entries
-    are written. ``life`` is the number of the model that made its vectors. ``refused`` are the entries whose text the
+    ``deferred`` is why some of its entries wait. ``deferred_for`` names them if they are to blame. The other entries
+    are written. ``epoch`` is the number of the model that made its vectors. ``refused`` are the entries whose text the
     embedder refuses. They are written without a vector.
     """
 
@@ -44,8 +44,8 @@ class Job:
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     epoch: int = 0
     size_bytes: int = 0
-    defer: Transient | None = None
-    put_off_where: str = ""
+    deferred: Transient | None = None
+    deferred_for: str = ""
     problems: list[Problem] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
     error: EngineError | None = None
@@ -102,11 +102,11 @@ def defer(job: Job, later: Mapping[str, Transient]) -> None:
     They keep their last good rows, and the other entries are written.
     """
     counting = [error for error in later.values() if error.counts_as_retry]
-    job.defer = next(iter(counting or later.values()))
+    job.deferred = next(iter(counting or later.values()))
     late = [entry for entry in job.plan.upserts if entry.embed_text in later and later[entry.embed_text] in counting]
     if late:
         more = f" and {len(late) - 1} more" if len(late) > 1 else ""
-        job.put_off_where = f"line {late[0].line}: entry {quoted(late[0].entry_id)}{more}: "
+        job.deferred_for = f"line {late[0].line}: entry {quoted(late[0].entry_id)}{more}: "
     keep = tuple(entry for entry in job.plan.upserts if entry.embed_text not in later)
     job.plan = diff.Plan(keep, job.plan.deletes, job.plan.unchanged)
 
@@ -179,9 +179,9 @@ def complaint(job: Job) -> str | None:
         return clipped(str(job.error))
     if not job.problems:
         return None
-    told = [f"{_at(p)}: entry {quoted(p.entry_id)}: {p.message}; {p.remedy}" for p in job.problems[:20]]
+    lines = [f"{_at(p)}: entry {quoted(p.entry_id)}: {p.message}; {p.remedy}" for p in job.problems[:20]]
     more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []  # noqa: PLR2004 - same 20
-    return clipped("\n".join([*told, *more]))
+    return clipped("\n".join([*lines, *more]))
 
 
 def _at(problem: Problem) -> str:

@@ -15,12 +15,12 @@ from everos_engine.system import ceiling
 if TYPE_CHECKING:
     from everos_engine.loops.context import Context
 
-LEAST_SHARE = 0.25
+MIN_SHARE = 0.25
 """The share of its width that the worker always keeps. Work that stops does not free memory."""
 COUNT_SECONDS = 10.0
 OVER_SECONDS = 30.0
 """How long memory must be over its ceiling, after trims and a rotation, before that is reported."""
-FIRST_REST_SECONDS, MOST_REST_SECONDS = 10.0, 600.0
+FIRST_REST_SECONDS, MAX_REST_SECONDS = 10.0, 600.0
 """A rotation for memory is repeated after a rest that doubles while memory stays over its soft part."""
 OVER = "memory_over_ceiling"
 OVER_REMEDY = (
@@ -78,17 +78,17 @@ class Resident:
         if now < self._rotate_after or not self.context.index.session_bytes():
             return False
         self._rotate_after = now + self._rest_seconds
-        self._rest_seconds = min(2 * self._rest_seconds, MOST_REST_SECONDS)
+        self._rest_seconds = min(2 * self._rest_seconds, MAX_REST_SECONDS)
         return True
 
     def share(self, rss_bytes: int) -> float:
         """Return the share of its width that the worker may use.
 
-        It is 1 up to the soft part and falls to ``LEAST_SHARE`` at the ceiling.
+        It is 1 up to the soft part and falls to ``MIN_SHARE`` at the ceiling.
         """
         bounds = self.bounds
         over = (rss_bytes - bounds.soft_bytes) / max(1, bounds.ceiling_bytes - bounds.soft_bytes)
-        return min(1.0, max(LEAST_SHARE, 1.0 - (1.0 - LEAST_SHARE) * over))
+        return min(1.0, max(MIN_SHARE, 1.0 - (1.0 - MIN_SHARE) * over))
 
     async def report(self, rss_bytes: int, now: float) -> None:
         """Report memory that stays over its ceiling, and clear the report once it is below."""

@@ -96,7 +96,7 @@ async def _walk(settings: Settings, threads: FileThreads, deletion_guard: Deleti
     """Walk the tree level by level. A directory that does not answer is skipped, and its neighbours are still seen."""
     before = await root_trouble(deletion_guard, threads)
     if before in {"root_missing", "root_unreadable"}:
-        message = f"the sweep stopped: {WHY[before]}"
+        message = f"the full scan stopped: {WHY[before]}"
         raise files.ScanAborted(message)
     walker = files.Walker(settings.root, partial(kinds.recognise, note_globs=settings.note.globs))
     todo: Sequence[str] = [os.fspath(settings.root)]
@@ -271,7 +271,7 @@ async def _record(
         still = {one.md_path for one in full_scan.vanished(tx, [one.md_path for one in vanished])} - settled
         left = [one for one in vanished if one.md_path in still]
         going, holding = _sort(tx, settings, left, compared, trouble=trouble, dark=dark, now_milliseconds=now)
-        held.judge_again(tx, [path for paths in holding.values() for path, _ in paths])
+        held.reconsider(tx, [path for paths in holding.values() for path, _ in paths])
         for reason, paths in holding.items():
             held.hold(tx, paths, reason, now_milliseconds=now)
         held.heal(tx)

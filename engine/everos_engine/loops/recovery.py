@@ -97,7 +97,7 @@ async def reconcile_table(context: Context, kind: str, model: Model | None = Non
     except ForeignTable as error:
         if known is None:
             raise
-        # its manifest may be damaged, or somebody put it in the place of ours: either way a copy is kept
+        # its manifest may be damaged, or another program put it in the place of ours. A copy is kept in both cases
         await _set_aside(context, kind, str(error))
         known = found = None
     if found is None and known is None:
@@ -258,7 +258,7 @@ async def _damage(context: Context, kind: str, words: str) -> str | None:
     for tries_left in range(PROBES - 1, -1, -1):
         try:
             await context.index.probe(kind, words)
-        except ForeignTable as error:  # a damaged manifest may name nobody; a table that we did not make stays
+        except ForeignTable as error:  # a damaged manifest may not name its maker. A table that we did not make stays
             if (await context.database.aread(ledger.incarnations)).get(kind) is None:
                 raise
             return str(error)

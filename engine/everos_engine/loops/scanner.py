@@ -24,7 +24,7 @@ from everos_engine.system.unit import unit
 if TYPE_CHECKING:
     from everos_engine.stores.held import Held
 
-SWEEP_ALLOWANCE_SECONDS = 600.0
+SCAN_ALLOWANCE_SECONDS = 600.0
 GATHER_SECONDS = 0.2
 """A requested full scan waits a moment, so that one scan serves several requests."""
 REST_FACTOR = 5.0
@@ -36,14 +36,14 @@ STALL_SECONDS = 5.0
 FORGET_SECONDS = 3600.0
 AUDIT_FILES = 64
 SHARE_FOUND_MANY = 20
-MOST_QUOTED = 300
-VOID_REMEDY = "nothing is deleted meanwhile; the next sweep tries again"
+MAX_QUOTED = 300
+VOID_REMEDY = "nothing is deleted meanwhile. The next full scan tries again"
 LOST_REMEDY = (
-    "nothing is lost: the sweep found them; to have them sooner, raise the kernel's queue: "
+    "nothing is lost, because the full scan found them. To find them sooner, raise the kernel's queue: "
     "`echo fs.inotify.max_queued_events=131072 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`"
 )
 SILENT_REMEDY = (
-    "start with `--poll` (watch.mode=poll), or shorten scan_interval_seconds; `everos-engine sync` finds everything now"
+    "start with `--poll` (watch.mode=poll), or shorten scan_interval_seconds. `everos-engine sync` finds everything now"
 )
 
 
@@ -59,27 +59,27 @@ async def _scans(context: Context) -> None:
     first = True
     while True:
         seen = context.scan_now.value
-        context.beat("scan", within_seconds=SWEEP_ALLOWANCE_SECONDS)
+        context.beat("scan", within_seconds=SCAN_ALLOWANCE_SECONDS)
         began, waited = time.monotonic(), context.threads.waited_seconds
-        with unit("scan", "a sweep") as done:
+        with unit("scan", "a full scan") as done:
             try:
                 await _scan_once(context, first=first)
             except Transient as error:
                 context.starved(error)
-                await context.conditions.say("sweep_void", str(error), VOID_REMEDY)
+                await context.conditions.say("full_scan_void", str(error), VOID_REMEDY)
             else:
                 first = False
-                await context.conditions.over("sweep_void")
+                await context.conditions.over("full_scan_void")
             await _say_held(context)
         if done.error is not None:
             await context.conditions.say(
-                "sweep_void", f"the sweep met a bug: {done.error!r}"[:MOST_QUOTED], VOID_REMEDY
+                "full_scan_void", f"the full scan met a bug: {done.error!r}"[:MAX_QUOTED], VOID_REMEDY
             )
         took = (
             time.monotonic() - began - (context.threads.waited_seconds - waited)
         )  # waiting for a directory is no load
         pause = _interval(context)
-        context.beat("scan", within_seconds=pause + SWEEP_ALLOWANCE_SECONDS)
+        context.beat("scan", within_seconds=pause + SCAN_ALLOWANCE_SECONDS)
         await wait_moved(context.scan_now, seen, at_most_seconds=pause)
         await trio.sleep(max(GATHER_SECONDS, REST_FACTOR * took))
 
@@ -104,7 +104,7 @@ async def _scan_once(context: Context, *, first: bool) -> None:
     )
     progress.last_scan_milliseconds = now_milliseconds()
     if found.queued:
-        logger.info("sweep files={} queued={}", found.files, len(found.queued))
+        logger.info("full_scan files={} queued={}", found.files, len(found.queued))
         context.wake_up()
     await inspect(context)
     await _say_blind(context, found)
@@ -113,7 +113,7 @@ async def _scan_once(context: Context, *, first: bool) -> None:
         progress.unseen.update(dict.fromkeys(found.queued, now))
         if burst or stall:
             await _name_overflow(context, burst, stall)
-    elif found.queued and not first and not progress.watching:  # there are no events that could tell of them
+    elif found.queued and not first and not progress.watching:  # there are no events that could report them
         await context.database.awrite(lambda tx: full_scan.credit(tx, "scan", len(found.queued)))
     await _count_unseen(context, blameless=not (burst or stall))
 
@@ -132,9 +132,7 @@ async def _name_overflow(context: Context, burst: int, stall_seconds: float) -> 
     if lost:
         context.progress.lost_at_seconds = time.monotonic()
         cause = f"a burst of {burst} events" if burst else f"a stall of {stall_seconds:.0f} s"
-        message = (
-            f"{lost} changes reached the engine by the sweep only: after {cause} the kernel's event queue overflowed"
-        )
+        message = f"{lost} changes were found only by the full scan: after {cause} the kernel's event queue overflowed"
         await context.conditions.say("events_lost", message, LOST_REMEDY)
 
 
@@ -142,7 +140,7 @@ async def _count_unseen(context: Context, *, blameless: bool) -> None:
     """Count the changes that only the scan found, because no event reported them within the grace."""
     progress, unseen, now = context.progress, context.progress.unseen, time.monotonic()
     late = [path for path, at in unseen.items() if now - at > EVENT_GRACE_SECONDS]
-    if late:  # SQLite first: what it refuses is counted by the next sweep
+    if late:  # SQLite first: what it refuses is counted by the next full scan
         await context.database.awrite(lambda tx: full_scan.credit(tx, "scan", len(late)))
     for path in late:
         unseen.pop(path, None)
@@ -152,9 +150,11 @@ async def _count_unseen(context: Context, *, blameless: bool) -> None:
         return
     if blameless:
         progress.silent += len(late)
-    if progress.silent >= SHARE_FOUND_MANY and progress.silent > progress.told:
-        both = progress.silent + progress.told
-        message = f"{progress.silent} of {both} changes were found by sweeps only: file events do not reach the engine"
+    if progress.silent >= SHARE_FOUND_MANY and progress.silent > progress.reported:
+        both = progress.silent + progress.reported
+        message = (
+            f"{progress.silent} of {both} changes were found only by full scans: file events do not reach the engine"
+        )
         await context.conditions.say("events_missing", message, SILENT_REMEDY)
     else:
         await context.conditions.over("events_missing")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from everos_engine.stores.embeddings import Cache
 
 T = TypeVar("T")
-MOST_DAYS = 1000
+MAX_DAYS = 1000
 _NOTHING: dict[str, NDArray[np.float32]] = {}
 NO_MODEL = Model("none", 0)
 MODEL_CHANGED = "the embedding service changed its model meanwhile: embedded again with the new one"
@@ -55,12 +55,12 @@ class Vectors:
         self._name = ""
         self._probe: NDArray[np.float32] = np.empty(0, dtype=np.float32)
         self._lock = trio.Lock()
-        self._days: deque[tuple[float, int]] = deque(maxlen=MOST_DAYS)
+        self._days: deque[tuple[float, int]] = deque(maxlen=MAX_DAYS)
 
     async def model(self) -> Model:
         """Return which model answers. The vector of a fixed sentence distinguishes it from every earlier model.
 
-        ``life`` changes whenever another model answers. Raises Unavailable if no model was ever seen and the service is
+        ``epoch`` changes whenever another model answers. Raises Unavailable if no model was ever seen and the service is
         down.
         """
         if self.breaker is None:
@@ -73,7 +73,7 @@ class Vectors:
         return self._model
 
     async def cached(self, texts: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Return text -> vector for the known texts, all of one ``life``."""
+        """Return text -> vector for the known texts, all of one ``epoch``."""
         if self.breaker is None or not texts:
             return {}
         await self.model()
@@ -107,7 +107,7 @@ class Vectors:
             self.breaker.raise_if_down(longer_than_seconds=longer_than_seconds)
 
     async def keep(self, epoch: int, vectors: Mapping[str, NDArray[np.float32]]) -> None:
-        """Put vectors into the cache under the model of ``life``.
+        """Put vectors into the cache under the model of ``epoch``.
 
         Raises Unavailable if another model answers by now.
         """

@@ -55,8 +55,8 @@ ALLOWANCE_SECONDS = 30.0
 POLL_REMEDY = "until then changes are found by polling"
 REMEDIES = {
     "watch_limit": "`echo fs.inotify.max_user_watches=524288 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
-    "watch_failed": "if a file or directory is named here, rename it so that its name is UTF-8; ",
-    "watch_hung": "see whether the server of this directory answers, or remove the link to it; ",
+    "watch_failed": "if a file or directory is named here, rename it so that its name is UTF-8. ",
+    "watch_hung": "check whether the server of this directory answers, or remove the link to it. ",
     "instance_limit": "`echo fs.inotify.max_user_instances=1024 | sudo tee -a /etc/sysctl.conf && sudo sysctl -p`; ",
 }
 
@@ -82,13 +82,13 @@ async def watch(context: Context) -> None:
     if mode in {"poll", "off"}:
         await _idle(context)
     if mode == "auto":
-        await _judge_mount(context)
+        await _check_mounts(context)
     failures: deque[float] = deque(maxlen=FAILURES)
     while True:
         context.beat("watch", within_seconds=ALLOWANCE_SECONDS)
         try:
             await _listen(context)
-            logger.warning("watch_laid_anew root={}", context.settings.root)
+            logger.warning("watches_renewed root={}", context.settings.root)
         except OSError as error:
             if error.errno in {errno.ENOENT, errno.ENOTDIR}:
                 await trio.sleep(LOOK_SECONDS)  # the root is gone: the scan says so
@@ -119,21 +119,21 @@ async def _idle(context: Context) -> None:
         await trio.sleep(ALLOWANCE_SECONDS / 2)
 
 
-async def _judge_mount(context: Context) -> None:
+async def _check_mounts(context: Context) -> None:
     """Poll if the root, or a file system mounted in it, does not report every change. For overlays only say so."""
     root, seconds = os.fspath(context.settings.root), context.settings.watch.poll_interval_seconds
     every = await trio.to_thread.run_sync(limits.mounts)
     own = limits.mount_below(root, every)
     silent = [mount for mount in (own, *limits.mounts_inside(root, every)) if limits.silence(mount)]
-    told = [mount for mount in silent if not limits.delivers_events(mount)]
+    reported = [mount for mount in silent if not limits.delivers_events(mount)]
     for mount in silent:
-        if mount not in told:
+        if mount not in reported:
             logger.info("mount_layered point={!r} message={!r}", mount.point, limits.silence(mount))
-    if told:
+    if reported:
         context.progress.polling = True
-        what = "the memory root is" if told[0] is own else f"{told[0].point!r} in the memory root is"
-        remedy = f"the engine sweeps every {seconds:g} s instead (watch.poll_interval_seconds); `everos-engine sync` finds everything now"
-        await context.conditions.say("mount_silent", f"{what} on {limits.silence(told[0])}", remedy)
+        what = "the memory root is" if reported[0] is own else f"{reported[0].point!r} in the memory root is"
+        remedy = f"the engine scans every {seconds:g} s instead (watch.poll_interval_seconds). `everos-engine sync` finds everything now"
+        await context.conditions.say("mount_silent", f"{what} on {limits.silence(reported[0])}", remedy)
 
 
 async def _degraded(context: Context, error: OSError | WatcherFailed) -> None:
@@ -165,7 +165,7 @@ def _raise(code: str) -> str:
     if not least.startswith("user."):
         return remedy
     wanted = remedy.partition("=")[2].partition(" ")[0]
-    return f"this user namespace has a bound of its own, raise it there: `echo {wanted} | tee /proc/sys/{least.replace('.', '/')}`; the system's: {remedy}"
+    return f"this user namespace has a separate limit, raise it there: `echo {wanted} | tee /proc/sys/{least.replace('.', '/')}`; the system's: {remedy}"
 
 
 async def _listen(context: Context) -> None:
@@ -256,14 +256,14 @@ def _new_watches(settings: Settings) -> RustNotify:
         raise OSError(errno.EMFILE, str(error.__cause__)) from error  # the user's share of inotify instances
     except (
         PermissionError
-    ):  # a blind directory, which the scan names; ignoring it hides a watch limit, which _until_stale finds
+    ):  # a blind directory, which the scan names. Ignoring it hides a watch limit, which _until_stale finds
         return lay(ignore_permission_denied=True)
 
 
 def _laid(context: Context) -> None:
     context.progress.watching = True
     context.progress.watched_since_seconds = time.monotonic()
-    context.look_again()  # what changed before the watches were laid has no event
+    context.look_again()  # what changed before the watches were set has no event
 
 
 async def _silent_directory(context: Context) -> str | None:
@@ -410,7 +410,7 @@ async def _record(context: Context, paths: set[str]) -> None:
             found = partial(queue.record, tx, source="watch", now_milliseconds=now, settle_milliseconds=settle)
             queued = found(there)  # first, so that a file that got another name is known under it
             if to_hold(tx, settings, [seen.md_path for seen in gone], now_milliseconds=now):
-                return there, queued  # a sweep sees the whole, and holds them
+                return there, queued  # a full scan sees the whole tree, and holds them
             return there + gone, queued + found(gone)
 
         observations, queued = await context.database.awrite(record)
@@ -422,7 +422,7 @@ async def _record(context: Context, paths: set[str]) -> None:
         return
     for seen in observations:
         context.progress.unseen.pop(seen.md_path, None)
-    context.progress.told += len(queued)
+    context.progress.reported += len(queued)
     if again:
         context.look_again()
     if queued:

@@ -64,11 +64,11 @@ ENTRY_BYTES = 1 << 10
 READ_BYTES = 8 << 20
 IDLE_SECONDS = 60.0
 FIRST_DELAY_SECONDS = 0.5
-MOST_DELAY_SECONDS = 30.0
+MAX_DELAY_SECONDS = 30.0
 """The longest delay between two tries of a statement that fails because of the surroundings."""
-MOST_QUOTED = 200
+MAX_QUOTED = 200
 UNAVAILABLE = "database_unavailable"
-UNAVAILABLE_REMEDY = "make room on the disk, or end the process that holds the lock; nothing is lost, and it is tried again without pause"
+UNAVAILABLE_REMEDY = "free space on the disk, or end the process that holds the lock. Nothing is lost, and it is tried again all the time"
 
 
 async def work(context: Context) -> None:
@@ -154,7 +154,7 @@ class _Worker:
                 self._beat()
                 await context.conditions.say(UNAVAILABLE, str(error), UNAVAILABLE_REMEDY)
                 await trio.sleep(delay * (1 + random.random() / 4))  # noqa: S311 - spreads tries
-                delay = min(2 * delay, MOST_DELAY_SECONDS)
+                delay = min(2 * delay, MAX_DELAY_SECONDS)
             else:
                 await context.conditions.over(UNAVAILABLE)
                 return result
@@ -182,7 +182,7 @@ class _Worker:
             return
         self.context.starved(error)
         if counts_as_retry:
-            reason = Transient(f"internal error: {ascii(error)[:MOST_QUOTED]}")
+            reason = Transient(f"internal error: {ascii(error)[:MAX_QUOTED]}")
         elif isinstance(error, Transient) and not error.counts_as_retry:
             reason = error
         else:
@@ -406,7 +406,7 @@ class _Worker:
         settings, claim = self.context.settings, job.claim
         place = kinds.recognise(claim.md_path, note_globs=settings.note.globs)
         if place is None:
-            return job  # of no kind any more: its rows go
+            return job  # no kind matches it any more, and its rows go
         try:
             reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
             job.fingerprint, job.racy, job.digest = reading.fingerprint, reading.racy, reading.digest
@@ -425,7 +425,7 @@ class _Worker:
         except (Transient, OSError) as error:
             job.error = error if isinstance(error, Transient) else Transient(f"reading failed: {error}")
             if claim.source == "release" and files.is_out_of_reach(job.error):
-                job.error = self._deletable()  # somebody decided that what cannot be looked at is gone
+                job.error = self._deletable()  # a person decided that what cannot be looked at is gone
         except Exception as error:  # noqa: BLE001 - a bug one file reveals must not stop the memory of everyone else
             job.error = _bug(claim.md_path, error)
         return job
@@ -593,8 +593,8 @@ class _Worker:
         for job in jobs:
             if isinstance(job.error, Transient) and self.context.starved(job.error):
                 job.error = Exhausted(str(job.error))
-            if job.defer is not None and self.context.starved(job.defer):
-                job.defer = Exhausted(str(job.defer))
+            if job.deferred is not None and self.context.starved(job.deferred):
+                job.deferred = Exhausted(str(job.deferred))
         await self.context.database.awrite(partial(mark, context=self.context, kind=kind, jobs=jobs, written=written))
         return written
 
@@ -721,7 +721,7 @@ def _bug(md_path: str, error: Exception) -> EngineError:
         return Exhausted(f"reading failed: {error}")
     logger.opt(exception=error).error("parser_bug path={}", md_path)
     return BadFile(
-        f"internal error: {ascii(error)[:MOST_QUOTED]}", remedy="please report this file's shape; an edit tries again"
+        f"internal error: {ascii(error)[:MAX_QUOTED]}", remedy="please report this file's shape; an edit tries again"
     )
 
 
@@ -771,4 +771,4 @@ def _dead(context: Context, owners: list[str]) -> set[str]:
     except OSError as error:
         if not context.starved(error):
             raise
-        return set()  # nobody can be looked at now; the next round does
+        return set()  # no owner can be looked at now, and the next round does it

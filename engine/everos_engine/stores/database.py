@@ -34,7 +34,7 @@ ASIDE = ".damaged"
 REMEDY = "`everos-engine run` or `everos-engine sync` sets it aside and makes it again from markdown"
 FILES = ("", "-wal", "-shm")
 """The endings of the names of a database's files."""
-MOST_CHECKED_BYTES = 64 << 20
+MAX_CHECKED_BYTES = 64 << 20
 """A larger database is checked at the start only if it is suspected, because the check would take longer than a
 second."""
 
@@ -387,7 +387,7 @@ def open_or_replace(path: Path, opened: Callable[[], Database], *, suspected: bo
     try:
         database = opened()
         suspected = suspected or _sign(path).exists()
-        if not suspected and path.stat().st_size > MOST_CHECKED_BYTES:
+        if not suspected and path.stat().st_size > MAX_CHECKED_BYTES:
             return database
         wrong = database.problems(thorough=suspected)
         if not wrong:

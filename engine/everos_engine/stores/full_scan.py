@@ -13,24 +13,24 @@ from typing import Literal, cast
 from everos_engine.stores.database import Transaction, Value
 from everos_engine.stores.queue import Fingerprint4, Observation, Source, record, take
 
-SWEEP_TABLE = """
-CREATE TEMP TABLE IF NOT EXISTS sweep (md_path TEXT PRIMARY KEY, kind TEXT, mtime_ns INTEGER, size INTEGER, ino INTEGER,
+SCANNED_TABLE = """
+CREATE TEMP TABLE IF NOT EXISTS scanned (md_path TEXT PRIMARY KEY, kind TEXT, mtime_ns INTEGER, size INTEGER, ino INTEGER,
     ctime_ns INTEGER) WITHOUT ROWID;
-DELETE FROM temp.sweep;
+DELETE FROM temp.scanned;
 """
-SWEEP_CHANGED = """
-SELECT s.md_path, s.kind, s.mtime_ns, s.size, s.ino, s.ctime_ns, c.md_path IS NULL OR c.mtime_ns IS NULL FROM temp.sweep AS s
+SCANNED_CHANGED = """
+SELECT s.md_path, s.kind, s.mtime_ns, s.size, s.ino, s.ctime_ns, c.md_path IS NULL OR c.mtime_ns IS NULL FROM temp.scanned AS s
 LEFT JOIN md_change_state AS c ON c.md_path = s.md_path
 WHERE c.md_path IS NULL OR (c.mtime_ns, c.size, c.ino, c.ctime_ns) IS NOT (s.mtime_ns, s.size, s.ino, s.ctime_ns)
    OR (c.racy = 1 AND c.status IN ('done', 'failed'))
 """
-SWEEP_VANISHED = """
+SCANNED_VANISHED = """
 SELECT c.md_path, c.kind, c.size, c.mtime_ns,
-    (c.ino, c.size, c.mtime_ns) IN (SELECT ino, size, mtime_ns FROM temp.sweep)
-    OR (c.kind = 'agent_skill' AND (c.size, c.mtime_ns) IN (SELECT size, mtime_ns FROM temp.sweep WHERE kind = 'agent_skill')),
+    (c.ino, c.size, c.mtime_ns) IN (SELECT ino, size, mtime_ns FROM temp.scanned)
+    OR (c.kind = 'agent_skill' AND (c.size, c.mtime_ns) IN (SELECT size, mtime_ns FROM temp.scanned WHERE kind = 'agent_skill')),
     c.known_since
 FROM md_change_state AS c
-WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.sweep AS s WHERE s.md_path = c.md_path)
+WHERE c.mtime_ns IS NOT NULL AND NOT EXISTS (SELECT 1 FROM temp.scanned AS s WHERE s.md_path = c.md_path)
 """
 """A file that has another name now keeps its inode. The inode of a skill also stands for its other files, so it is
 not used."""
@@ -38,11 +38,11 @@ not used."""
 
 def load_full_scan(tx: Transaction, observations: Iterable[Observation]) -> None:
     """Put a whole full scan into a temporary table, for ``record_full_scan``."""
-    _drain(tx.execute(SWEEP_TABLE))
+    _drain(tx.execute(SCANNED_TABLE))
     rows: Iterable[tuple[Value, ...]] = (
         (seen.md_path, seen.kind, *seen.fingerprint) for seen in observations if seen.fingerprint is not None
     )
-    _drain(tx.executemany("INSERT OR REPLACE INTO temp.sweep VALUES (?, ?, ?, ?, ?, ?)", rows))
+    _drain(tx.executemany("INSERT OR REPLACE INTO temp.scanned VALUES (?, ?, ?, ?, ?, ?)", rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def record_full_scan(
     The vanished are not queued. The caller looks at each again and records it, so that a file created during the
     scan, or one that the deletion guard holds, does not count as deleted.
     """
-    rows = list(tx.execute(SWEEP_CHANGED))
+    rows = list(tx.execute(SCANNED_CHANGED))
     changed = [
         Observation(cast("str", row[0]), cast("str", row[1]), cast("Fingerprint4", tuple(row[2:6]))) for row in rows
     ]
@@ -97,7 +97,7 @@ def record_full_scan(
         if changed
         else []
     )
-    vanished = [_vanished(row) for row in tx.execute(SWEEP_VANISHED)]
+    vanished = [_vanished(row) for row in tx.execute(SCANNED_VANISHED)]
     ((known,),) = tx.execute("SELECT count(*) FROM md_change_state WHERE mtime_ns IS NOT NULL")
     return Compared(queued, appeared, vanished, cast("int", known))
 

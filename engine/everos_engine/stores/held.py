@@ -44,13 +44,15 @@ WHY: dict[Reason, str] = {
     "root_empty": "the memory root is empty",
     "marker_missing": "the root's marker file is gone",
 }
-BLIND_REMEDY = "check the disk or the server it is on (`dmesg | tail` shows the kernel's word); every scan tries again"
+BLIND_REMEDY = (
+    "check the disk or the server it is on (`dmesg | tail` shows the kernel's messages). Every scan tries again"
+)
 """For a directory that cannot be read although permission is given."""
 REMEDY: dict[Reason, str] = {
     "mass_delete": "bring the files back, or run `everos-engine release` if they are meant to be gone",
     "unreadable": "have it readable again (permission, or the disk), or run `everos-engine release` if its files are meant to be gone",
     "unmounted": "mount it again, or run `everos-engine release` if its files are meant to be gone",
-    "root_missing": "mount it or move it back; it is looked for without pause",
+    "root_missing": "mount it or move it back. The engine looks for it all the time",
     "root_unreadable": "give the engine's user read permission on it",
     "root_replaced": "put the old one back, or restart the engine to index what lies there now",
     "root_empty": "mount it or bring the files back, or run `everos-engine release` if they are meant to be gone",
@@ -103,7 +105,7 @@ INSERT INTO held SELECT md_path, kind, ?1, ?2 FROM md_change_state WHERE mtime_n
 ON CONFLICT (md_path) DO UPDATE SET reason = CASE reason WHEN 'mass_delete' THEN reason ELSE excluded.reason END
 """
 HEAL = """
-DELETE FROM held WHERE md_path IN (SELECT md_path FROM temp.sweep)
+DELETE FROM held WHERE md_path IN (SELECT md_path FROM temp.scanned)
     OR md_path NOT IN (SELECT md_path FROM md_change_state WHERE mtime_ns IS NOT NULL) RETURNING 1
 """
 
@@ -128,7 +130,7 @@ def sticking(tx: Transaction) -> set[str]:
     return {cast("str", path) for (path,) in tx.execute("SELECT md_path FROM held WHERE reason = ?", (STICKY,))}
 
 
-def judge_again(tx: Transaction, still: Iterable[str]) -> None:
+def reconsider(tx: Transaction, still: Iterable[str]) -> None:
     """Let go of all but the sticky ones and the paths ``still`` to be held, which keep their time."""
     sql = "DELETE FROM held WHERE reason <> ? AND md_path NOT IN (SELECT value FROM json_each(?))"
     _drain(tx.execute(sql, (STICKY, json.dumps(list(still)))))
@@ -170,7 +172,7 @@ def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
     """
     _drain(tx.execute("DELETE FROM recent_deletions"))
     queue.hurry(tx, "root")
-    meta.put(tx, MOUNTS, "[]")  # the next sweep puts in those there are
+    meta.put(tx, MOUNTS, "[]")  # the next full scan enters the present ones
     rows = list(tx.execute("DELETE FROM held RETURNING md_path, kind"))
     gone: Sequence[queue.Observation] = [
         queue.Observation(cast("str", path), cast("str", kind), None) for path, kind in sorted(rows, key=_path)
@@ -198,12 +200,12 @@ __all__ = [
     "heal",
     "hold",
     "hold_all",
-    "judge_again",
     "let_through",
     "paths",
     "reason_of",
     "reasons",
     "recent",
+    "reconsider",
     "release",
     "sticking",
 ]

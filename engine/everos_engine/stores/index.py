@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MERGE_ROWS = 2048
-OPTIMIZE_LEAST_ROWS = 64
+MIN_OPTIMIZE_ROWS = 64
 """Fewer rows are read one by one as fast as they are looked up."""
 DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
@@ -206,12 +206,12 @@ class Index:
         """
         incarnation = incarnation or lance.new_incarnation()
         with self._sessions.using() as session:
-            async with self._turn(kind), self._compaction(kind), session.opening:
+            async with self._writer_lock(kind), self._compaction(kind), session.opening:
                 old = session.tables.pop(kind, None)
                 if old is not None:
                     old.close()
                 self._states.pop(kind, None)
-                self._unmade.add(kind)  # until it has its indexes nobody may take it for a table
+                self._unmade.add(kind)  # without its indexes it must not look like a table
                 try:
                     table = await self.write(self._create, session, kind, model, incarnation)
                 except UnknownOutcome:
@@ -243,7 +243,7 @@ class Index:
                 for start in range(0, len(rows), MERGE_ROWS)
             ]
         keys = [deletes[start : start + DELETE_KEYS] for start in range(0, len(deletes), DELETE_KEYS)]
-        async with self._turn(kind), self._writing(kind) as table:
+        async with self._writer_lock(kind), self._writing(kind) as table:
             version = await self._commit(table, kind, left, batches, keys)
         state.commits += 1
         state.rows += len(rows) + len(deletes)
@@ -270,7 +270,7 @@ class Index:
         if state is None:
             return False
         due = self.settings
-        share = max(OPTIMIZE_LEAST_ROWS, due.optimize_after_share * state.indexed)
+        share = max(MIN_OPTIMIZE_ROWS, due.optimize_after_share * state.indexed)
         return state.commits >= due.optimize_after_commits or state.rows >= min(due.optimize_after_rows, share)
 
     def reopen(self, kind: str) -> None:
@@ -304,7 +304,7 @@ class Index:
 
     async def set_aside(self, kind: str) -> Path:
         """Move what is left of a kind's table out of the way. Returns where it is kept, in place of an earlier copy."""
-        async with self._turn(kind), self._compaction(kind):
+        async with self._writer_lock(kind), self._compaction(kind):
             self.forget(kind)
             self.shunned.pop(kind, None)
             with lance.sorted_troubles():
@@ -326,7 +326,11 @@ class Index:
         """
         state, keep_seconds = self._states[kind], self.settings.keep_versions_seconds
         commits, rows = state.commits, state.rows
-        async with self._turn(kind) if alone else nullcontext(), self._compaction(kind), self._writing(kind) as table:
+        async with (
+            self._writer_lock(kind) if alone else nullcontext(),
+            self._compaction(kind),
+            self._writing(kind) as table,
+        ):
             optimize = partial(lance.optimize, nobody_else=alone and kind not in self._adrift)
             state.pruned = True
             state.indexed = await self.write(optimize, table, self.kinds[kind], keep_seconds)
@@ -343,7 +347,7 @@ class Index:
         with self._sessions.using() as session:
             if await self._table(session, kind) is None:
                 return
-        async with self._turn(kind), self._compaction(kind):
+        async with self._writer_lock(kind), self._compaction(kind):
             state = self._states[kind]
             state.pruned = True
             async with self._writing(kind) as table:
@@ -360,7 +364,7 @@ class Index:
         """Open a new Session, and wait until no task reads in an old one, as long as a read may take."""
         self.rotate()
         with trio.move_on_after(self.settings.read_deadline_seconds):
-            while self.sessions_open > 1:  # noqa: ASYNC110 - a reader that ends announces it to nobody
+            while self.sessions_open > 1:  # noqa: ASYNC110 - a reader that ends does not announce it
                 await trio.sleep(READERS_LOOK_SECONDS)
 
     async def visit(self, kind: str, names: Sequence[str], take: Callable[[list[dict[str, object]]], None]) -> None:
@@ -455,7 +459,7 @@ class Index:
                     self.doubted.add(kind)
                     raise
 
-    def _turn(self, kind: str) -> trio.Lock:
+    def _writer_lock(self, kind: str) -> trio.Lock:
         """Return the lock of a table's writer."""
         return self._turns.setdefault(kind, trio.Lock())
 

@@ -23,12 +23,14 @@ import trio
 
 from everos_engine.stores.late_package import late_package
 
-os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded; its warnings are for its authors
+os.environ.setdefault("LANCEDB_LOG", "error")  # read once, when the library is loaded. Its warnings are for its authors
 os.environ.setdefault(
     "LANCE_IO_THREADS", "2"
-)  # by default 8, which is no faster and opens more at once; with 1 it hangs
+)  # the default is 8, which is not faster and opens more files. With 1 it hangs
 
-with late_package("lance_namespace_urllib3_client"):  # a client of remote catalogs; a third of the import's time
+with late_package(
+    "lance_namespace_urllib3_client"
+):  # a client of remote catalogs, which takes a third of the import's time
     import lancedb
 import pyarrow as pa  # noqa: E402 - after its environment is set
 from lancedb.index import FTS  # noqa: E402 - after its environment is set
@@ -183,7 +185,7 @@ async def create_table(
     """Create a table with its full-text indexes, in place of what was there."""
     place = directory / f"{kind.name}.lance"
     if os.path.lexists(place):
-        with suppress(Exception):  # whatever is wrong with it, it goes
+        with suppress(Exception):  # it is removed, with any damage
             await connection.drop_table(kind.name)
         remove(place)
     table = await connection.create_table(kind.name, schema=schema_of(kind, model, incarnation))

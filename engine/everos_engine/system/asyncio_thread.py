@@ -198,7 +198,7 @@ class AsyncioThread:
             with asyncio.Runner() as runner:
                 try:
                     runner.run(self._until_stopped())
-                except BaseException as death:  # noqa: BLE001 - whatever it is, the waiters must hear of it
+                except BaseException as death:  # noqa: BLE001 - the waiters must get any error
                     self._serving = False
                     self._post(self._fail_all, death)
         except BaseException as death:  # noqa: BLE001 - no loop could be made, or it could not be closed
@@ -230,7 +230,7 @@ class AsyncioThread:
             self._post(call.end, outcome)
 
     def _post(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        with suppress(trio.RunFinishedError):  # nobody is left to hear it
+        with suppress(trio.RunFinishedError):  # no caller is left to hear it
             self._token.run_sync_soon(function, *args)
 
 

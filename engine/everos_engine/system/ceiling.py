@@ -18,15 +18,15 @@ BASE_READS = 2
 READ_DESCRIPTORS = 8
 """The files that each further parallel read may have open, generously: two accesses for each of several index and
 data files."""
-LEAST_LIMIT = 64
+MIN_LIMIT = 64
 """Below this the engine's own descriptors exceed its hard budget, and no work would ever begin."""
 HEADROOM = 2
 """The limit must hold this many ceilings, as in the runbook."""
 MIB = 1 << 20
-LEAST_SLOPE = 1.0
-LEAST_CAP_BYTES = MIB
+MIN_SLOPE = 1.0
+MIN_CAP_BYTES = MIB
 """The guard lowers no cap further. A smaller cache is useless."""
-MOST_AUTO_BYTES = 64 * MIB
+MAX_AUTO_BYTES = 64 * MIB
 """Beyond this the measured latency no longer falls."""
 OTHERS_DESCRIPTORS = 12
 """What a separate process holds before the engine opens anything: input, output, errors and Trio's. They are part of
@@ -111,8 +111,8 @@ def cap_of(settings: LanceDBSettings, *, limit: int, learned: Slope | None = Non
     chosen = settings.index_cache_size_bytes
     if isinstance(chosen, str):
         room = max(0, limit // HEADROOM - own_of(settings, limit=limit))
-        slope = settings.descriptors_per_mebibyte if learned is None else max(LEAST_SLOPE, learned.high)
-        return min(MOST_AUTO_BYTES, int(room / slope * MIB))
+        slope = settings.descriptors_per_mebibyte if learned is None else max(MIN_SLOPE, learned.high)
+        return min(MAX_AUTO_BYTES, int(room / slope * MIB))
     if settings.descriptor_mode == "pinned":
         _check(settings, chosen, limit)
     return chosen
@@ -127,15 +127,15 @@ def fitting_cap(settings: LanceDBSettings, slope: Slope, *, cap_bytes: int, room
     full = min(cap_bytes, settings.session_most_bytes)
     if slope.high * full / MIB <= room:
         return cap_bytes
-    return min(cap_bytes, max(LEAST_CAP_BYTES, int(room / slope.high * MIB)))
+    return min(cap_bytes, max(MIN_CAP_BYTES, int(room / slope.high * MIB)))
 
 
 def check_limit(limit: int) -> None:
     """Raise SettingsError for a limit too low for the engine's own descriptors."""
-    if limit < LEAST_LIMIT:
+    if limit < MIN_LIMIT:
         message = (
             f"RLIMIT_NOFILE is {limit}, and the engine itself needs up to {BASE_DESCRIPTORS} file descriptors: raise "
-            f"`ulimit -n` to {LEAST_LIMIT} at least, or to 256 to leave it room"
+            f"`ulimit -n` to {MIN_LIMIT} at least, or to 256 to leave it room"
         )
         raise SettingsError(message)
 

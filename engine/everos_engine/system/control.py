@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
     Slow = Callable[[Mapping[str, object]], Awaitable[Mapping[str, object]]]
 
-MOST_PATH_BYTES = 100
+MAX_PATH_BYTES = 100
 """``sun_path`` holds 108 bytes on Linux and 104 on macOS."""
-MOST_QUESTION_BYTES = 16_384
-MOST_TALKS = 4
+MAX_QUESTION_BYTES = 16_384
+MAX_TALKS = 4
 TALK_SECONDS = 1.0
-MOST_SLOW_TALKS = 4
+MAX_SLOW_TALKS = 4
 SLOW_TALK_SECONDS = 60.0
 BUSY = "busy"
 FAILED = "the engine could not answer {!r}: its log has the reason; ask again, and report it if it fails again"
-MOST_QUOTED = 80
+MAX_QUOTED = 80
 PAUSE_SECONDS = 0.1
 RETRY_SECONDS = 0.02
 _FULL = {errno.EMFILE, errno.ENFILE}
@@ -53,11 +53,11 @@ def ask(
     """
     end = time.monotonic() + deadline_seconds
     line = json.dumps({**(details or {}), "ask": question}).encode() + b"\n"
-    if len(line) > MOST_QUESTION_BYTES:
+    if len(line) > MAX_QUESTION_BYTES:
         return None
     try:
         while (answer := _talk_once(path, line, end=end)) is None:
-            time.sleep(min(RETRY_SECONDS, _left(end)))  # it took us for silent, or it is gone: connecting tells
+            time.sleep(min(RETRY_SECONDS, _left(end)))  # it took us for silent, or it is gone: connecting finds out
     except TimeoutError:
         message = f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
         raise TimeoutError(message) from None
@@ -78,7 +78,7 @@ async def serve_control(
 
     An unexpected error of one question is logged, and answered to the client that asked.
 
-    ``slow`` questions get all that was asked. MOST_SLOW_TALKS of them run in parallel, and further ones get "busy" as
+    ``slow`` questions get all that was asked. MAX_SLOW_TALKS of them run in parallel, and further ones get "busy" as
     the answer. ``spare`` frees one descriptor for the length of its block, so that a process at its limit still
     answers. Sleeps if the file system takes no sockets. A silent or rude client is dropped, and harms no other client.
     """
@@ -96,7 +96,7 @@ async def serve_control(
             bound.listen(64)
         except OSError:
             await trio.sleep_forever()
-        talks, places = trio.Semaphore(MOST_TALKS), trio.Semaphore(MOST_SLOW_TALKS)
+        talks, places = trio.Semaphore(MAX_TALKS), trio.Semaphore(MAX_SLOW_TALKS)
         try:
             async with trio.open_nursery() as nursery:
                 while True:
@@ -112,7 +112,7 @@ async def serve_control(
 def short_address(path: Path) -> Iterator[str]:
     """Return an address for ``path`` that fits. A long one goes through a descriptor of its directory on Linux."""
     full = os.fspath(path)
-    if len(os.fsencode(full)) <= MOST_PATH_BYTES:
+    if len(os.fsencode(full)) <= MAX_PATH_BYTES:
         yield full
         return
     handle = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
@@ -164,8 +164,8 @@ async def _talk(
                 name = str(asked.get("ask", ""))
                 work = slow.get(name)
                 if asked and work is None:
-                    line = _line(FAILED.format(name[:MOST_QUOTED]))
-                    with unit("control", name[:MOST_QUOTED]):
+                    line = _line(FAILED.format(name[:MAX_QUOTED]))
+                    with unit("control", name[:MAX_QUOTED]):
                         line = _line(None, answer(name))
                     await stream.send_all(line)
         finally:
@@ -204,9 +204,9 @@ async def _question(stream: trio.SocketStream) -> Mapping[str, object]:
     """Return the question, "" for anything that is not a question, and None if the line never ends."""
     line = b""
     while not line.endswith(b"\n"):
-        part = await stream.receive_some(MOST_QUESTION_BYTES)
+        part = await stream.receive_some(MAX_QUESTION_BYTES)
         line += part
-        if not part or len(line) > MOST_QUESTION_BYTES:
+        if not part or len(line) > MAX_QUESTION_BYTES:
             return {}
     nothing = {"ask": ""}
     try:
@@ -241,7 +241,7 @@ def _connect(sock: socket.socket, path: Path, *, end: float) -> None:
             sock.settimeout(_left(end))
             try:
                 sock.connect(address)
-            except BlockingIOError:  # its queue of clients is full; a Unix socket does not wait for a place
+            except BlockingIOError:  # its queue of clients is full, and a Unix socket does not wait for a place
                 time.sleep(min(0.01, _left(end)))
                 continue
             return

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 OWN = "/proc/self/fd"
 CLASSES = ("lance_index", "lance_data", "deleted", "sqlite", "sockets", "pipes", "watch", "other")
 _SQLITE_ENDS = (".db", ".db-wal", ".db-shm", ".db-journal")
-MOST_LIMIT = 1 << 20
+MAX_LIMIT = 1 << 20
 """An unlimited hard limit is taken as this. macOS refuses more anyway."""
 VERIFY_TRIES = 5
-MOST_GAP = 1024
+MAX_GAP = 1024
 """This many numbers without a descriptor end the search, since some may have been closed after they were counted."""
 
 
 def limits() -> tuple[int, int]:
-    """Return RLIMIT_NOFILE as (soft, hard). Unlimited counts as ``MOST_LIMIT``."""
+    """Return RLIMIT_NOFILE as (soft, hard). Unlimited counts as ``MAX_LIMIT``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _finite(soft), _finite(hard)
 
@@ -207,7 +207,7 @@ def _targets(count: int) -> Iterator[str]:
         return
     left, gap = count, 0
     for number in range(limits()[0]):
-        if left <= 0 or gap > MOST_GAP:
+        if left <= 0 or gap > MAX_GAP:
             return
         try:
             target = os.readlink(f"{OWN}/{number}")
@@ -231,4 +231,4 @@ def _class_of(target: str, lancedb: str, engine: str) -> str:
 
 
 def _finite(limit: int) -> int:
-    return MOST_LIMIT if limit == resource.RLIM_INFINITY else min(limit, 1 << 30)
+    return MAX_LIMIT if limit == resource.RLIM_INFINITY else min(limit, 1 << 30)

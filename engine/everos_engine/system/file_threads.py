@@ -26,9 +26,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 SLOW_SECONDS = 0.5
 """After this time the calls that follow a slow one no longer wait for it."""
-LATE_MOST = 64
+MAX_LATE = 64
 """Threads that may be left behind. With so many, no other call is begun until one returns."""
-LATE_LEAST, LATE_SHARE = 4, 16
+MIN_LATE, LATE_SHARE = 4, 16
 """Each may hold a descriptor. They are at most a sixteenth of those that may be open, and at least four."""
 
 
@@ -97,7 +97,7 @@ class FileThreads:
 
     slow_seconds: ClassVar[float] = SLOW_SECONDS
 
-    def __init__(self, *, deadline_seconds: float, late_most: int = LATE_MOST) -> None:
+    def __init__(self, *, deadline_seconds: float, late_most: int = MAX_LATE) -> None:
         self.deadline_seconds = deadline_seconds
         self.late_most = late_most
         self.waited_seconds = 0.0
@@ -250,14 +250,14 @@ class _Row(Generic[T, R]):
         self._work, self._enough, self._came_back = work, enough, came_back
         self._lock = threading.Lock()
         self._now: Call[T, R] | None = None
-        self._turn = 0
+        self._thread_number = 0
         self._token = trio.lowlevel.current_trio_token()
 
     def start(self) -> None:
         """Go on in a new thread. Raises Transient if the system gives none."""
-        acquire = self._turn
+        number = self._thread_number
         try:
-            trio.lowlevel.start_thread_soon(lambda: self._run(acquire), lambda _: None, name="files")
+            trio.lowlevel.start_thread_soon(lambda: self._run(number), lambda _: None, name="files")
         except (RuntimeError, OSError) as error:
             message = f"no thread could be started to look at files: {error}"
             raise Transient(message, counts_as_retry=False) from error
@@ -268,16 +268,16 @@ class _Row(Generic[T, R]):
             call = self._now
             if call is None or time.monotonic() - call.began_seconds < after_seconds:
                 if after_seconds == 0:
-                    self._turn += 1
+                    self._thread_number += 1
                 return None
-            self._turn += 1
+            self._thread_number += 1
             self._now = None
             return call
 
-    def _run(self, acquire: int) -> None:
+    def _run(self, number: int) -> None:
         while True:
             with self._lock:
-                if self._turn != acquire:
+                if self._thread_number != number:
                     return
                 if not self.todo:
                     self._say(self.ended.set)
@@ -290,7 +290,7 @@ class _Row(Generic[T, R]):
                 call.error = error
             with self._lock:
                 call.is_over = True
-                if self._turn == acquire:
+                if self._thread_number == number:
                     self.over.append(call)
                     self._now = None
                     if call.error is None and self._enough(cast("R", call.result)):
@@ -311,7 +311,7 @@ class _Row(Generic[T, R]):
 
 def open_threads(*, deadline_seconds: float) -> FileThreads:
     """Make threads for the calls of one process."""
-    most = max(LATE_LEAST, min(LATE_MOST, descriptors.limits()[0] // LATE_SHARE))
+    most = max(MIN_LATE, min(MAX_LATE, descriptors.limits()[0] // LATE_SHARE))
     return FileThreads(deadline_seconds=deadline_seconds, late_most=most)
 
 

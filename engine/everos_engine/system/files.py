@@ -301,7 +301,7 @@ class Walker(Generic[P]):
 
     def _aborted(self, directory: str, reason: str) -> ScanAborted:
         return ScanAborted(
-            f"the sweep stopped at {directory!r}: {reason}; nothing was recorded, the next sweep tries again"
+            f"the full scan stopped at {directory!r}: {reason}. Nothing was recorded, and the next full scan tries again"
         )
 
 

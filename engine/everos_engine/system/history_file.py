@@ -20,7 +20,7 @@ class HistoryFile:
         """Append a line. Returns why that failed, or None. Nothing is raised, and nothing waits."""
         try:
             if self._handle is None:
-                # without a wait: opening a pipe that nobody reads would hold up the whole engine
+                # without a wait: opening a pipe without a reader would block the whole engine
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
                 self._handle = os.open(self.path, flags, 0o600)
             data = ("\n" if self._is_torn else "").encode() + line.encode("ascii", "backslashreplace") + b"\n"

@@ -35,7 +35,7 @@ def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
     return {**environment, VARIABLE: ":".join(filter(None, [given, *missing]))} if missing else None
 
 
-def begin_again(environment: Mapping[str, str]) -> None:
+def restart_tuned(environment: Mapping[str, str]) -> None:
     """Start this program again in the same process, tuned. glibc reads its tunables only before a program begins.
 
     Returns if that is not needed. It is for a separate process, before anything else is done in it. Nothing is closed

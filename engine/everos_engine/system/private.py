@@ -54,7 +54,7 @@ def too_open(settings: Settings) -> str | None:
     allowed = mode_of(settings)
     with suppress(FileNotFoundError, NotADirectoryError):
         if not stat.S_IMODE(os.stat(index).st_mode) & 0o077 & ~allowed:
-            return None  # nobody else gets any further
+            return None  # no other user gets any further
         return os.fspath(index)
     return None
 

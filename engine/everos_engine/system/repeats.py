@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-MOST_KEYS = 1024
+MAX_KEYS = 1024
 
 
 @dataclass(slots=True)
@@ -19,6 +19,6 @@ class Repeats:
         at, times = self._keys.pop(key, (float("-inf"), 0))
         due = now_seconds - at >= self.every_seconds
         self._keys[key] = (now_seconds, 0) if due else (at, times + 1)
-        if len(self._keys) > MOST_KEYS:
+        if len(self._keys) > MAX_KEYS:
             del self._keys[next(iter(self._keys))]  # the one that did not come for the longest time
         return times + 1 if due else 0

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 
 MIB = 1 << 20
-MOST_POINTS = 64
-LEAST_POINTS = 8
-LEAST_STEP_BYTES = 64 << 10
+MAX_POINTS = 64
+MIN_POINTS = 8
+MIN_STEP_BYTES = 64 << 10
 """Points closer together say the same twice."""
 TAIL = 0.05
 
@@ -39,9 +39,9 @@ def kept(text: str | None) -> Slope | None:
 
 @dataclass(slots=True)
 class Learner:
-    """Pairs of (bytes of a Session, index descriptors pinned), the last ``MOST_POINTS`` that differ."""
+    """Pairs of (bytes of a Session, index descriptors pinned), the last ``MAX_POINTS`` that differ."""
 
-    _points: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=MOST_POINTS))
+    _points: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
 
     def see(self, session: int, session_bytes: int, pinned: int) -> None:
         """Keep a pair of the Session of this number, if it says something new. Nothing pinned says nothing."""
@@ -49,7 +49,7 @@ class Learner:
             return
         if self._points:
             last, held, _ = self._points[-1]
-            if last == session and abs(session_bytes - held) < LEAST_STEP_BYTES:
+            if last == session and abs(session_bytes - held) < MIN_STEP_BYTES:
                 return
         self._points.append((session, session_bytes, pinned))
 
@@ -66,7 +66,7 @@ class Learner:
         them pins less than one of the index cache alone.
         """
         ratios = sorted(pinned / held * MIB for _, held, pinned in self._points)
-        if len(ratios) < LEAST_POINTS:
+        if len(ratios) < MIN_POINTS:
             return None
         tail = int(TAIL * len(ratios))
         low, middle, high = ratios[tail], median(ratios), ratios[-1 - tail]

@@ -13,8 +13,8 @@ import yaml
 
 from everos_engine.errors import BadFile, quoted
 
-MOST_BYTES = 64 << 10
-MOST_DEPTH = 16
+MAX_BYTES = 64 << 10
+MAX_DEPTH = 16
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _END = re.compile(r"^(?:---|\.\.\.)[ \t]*$")
 _INT = re.compile(r"[-+]?[0-9]+\Z")
@@ -25,7 +25,7 @@ _WORDS: dict[str, bool | None] = {
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
 _INT64 = 1 << 63
-REMEDY = "mend the frontmatter and save"
+REMEDY = "correct the frontmatter and save"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ def split(lines: list[str]) -> Frontmatter:
 
 
 def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
-    if len(text.encode()) > MOST_BYTES:
-        message = f"the frontmatter is larger than {MOST_BYTES} bytes"
+    if len(text.encode()) > MAX_BYTES:
+        message = f"the frontmatter is larger than {MAX_BYTES} bytes"
         raise BadFile(message, remedy="move the text below the frontmatter", line=1)
     if wrong := _NOT_YAML.search(text):
         line, column = _place(text, wrong.start())
@@ -136,8 +136,8 @@ def _build(loader: yaml.SafeLoader, text: str) -> tuple[dict[str, object], dict[
             put(_scalar(event) if _is_value(stack) else event.value, event)
         elif isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             _check(event)
-            if len(stack) >= MOST_DEPTH:
-                raise _Refused(event, f"nested deeper than {MOST_DEPTH}")
+            if len(stack) >= MAX_DEPTH:
+                raise _Refused(event, f"nested deeper than {MAX_DEPTH}")
             container: dict[str, object] | list[object] = {} if isinstance(event, yaml.MappingStartEvent) else []
             put(container, event)
             stack.append((container, []))

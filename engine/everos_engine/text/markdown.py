@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from everos_engine.errors import BadFile, quoted
 
-MOST_ID_CHARACTERS = 200
-MOST_ENTRIES = 20_000
+MAX_ID_CHARACTERS = 200
+MAX_ENTRIES = 20_000
 """Entries of one file. Each becomes a row, which takes many times the few bytes that an entry needs."""
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 _INLINE = re.compile(r"\*\*([A-Za-z_][A-Za-z0-9_]*)\*\*:[ \t]*(.*)\Z")
@@ -96,9 +96,9 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
                     f"entry {quoted(entry_id)} opens inside entry {quoted(current.entry_id)} of line {current.line}"
                 )
                 raise BadFile(message, remedy=f"close it with `<!-- /entry:{current.entry_id} -->` first", line=number)
-            if not entry_id or len(entry_id) > MOST_ID_CHARACTERS or not entry_id.isprintable():
+            if not entry_id or len(entry_id) > MAX_ID_CHARACTERS or not entry_id.isprintable():
                 message = "the entry marker has no usable id"
-                remedy = f"give it 1 to {MOST_ID_CHARACTERS} printable characters"
+                remedy = f"give it 1 to {MAX_ID_CHARACTERS} printable characters"
                 raise BadFile(message, remedy=remedy, line=number)
             current = Block(entry_id, number, [])
         elif current is None or current.entry_id != entry_id:
@@ -110,8 +110,8 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
             message = f"a marker closes entry {quoted(entry_id)} but {inside}"
             raise BadFile(message, remedy="make the opening and closing markers match", line=number)
         else:
-            if len(found) >= MOST_ENTRIES:
-                message = f"there are more than {MOST_ENTRIES} entries in one file"
+            if len(found) >= MAX_ENTRIES:
+                message = f"there are more than {MAX_ENTRIES} entries in one file"
                 raise BadFile(message, remedy="split the file", line=current.line)
             found.append(current)
             current = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-MOST_CHARACTERS = 4096
+MAX_CHARACTERS = 4096
 _COMPOUND = re.compile(r"\w+(?:[.:]\w+)*")
 _JOINT = re.compile(r"[_.:]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -27,5 +27,5 @@ def terms(texts: Iterable[str]) -> str | None:
             parts = [part for part in _JOINT.split(match[0]) if len(part) > 1]
             if len(parts) > 1 or (parts and parts[0] != match[0]):
                 found.update(dict.fromkeys(part.casefold() for part in parts if not part.isdigit()))
-    joined = " ".join(found)[:MOST_CHARACTERS]
+    joined = " ".join(found)[:MAX_CHARACTERS]
     return joined or None

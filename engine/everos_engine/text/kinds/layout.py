@@ -19,7 +19,7 @@ PLACES = {
 LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project>/"), PLACES))
 """Every place a file of a built-in kind may stand at, relative to the root."""
 _DEFAULTS = {"<app>": "default_app", "<project>": "default_project"}
-_MOST_PATH_CHARACTERS = 4096
+_MAX_PATH_CHARACTERS = 4096
 """No system opens a longer path."""
 _GAP, _OTHER, _FAR = 1.0, 1.6, 2.2
 _DEFAULT_GAP = {"<app>": 0.95, "<project>": 0.9}
@@ -40,7 +40,7 @@ def nearest(path: str) -> Nearest | None:
 
     ``path`` is relative to the root, with ``/``. The path given back is always one the layout has room for.
     """
-    if len(path) > _MOST_PATH_CHARACTERS:
+    if len(path) > _MAX_PATH_CHARACTERS:
         return None
     best: tuple[float, Nearest] | None = None
     parts = path.split("/")

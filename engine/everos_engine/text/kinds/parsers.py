@@ -13,7 +13,7 @@ from everos_engine.errors import quoted
 from everos_engine.text.entries import Document, Entry, Place, Problem, entry
 from everos_engine.text.frontmatter import Frontmatter
 from everos_engine.text.kinds.tables import INLINE, KINDS, Field, Kind
-from everos_engine.text.markdown import MOST_ENTRIES, Block, blocks, fields, headings
+from everos_engine.text.markdown import MAX_ENTRIES, Block, blocks, fields, headings
 from everos_engine.text.terms import terms
 
 _INT64 = 1 << 63
@@ -22,17 +22,17 @@ _OWNER_MAX = 255
 _NULL = {"null", "None", "~"}
 _WHOLE = re.compile(r"[-+]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-_MOST_NUMBER_CHARACTERS = 400
+_MAX_NUMBER_CHARACTERS = 400
 """The greatest float has 309 digits before its point."""
 _ITEM = re.compile(
     r"""[ \t]*(?:"(?P<double>[^"\\]*(?:\\.[^"\\]*)*)"|'(?P<single>[^'\\]*(?:\\.[^'\\]*)*)'|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
 )
 _ESCAPE = re.compile(r"\\(.)")
-_MILLISECOND_MOST = 253_402_300_799_999
+_MAX_MILLISECOND = 253_402_300_799_999
 """The last millisecond of the year 9999, the last a datetime holds."""
 
 
-_MOST_LINES = 5
+_MAX_LINES = 5
 _SHORT_CHARACTERS = 120
 
 
@@ -63,14 +63,14 @@ def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> D
         at = lines[block.entry_id]
         if len(at) > 1:
             if block.line == at[0]:
-                more = f" and {len(at) - _MOST_LINES} more" if len(at) > _MOST_LINES else ""
-                message = f"the id is used by the entries of lines {' and '.join(map(str, at[:_MOST_LINES]))}{more}"
+                more = f" and {len(at) - _MAX_LINES} more" if len(at) > _MAX_LINES else ""
+                message = f"the id is used by the entries of lines {' and '.join(map(str, at[:_MAX_LINES]))}{more}"
                 problems.append(Problem(block.entry_id, message, "give each entry an id of its own", block.line))
             continue
         try:
             entries.append(_daily_entry(place, block, warnings, folder=folder))
         except _BadValue as error:
-            problems.append(Problem(block.entry_id, str(error), "mend the entry and save", error.line, error.column))
+            problems.append(Problem(block.entry_id, str(error), "correct the entry and save", error.line, error.column))
     return Document(tuple(entries), tuple(problems), tuple(warnings))
 
 
@@ -129,7 +129,7 @@ def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Do
     """Return one row per heading section, named by its heading path. Text before the first heading is ``intro``.
 
     A row has its own heading in full and the ones above it in short, so that a long heading is not repeated with each
-    heading below. Once there are MOST_ENTRIES rows, further headings are text of the last one.
+    heading below. Once there are MAX_ENTRIES rows, further headings are text of the last one.
     """
     title = front.values.get("title")
     if not isinstance(title, str):
@@ -158,7 +158,7 @@ def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Do
         entries.append(_entry(place, entry_id, start, values))
 
     for number, level, name, line in headings(front.body, front.first_line):
-        if not level or len(entries) + 1 >= MOST_ENTRIES:
+        if not level or len(entries) + 1 >= MAX_ENTRIES:
             gathered.append(line)
             continue
         close()
@@ -203,7 +203,7 @@ def _common(place: Place, entry_id: str) -> dict[str, object]:
 
 
 def _one_problem(entry_id: str, error: _BadValue) -> Document:
-    return Document((), (Problem(entry_id, str(error), "mend the frontmatter and save", error.line, error.column),))
+    return Document((), (Problem(entry_id, str(error), "correct the frontmatter and save", error.line, error.column),))
 
 
 def _owned(place: Place, front: Frontmatter, warnings: list[Problem]) -> Place:
@@ -257,7 +257,7 @@ def _milliseconds(front: Frontmatter) -> datetime | None:
     value = front.values.get("profile_timestamp_ms")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MILLISECOND_MOST:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_MILLISECOND:
         message = f"profile_timestamp_ms must be milliseconds since 1970, not {quoted(value)}"
         raise _BadValue(message, front.places.get("profile_timestamp_ms", (1, 1)))
     return datetime.fromtimestamp(value // 1000, UTC).replace(microsecond=value % 1000 * 1000)
@@ -286,7 +286,7 @@ def _timestamp(text: str) -> datetime:
 
 
 def _float(text: str) -> float:
-    if len(text) > _MOST_NUMBER_CHARACTERS or not _NUMBER.fullmatch(text):
+    if len(text) > _MAX_NUMBER_CHARACTERS or not _NUMBER.fullmatch(text):
         raise ValueError(text)
     value = float(text)
     if not math.isfinite(value):
