@@ -253,7 +253,7 @@ def _chosen(every: Sequence[Facts], count: int, seed: int) -> list[Facts]:
     """``count`` cases, with as many different folders and ways among them as there can be; all if it is 0."""
     if not count:
         return list(every)
-    chance = random.Random(seed)  # noqa: S311 - a choice of cases
+    chance = random.Random(seed)
     groups: dict[tuple[str, str, str], list[Facts]] = {}
     for case in every:
         groups.setdefault((case.state, case.way, _role(case.path)), []).append(case)
@@ -265,7 +265,7 @@ def _chosen(every: Sequence[Facts], count: int, seed: int) -> list[Facts]:
 def _role(path: str) -> str:
     """What a file is for: the part of a table it belongs to, or its own name."""
     parts = path.split("/")
-    return parts[2] if parts[0] == "lancedb" and len(parts) > 2 else parts[-1]  # noqa: PLR2004 - table, part, file
+    return parts[2] if parts[0] == "lancedb" and len(parts) > 2 else parts[-1]
 
 
 def _in_a_process(template: Path, case: Facts) -> str:
@@ -340,7 +340,7 @@ def _keep_expected(template: Path, expected: Rows) -> None:
 
 
 def _expected(template: Path) -> Rows:
-    import ast  # noqa: PLC0415 - only for a case in a process of its own
+    import ast
 
     found: Rows = ast.literal_eval((template / "expected.txt").read_text(encoding="utf-8"))
     return found

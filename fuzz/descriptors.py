@@ -127,7 +127,7 @@ class DescriptorMachine(RuleBasedStateMachine):
         columns: list[int],
         shape: str,
         weighed: bool,
-        seed: int,  # noqa: FBT001
+        seed: int,
     ) -> None:
         self.mode, self.cap, self.shape, self.random = self.only_mode or mode, cap, shape, np.random.default_rng(seed)
         self.weighed = weighed and self.index_class is Index

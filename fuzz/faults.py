@@ -326,7 +326,7 @@ def main() -> int:
     database.BUSY_RETRIES = BUSY_RETRIES  # ten seconds of retries would make no other way of it
     for door in arguments.door or DOORS:
         at, faults = arguments.at or 1, 0
-        while at <= 300:  # noqa: PLR2004 - reads go on for as long as the engine looks at its tree
+        while at <= 300:
             try:
                 sprung = trio.run(once, door, at)
             except Exception as error:

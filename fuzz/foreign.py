@@ -24,7 +24,7 @@ class NeverHeardOf(Exception):
     """On no list of anybody."""
 
 
-class PanicException(BaseException):  # noqa: N818 - the name that pyo3 gives to a Rust panic, which is no Exception
+class PanicException(BaseException):
     """As a Rust panic reaches Python."""
 
 

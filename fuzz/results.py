@@ -70,10 +70,10 @@ def _write(name: str, facts: Mapping[str, object], run: Run, folder: Path) -> Pa
 
 def draw(title: str, run: Run, path: Path) -> None:
     """Count, budget and limit above, RSS and the Session's bytes below, over time."""
-    import matplotlib as mpl  # noqa: PLC0415 - an extra
+    import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - an extra
+    from matplotlib import pyplot as plt
 
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(2, 1))
     above.plot(run.seconds, run.counts, linewidth=0.8, color="#1f5fa8", label="descriptors")

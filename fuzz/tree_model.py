@@ -163,7 +163,7 @@ def kind_of(key: str) -> str:
         return "other"
     if parts[0] == "notes":
         return "note"
-    if len(parts) > 2 and parts[2] in {"users", "agents"}:  # noqa: PLR2004 - app/project in front
+    if len(parts) > 2 and parts[2] in {"users", "agents"}:
         parts = parts[2:]
     match parts:
         case ["users", _, "user.md"]:
@@ -182,7 +182,7 @@ def place(key: str) -> dict[str, object]:
     """What a path says of its owner."""
     parts = key.split("/")
     at = next(number for number, part in enumerate(parts) if part in {"users", "agents"})
-    app, project = (parts[0], parts[1]) if at == 2 else ("default", "default")  # noqa: PLR2004 - app/project in front
+    app, project = (parts[0], parts[1]) if at == 2 else ("default", "default")
     return {
         "app_id": "default" if app == "default_app" else app,
         "project_id": "default" if project == "default_project" else project,

@@ -380,7 +380,7 @@ class Moody(FakeEmbedder):
 
     def __init__(self, seed: int, trouble: float) -> None:
         super().__init__(batch_size=8, concurrency=3)
-        self.chance = random.Random(seed)  # noqa: S311
+        self.chance = random.Random(seed)
         self.trouble = trouble
 
     async def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

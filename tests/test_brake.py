@@ -441,7 +441,7 @@ async def test_an_unmounted_root_keeps_every_row(tmp_path: Path) -> None:
             plant(root, 1, user="u9")  # somebody writes below the mount point
             engine.context.look_again()
             with trio.fail_after(HANG_SECONDS):
-                while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
+                while (await engine.status()).counts.delayed == 0:
                     await trio.sleep(0.05)
             status = await engine.status()
             assert (await held(engine), status.rows) == ({"root_replaced": 12}, {"atomic_fact": 12})

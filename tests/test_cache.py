@@ -129,7 +129,7 @@ async def test_a_cache_that_cannot_be_written_is_left_out_and_comes_back(
             assert await engine.search("word3")
             disk.error = None
             monkeypatch.setattr(embeddings, "REST_SECONDS", 0.0)
-            engine.context.vectors.cache._rests_until = 0.001  # noqa: SLF001 - as if the rest were over
+            engine.context.vectors.cache._rests_until = 0.001
             write(root, "other", files=5)
             await engine.settle()
         found = Cache(settings.engine_directory / "embeddings.db")

@@ -134,7 +134,7 @@ async def test_edits_while_the_engine_is_down_are_found_at_the_start(root: Path)
 
 async def test_writes_within_one_tick_of_the_clock_are_all_found(root: Path) -> None:
     """Content of one size, written as fast as it goes: many observations fall into the tick of a later write."""
-    chance = random.Random(7)  # noqa: S311
+    chance = random.Random(7)
     settings = quiet(root, settle_milliseconds=0)
     paths = [put(root, f"users/u1/.atomic_facts/{number}.md", facts(fact(1, "0000"))) for number in range(5)]
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
@@ -187,7 +187,7 @@ async def test_the_rolling_audit_reads_the_whole_tree_by_itself(root: Path) -> N
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         with trio.fail_after(HANG_SECONDS):
-            while await engine.context.database.aread(lambda tx: meta.get(tx, "last_audit")) is None:  # noqa: ASYNC110
+            while await engine.context.database.aread(lambda tx: meta.get(tx, "last_audit")) is None:
                 await trio.sleep(0.2)
 
 
@@ -215,7 +215,7 @@ async def test_a_file_that_looks_torn_is_given_time_to_settle(root: Path) -> Non
         whole = path.read_text()
         path.write_text(whole[: len(whole) // 4])  # as a writer leaves it in the midst of its work
         nursery.start_soon(engine.sync, [FACTS])
-        while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
+        while (await engine.status()).counts.delayed == 0:
             await trio.sleep(0.01)
         assert len(await indexed(engine)) == 6
         path.write_text(whole)
@@ -234,7 +234,7 @@ async def test_an_empty_reference_may_be_in_the_midst_of_being_written(root: Pat
         before = await indexed(engine)
         reference.write_text("")  # as writing in place begins
         nursery.start_soon(engine.sync, [f"{skill}SKILL.md"])
-        while (await engine.status()).counts.delayed == 0:  # noqa: ASYNC110 - the queue announces no delays
+        while (await engine.status()).counts.delayed == 0:
             await trio.sleep(0.01)
         assert await indexed(engine) == before
         reference.write_text("200 degrees")
@@ -306,7 +306,7 @@ def test_a_file_rewritten_while_it_is_read_is_never_torn(tmp_path: Path) -> None
 
 async def watching(engine: Engine) -> None:
     with trio.fail_after(HANG_SECONDS):
-        while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
+        while not engine.context.progress.watching:
             await trio.sleep(0.01)
 
 
@@ -348,7 +348,7 @@ async def test_an_edit_by_a_link_to_a_directory_is_seen_by_events(root: Path) ->
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
         with trio.fail_after(HANG_SECONDS):
-            while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
+            while not engine.context.progress.watching:
                 await trio.sleep(0.01)
         await engine.settle()
         put(root, "real/b.md", "# B\nthe otter")

@@ -43,7 +43,7 @@ def cpu_ticks(pid: int) -> int:
 
 async def listening(path: Path) -> None:
     with trio.fail_after(HANG_SECONDS):
-        while not path.exists():  # noqa: ASYNC110 - a socket file announces itself to nobody
+        while not path.exists():
             await trio.sleep(0.001)
 
 
@@ -312,7 +312,7 @@ async def test_slow_questions_stand_before_nobody_and_too_many_are_told_so(tmp_p
             for _ in range(MAX_SLOW_TALKS):
                 asking.start_soon(ask_one)
             with trio.fail_after(HANG_SECONDS):
-                while begun < MAX_SLOW_TALKS:  # noqa: ASYNC110 - begun in answer to threads
+                while begun < MAX_SLOW_TALKS:
                     await trio.sleep(0.001)
             assert await asked(path, "pulse") == {"asked": "pulse"}
             assert await trio.to_thread.run_sync(ask_slowly) == {"error": BUSY}

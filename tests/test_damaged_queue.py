@@ -71,7 +71,7 @@ async def test_damage_under_a_running_engine_opens_the_stores_again(how: str, ro
             await engine.settle()
             first = engine.context
             first.database.checkpoint()
-            first.database._connection.execute("PRAGMA shrink_memory")  # noqa: SLF001 - read from the disk again
+            first.database._connection.execute("PRAGMA shrink_memory")
             damage(path, how)
             put(root, "users/u1/.atomic_facts/new.md", facts(fact(1, "after")))
             while engine.context is first or "database_recreated" not in engine.context.conditions.now:
@@ -138,7 +138,7 @@ async def test_a_start_on_a_full_disk_waits_for_room(root: Path, monkeypatch: py
         async with trio.open_nursery() as nursery:
 
             async def lift() -> None:
-                while disk.strikes < 3:  # noqa: ASYNC110 - SQLite announces nothing
+                while disk.strikes < 3:
                     await trio.sleep(0.01)
                 disk.error = None
 

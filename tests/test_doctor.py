@@ -363,9 +363,9 @@ def test_cause_11_a_removed_index_directory_is_made_again(shell: Shell) -> None:
 
 
 def test_rows_removed_under_a_running_engine_are_written_again_by_sync(shell: Shell) -> None:
-    import asyncio  # noqa: PLC0415 - only here
+    import asyncio
 
-    import lancedb  # noqa: PLC0415 - only here
+    import lancedb
 
     async def remove() -> None:
         connection = await lancedb.connect_async(str(shell.root / ".index" / "lancedb"))

@@ -93,7 +93,7 @@ async def test_the_local_embedder_leaves_the_event_loop_free_and_stops_after_the
     assert (await embedder.embed(["warm"])).shape == (1, 512)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(embedder.embed, texts)
-        while len(embedder.threads) < 4:  # noqa: ASYNC110 - a thread announces nothing
+        while len(embedder.threads) < 4:
             await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
         begun = len(embedder.threads)

@@ -276,7 +276,7 @@ async def test_a_skill_is_indexed_again_when_a_reference_changes(settings: Setti
 async def test_after_random_operations_the_index_is_what_the_tree_says(
     seed: int, settings: Settings, root: Path
 ) -> None:
-    chance = random.Random(seed)  # noqa: S311
+    chance = random.Random(seed)
     keys = [f"users/u1/.atomic_facts/{number}.md" for number in range(8)]
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         for step in range(120):

@@ -26,7 +26,7 @@ def command(root: Path, *words: str) -> list[str]:
 async def test_beside_a_running_engine_the_table_is_live(settings: Settings, root: Path) -> None:
     async with open_engine(settings, embedder=FakeEmbedder()) as engine:
         await engine.settle()
-        while not engine.context.fds:  # noqa: ASYNC110 - the first sample is announced to nobody
+        while not engine.context.fds:
             await trio.sleep(0.01)
         shown = await trio.run_process(command(root), capture_stdout=True)
         told = json.loads((await trio.run_process(command(root, "--json"), capture_stdout=True)).stdout)

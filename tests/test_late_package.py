@@ -31,7 +31,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def runs() -> int:
-    import builtins  # noqa: PLC0415 - the sample counts there
+    import builtins
 
     return builtins.late_runs  # type: ignore[attr-defined]
 
@@ -54,7 +54,7 @@ def test_the_first_use_of_a_name_runs_the_init_once(package: str) -> None:
 def test_from_imports_work(package: str) -> None:
     with late_package(package):
         importlib.import_module(package)
-    from late_sample import TWO  # noqa: PLC0415 - after the fixture made it
+    from late_sample import TWO
 
     assert TWO == 2
 

@@ -152,7 +152,7 @@ async def read_on(stream: trio.abc.ReceiveStream) -> None:
 @pytest.mark.parametrize(("colour", "has"), [(True, True), (False, False)])
 def test_colour_is_only_where_it_is_wanted(settings: Settings, root: Path, *, colour: bool, has: bool) -> None:
     settings.engine_directory.mkdir(parents=True)
-    from everos_engine.engine import open_queue  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.engine import open_queue
 
     open_queue(settings).close()
     assert ("\x1b[" in status.as_text(status.snapshot(settings), Style(colour))) is has

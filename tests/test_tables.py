@@ -107,7 +107,7 @@ FOREIGN = [
 
 def _foreign(settings: Settings, change: Callable[[lancedb.AsyncTable], Awaitable[None]]) -> None:
     """Commit to the table behind the engine's back, from an asyncio loop of its own."""
-    import asyncio  # noqa: PLC0415 - the engine's own loop runs elsewhere
+    import asyncio
 
     async def commit() -> None:
         connection, table = await _open(settings)

@@ -170,10 +170,10 @@ async def test_a_replaced_root_is_watched_anew(root: Path) -> None:
         aside = root.with_name("aside")
         root.rename(aside)
         with trio.fail_after(HANG_SECONDS):
-            while engine.context.progress.watching:  # noqa: ASYNC110 - noticed on a beat
+            while engine.context.progress.watching:
                 await trio.sleep(0.1)
             aside.rename(root)
-            while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
+            while not engine.context.progress.watching:
                 await trio.sleep(0.1)
         put(root, "a/2.md", "# A\ntwo")
         await counted(engine, lambda counts: counts.done == 2)
@@ -183,7 +183,7 @@ async def test_stopping_waits_for_no_event(root: Path) -> None:
     settings = load({"memory.root": str(root)}, environment={}, user_file=root / "none")
     with trio.fail_after(HANG_SECONDS):
         async with open_engine(settings, embedder=FakeEmbedder()) as engine:
-            while not engine.context.progress.watching:  # noqa: ASYNC110 - laid in a thread
+            while not engine.context.progress.watching:
                 await trio.sleep(0.01)
 
 
@@ -197,7 +197,7 @@ async def test_names_that_are_not_utf8_end_no_watching(root: Path) -> None:
         await engine.settle()
         for number in range(1, 9):
             with trio.fail_after(HANG_SECONDS):
-                while not engine.context.progress.watching and not engine.context.progress.polling:  # noqa: ASYNC110 - laid in a thread
+                while not engine.context.progress.watching and not engine.context.progress.polling:
                     await trio.sleep(0.01)
             Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9%d.txt" % number)).touch()
             put(root, f"{number}.md", "# A\ntext")
@@ -257,13 +257,13 @@ async def test_no_error_of_the_events_library_ends_the_engine(
                 left = len(Failing.errors)
                 root.rename(root.with_name("aside"))
                 with trio.fail_after(HANG_SECONDS):
-                    while engine.context.progress.watching:  # noqa: ASYNC110 - noticed on a beat
+                    while engine.context.progress.watching:
                         await trio.sleep(0.05)
                     root.with_name("aside").rename(root)
-                    while len(Failing.errors) == left and engine.context.progress.watching:  # noqa: ASYNC110 - in a thread
+                    while len(Failing.errors) == left and engine.context.progress.watching:
                         await trio.sleep(0.05)
         with trio.fail_after(HANG_SECONDS):
-            while Failing.errors and point != "close":  # noqa: ASYNC110 - raised in a thread
+            while Failing.errors and point != "close":
                 await trio.sleep(0.05)
 
 
@@ -287,13 +287,13 @@ async def test_a_quiet_tree_is_looked_at_less_often_until_the_next_event(
     async with open_engine(listening(root), embedder=FakeEmbedder()) as engine:
         for number in (1, 2):
             with trio.fail_after(HANG_SECONDS):
-                while not steps or steps[-1] != watcher.QUIET_STEP_MILLISECONDS:  # noqa: ASYNC110 - in a thread
+                while not steps or steps[-1] != watcher.QUIET_STEP_MILLISECONDS:
                     await trio.sleep(0.05)
             quiet = len(steps)
             put(root, f"{number}.md", "# A\ntext")
             await counted(engine, lambda counts, number=number: counts.done == number)  # type: ignore[misc]  # a default binds the value of this turn
             with trio.fail_after(HANG_SECONDS):  # a scan may have been faster than the event
-                while watcher.STEP_MILLISECONDS not in steps[quiet:]:  # noqa: ASYNC110 - in a thread
+                while watcher.STEP_MILLISECONDS not in steps[quiet:]:
                     await trio.sleep(0.05)
 
 

@@ -143,8 +143,7 @@ class Engine:
             if self.health.state.value not in fitting:
                 break
             if self.health.state.value == "ended":
-                message = "this engine has ended: open another with open_engine"
-                raise EngineError(message)
+                raise EngineError("this engine has ended: open another with open_engine")
             context = self.context
             with trio.CancelScope() as scope:
                 self._calls.add(scope)
@@ -221,8 +220,9 @@ class Engine:
                 return await search_index(*parts, mode=chosen, only=filtered, limit=limit)
             except Unexpected as error:
                 if context.owner == READER:
-                    message = f"{error}: `everos-engine sync` checks the tables, and makes a damaged one again"
-                    raise Unexpected(message) from error
+                    raise Unexpected(
+                        f"{error}: `everos-engine sync` checks the tables, and makes a damaged one again"
+                    ) from error
                 with trio.CancelScope(shield=True):
                     if not await repair_reads(context, query):
                         raise
@@ -528,14 +528,12 @@ def check_root(settings: Settings, *, may_make: bool = False) -> None:
     if root.is_dir():
         return
     if os.path.lexists(root):
-        message = f"memory.root={root} is no directory: name one, with --root or EVEROS_ROOT"
-        raise SettingsError(message)
+        raise SettingsError(f"memory.root={root} is no directory: name one, with --root or EVEROS_ROOT")
     if not may_make:
-        message = (
+        raise SettingsError(
             f"memory.root={root} does not exist: mount it or move it back, name another with --root or EVEROS_ROOT, or "
             "make a new one with `everos-engine run --create`"
         )
-        raise SettingsError(message)
 
 
 def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
@@ -567,13 +565,15 @@ def _read_queue(settings: Settings) -> Database:
     """
     path = settings.engine_directory / "engine.db"
     if not (path.exists() and settings.lancedb_directory.is_dir()):
-        message = f"{settings.root} was never indexed, and it may not be written here: index it where it may be, or run the command as its owner"
-        raise SettingsError(message)
+        raise SettingsError(
+            f"{settings.root} was never indexed, and it may not be written here: index it where it may be, or run the command as its owner"
+        )
     database = Database(path, readonly=True)
     if (found := database.version()) != SCHEMA_VERSION:
         database.close()
-        message = f"{path} has version {found}, this engine reads version {SCHEMA_VERSION}, and it may not be written here: run this version where it may be"
-        raise Fatal(message)
+        raise Fatal(
+            f"{path} has version {found}, this engine reads version {SCHEMA_VERSION}, and it may not be written here: run this version where it may be"
+        )
     return database
 
 

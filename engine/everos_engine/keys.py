@@ -20,19 +20,17 @@ def key_of(settings: Settings, path: str) -> str:
     Raises OutsideRoot.
     """
     if not _is_path(path):
-        message = f"{path!r} is no path that a file can have: name a path below {settings.root}"
-        raise OutsideRoot(message)
+        raise OutsideRoot(f"{path!r} is no path that a file can have: name a path below {settings.root}")
     listed = files.path_of(settings.root, path)
     if not os.path.lexists(full := os.path.join(settings.root, path)):
         path = listed if os.path.lexists(listed) else files.in_other_form(full) or path
     key = key_in_root(settings, path)
     linked = None if key is None else files.linked_directory(settings.root, files.path_of(settings.root, key))
     if linked is not None:
-        message = (
+        raise OutsideRoot(
             f"{path!r} lies behind the link {linked!r}, and links to directories are not followed: "
             "put the directory itself there, or name the file by the directory it is in"
         )
-        raise OutsideRoot(message)
     place = None if key is None else kinds.recognise(key, note_globs=settings.note.globs)
     if place is None:
         raise OutsideRoot(_refusal(settings, path, key))

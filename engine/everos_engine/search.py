@@ -75,7 +75,7 @@ class Filter:
         )
 
 
-async def search(  # noqa: PLR0913 - the stores, and the question
+async def search(
     index: Index, database: Database, vectors: Vectors, query: str, *, mode: Mode, only: Filter, limit: int
 ) -> list[Result]:
     """Return the best ``limit`` entries for ``query``, best first.
@@ -86,8 +86,7 @@ async def search(  # noqa: PLR0913 - the stores, and the question
     wanted = bounded(query)
     chosen = [only.kind] if only.kind else [kind for kind in index.kinds if kind not in index.shunned]
     if only.kind in index.shunned:
-        message = f"the table {only.kind!r} is damaged: {index.shunned[only.kind]}"
-        raise TableDamaged(message)
+        raise TableDamaged(f"the table {only.kind!r} is damaged: {index.shunned[only.kind]}")
     where, depth = only.where(), limit * OVERSAMPLE
     rankings: dict[str, list[Hit]] = {}
     if mode != "vector":
@@ -148,14 +147,13 @@ def check_question(mode: str | None, kind: str | None, limit: int) -> None:
     That is an unknown mode or kind, or a limit that is not from 1 to MAX_RESULTS.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_RESULTS:
-        message = f"limit={str(limit)[:80]} is refused: it must be a whole number, at least 1 and at most {MAX_RESULTS}"
-        raise BadQuestion(message)
+        raise BadQuestion(
+            f"limit={str(limit)[:80]} is refused: it must be a whole number, at least 1 and at most {MAX_RESULTS}"
+        )
     if mode is not None and mode not in get_args(Mode):
-        message = f"there is no mode {quoted(mode)}: choose one of {', '.join(get_args(Mode))}"
-        raise BadQuestion(message)
+        raise BadQuestion(f"there is no mode {quoted(mode)}: choose one of {', '.join(get_args(Mode))}")
     if kind is not None and kind not in kinds.KINDS:
-        message = f"there is no kind {quoted(kind)}: choose one of {', '.join(kinds.KINDS)}"
-        raise BadQuestion(message)
+        raise BadQuestion(f"there is no kind {quoted(kind)}: choose one of {', '.join(kinds.KINDS)}")
 
 
 def encodable(text: str) -> str:

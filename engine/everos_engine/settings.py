@@ -522,8 +522,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     unit = None if match is None else _UNITS.get((match[2] or "").upper())
     if match is None or unit is None:
-        message = f"{quoted(text)} is not a size: write bytes, or a number with KB, MB or GB"
-        raise ValueError(message)
+        raise ValueError(f"{quoted(text)} is not a size: write bytes, or a number with KB, MB or GB")
     return int(float(match[1]) * unit)
 
 
@@ -626,26 +625,22 @@ def _coerce(name: str, value: object, hint: Any, fld: dataclasses.Field[Any], so
     try:
         result = _convert(name, value, hint)
     except (ValueError, TypeError, OverflowError) as error:
-        message = f"{source}: {name}={quoted(str(_masked(fld, value)))}: {clipped(str(error))}"
-        raise SettingsError(message) from None
+        raise SettingsError(f"{source}: {name}={quoted(str(_masked(fld, value)))}: {clipped(str(error))}") from None
     min_, max_ = fld.metadata["min"], fld.metadata["max"]
     if isinstance(result, str):
         return result
     if min_ is not None and typing.cast("float", result) < min_:
-        message = f"{source}: {name}={quoted(value)} is below its minimum {min_:g}"
-        raise SettingsError(message)
+        raise SettingsError(f"{source}: {name}={quoted(value)} is below its minimum {min_:g}")
     if max_ is not None and typing.cast("float", result) > max_:
-        message = f"{source}: {name}={quoted(value)} is above its maximum {max_:g}"
-        raise SettingsError(message)
+        raise SettingsError(f"{source}: {name}={quoted(value)} is above its maximum {max_:g}")
     return result
 
 
-def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - one arm a type
+def _convert(name: str, value: object, hint: Any) -> object:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices:
-            message = f"must be one of {', '.join(choices)}"
-            raise ValueError(message)
+            raise ValueError(f"must be one of {', '.join(choices)}")
         return value
     if get_origin(hint) in {typing.Union, types.UnionType}:  # a number, or a word that stands for one
         kind, words = get_args(hint)
@@ -653,8 +648,7 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
     if get_origin(hint) is tuple:
         parts = value.split(os.pathsep) if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-            message = "must be a list of strings"
-            raise ValueError(message)
+            raise ValueError("must be a list of strings")
         return tuple(part for part in parts if part)
     if hint is bool:
         return _as_bool(value)
@@ -662,34 +656,27 @@ def _convert(name: str, value: object, hint: Any) -> object:  # noqa: PLR0911 - 
         if isinstance(value, str):
             return parse_size(value) if name.endswith("_bytes") else _number(value, int, "a whole number")
         if isinstance(value, bool) or not isinstance(value, int):
-            message = "must be a whole number"
-            raise ValueError(message)
+            raise ValueError("must be a whole number")
         return value
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            message = "must be a number"
-            raise ValueError(message)
+            raise ValueError("must be a number")
         number = _number(value, float, "a number")
         if number != number or number in {float("inf"), float("-inf")}:  # noqa: PLR0124 - NaN is the one unequal to itself
-            message = "must be a finite number"
-            raise ValueError(message)
+            raise ValueError("must be a finite number")
         return number
     if not isinstance(value, (str, os.PathLike)):
-        message = "must be a string"
-        raise ValueError(message)
+        raise ValueError("must be a string")
     if "\0" in os.fspath(value):
-        message = "must not hold a NUL"
-        raise ValueError(message)
+        raise ValueError("must not hold a NUL")
     return _path(os.fspath(value)) if hint is Path else os.fspath(value)
 
 
 def _path(text: str) -> Path:
     if not text:
-        message = "must not be empty"
-        raise ValueError(message)
+        raise ValueError("must not be empty")
     if os.path.expanduser(text).startswith("~"):
-        message = "there is no home directory of that name: set HOME, or write the whole path"
-        raise ValueError(message)
+        raise ValueError("there is no home directory of that name: set HOME, or write the whole path")
     return Path(text)
 
 
@@ -697,8 +684,7 @@ def _number(value: object, kind: Callable[[Any], N], wanted: str) -> N:
     try:
         return kind(value)
     except (ValueError, OverflowError):
-        message = f"must be {wanted}"
-        raise ValueError(message) from None
+        raise ValueError(f"must be {wanted}") from None
 
 
 def _as_bool(value: object) -> bool:
@@ -707,8 +693,7 @@ def _as_bool(value: object) -> bool:
     word = str(value).lower()
     if word in _TRUE | _FALSE:
         return word in _TRUE
-    message = "must be true or false"
-    raise ValueError(message)
+    raise ValueError("must be true or false")
 
 
 def _check_together(settings: Settings, refuse: Callable[[str], None]) -> None:

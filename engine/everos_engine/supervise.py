@@ -96,8 +96,9 @@ async def keep(name: str, loop: Callable[[], Awaitable[None]]) -> None:
             while deaths and now - deaths[0] > WITHIN_SECONDS:
                 deaths.popleft()
             if len(deaths) > MAX_DEATHS:
-                message = f"the {name} loop died {len(deaths)} times within {WITHIN_SECONDS:g} s, last of {error!r}"
-                raise KeepsDying(message) from error
+                raise KeepsDying(
+                    f"the {name} loop died {len(deaths)} times within {WITHIN_SECONDS:g} s, last of {error!r}"
+                ) from error
         await trio.sleep(delay * (1 + random.random() / 4))  # noqa: S311 - spreads restarts
         delay = min(delay * 2, MAX_DELAY_SECONDS)
 
@@ -145,7 +146,7 @@ async def _death(name: str, loop: Callable[[], Awaitable[None]]) -> BaseExceptio
     """
     try:
         await loop()
-    except BaseException as error:  # noqa: BLE001 - the supervisor sorts anything that ended a loop, panics too
+    except BaseException as error:
         end, rest = split_end(error)
         if rest is None:
             raise

@@ -51,11 +51,9 @@ class FakeEmbedder:
         if any("HANG" in text for text in texts):
             await trio.sleep_forever()
         if any("POISON" in text for text in texts):
-            message = "refused by the fake"
-            raise BadText(message)
+            raise BadText("refused by the fake")
         if any("FLAKY" in text for text in texts):
-            message = "flaky"
-            raise Transient(message)
+            raise Transient("flaky")
         return np.stack([self.vector(text) for text in texts])
 
     def vector(self, text: str) -> NDArray[np.float32]:

@@ -50,11 +50,10 @@ def remember(root: Path, content: bytes, environment: Mapping[str, str]) -> Path
     """
     place = _record(root, environment)
     if _is_inside(place, root):
-        message = (
+        raise SettingsError(
             f"trust is remembered in {place.parent}, which lies inside the memory root {root}: what is written into the root "
             "could trust itself. Set XDG_STATE_HOME to a directory outside the root"
         )
-        raise SettingsError(message)
     draft = place.with_name(f"{place.name}.{secrets.token_hex(4)}")
     line = json.dumps({"root": _name(root), "sha256": digest_of(content)}) + "\n"
     try:
@@ -66,8 +65,9 @@ def remember(root: Path, content: bytes, environment: Mapping[str, str]) -> Path
     except OSError as error:
         with suppress(OSError):
             draft.unlink()
-        message = f"trust cannot be remembered in {place.parent}: {error.strerror}: set XDG_STATE_HOME to a directory that you may write"
-        raise SettingsError(message) from None
+        raise SettingsError(
+            f"trust cannot be remembered in {place.parent}: {error.strerror}: set XDG_STATE_HOME to a directory that you may write"
+        ) from None
     return place
 
 
@@ -78,8 +78,7 @@ def forget(root: Path, environment: Mapping[str, str]) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        message = f"{_record(root, environment)} cannot be removed: {error.strerror}"
-        raise SettingsError(message) from None
+        raise SettingsError(f"{_record(root, environment)} cannot be removed: {error.strerror}") from None
     return True
 
 

@@ -18,7 +18,7 @@ from everos_engine.stores.index import Index, open_index
 from everos_engine.testing import FakeEmbedder
 
 sys.path.append(str(REPOSITORY / "fuzz"))
-from realistic import Memory  # noqa: E402 - the memory that the soak of the defaults uses
+from realistic import Memory
 
 MIB = 1 << 20
 SIZES_MIB = (8, 32)

@@ -188,10 +188,10 @@ def as_text(lines: Sequence[Line]) -> list[str]:
 
 def draw(lines: Sequence[Line], path: Path) -> None:
     """Draw pinned descriptors over the cycles, and latency against ceiling for each cap."""
-    import matplotlib as mpl  # noqa: PLC0415 - an extra
+    import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - an extra
+    from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for line in lines:
@@ -213,11 +213,11 @@ def _try(plan: Mapping[str, object], shape: Shape) -> dict[str, object]:
     try:
         done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False)  # noqa: S603 - ourselves
     except subprocess.TimeoutExpired:
-        message = f"a trial took more than {TRIAL_SECONDS:g} s: try `--quick`, or a machine that is not busy"
-        raise Fatal(message) from None
+        raise Fatal(
+            f"a trial took more than {TRIAL_SECONDS:g} s: try `--quick`, or a machine that is not busy"
+        ) from None
     if done.returncode:
-        message = f"a trial failed with status {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
-        raise Fatal(message)
+        raise Fatal(f"a trial failed with status {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     found: dict[str, object] = json.loads(done.stdout)
     return found
 
@@ -282,8 +282,7 @@ def _write(facts: Mapping[str, object], lines: Sequence[Line], output: Path) -> 
         draw(lines, output / "calibration.png")
         print(f"written: {output / 'calibration.png'}")
     except OSError as error:
-        message = f"{output}: cannot be written to: {error}: name another folder with --output"
-        raise EngineError(message) from None
+        raise EngineError(f"{output}: cannot be written to: {error}: name another folder with --output") from None
 
 
 def _episodes(settings: Settings) -> list[list[str]]:

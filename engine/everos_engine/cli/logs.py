@@ -68,7 +68,7 @@ def set_up(settings: Settings, *, reporting: bool = False) -> Screen | None:
         return None
     form = text_form(hide)
     if settings.log_format == "auto" and sys.stderr.isatty():
-        from everos_engine.cli.progress import Screen  # noqa: PLC0415 - only on a terminal
+        from everos_engine.cli.progress import Screen
 
         screen = Screen(sys.stderr)
         news = _is_news if reporting else rarely

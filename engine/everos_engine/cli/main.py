@@ -109,7 +109,7 @@ def _called(argv: Sequence[str] | None) -> str:
 def _failed(error: BaseException, program: str) -> int:
     """Say in one line what ended a command, and what to do. ``program`` is how to call this program again."""
     if isinstance(error, BaseExceptionGroup):
-        from everos_engine.errors import unwrap  # noqa: PLC0415 - imports Trio
+        from everos_engine.errors import unwrap
 
         error = unwrap(error)
     if isinstance(error, KeyboardInterrupt):
@@ -142,7 +142,7 @@ def _remedy(error: OSError) -> str:
     if error.errno == errno.ENOENT and error.filename is None:
         return "the current directory was removed: change to one that exists"
     if error.errno == errno.EROFS and error.filename is not None:
-        from everos_engine.system import limits  # noqa: PLC0415 - needed here only
+        from everos_engine.system import limits
 
         remount = quoted("mount", "-o", "remount,rw", limits.mount_of(error.filename).point)
         return f"mount it for writing, `{remount}`. Meanwhile `search`, `status` and `explain` work"
@@ -172,23 +172,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.system import memory  # noqa: PLC0415 - the other commands need none of it
+    from everos_engine.system import memory
 
     if arguments.is_program:
         memory.restart_tuned(os.environ)
-    from everos_engine.cli.run import run  # noqa: PLC0415 - imports LanceDB
-    from everos_engine.engine import check_root  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.cli.run import run
+    from everos_engine.engine import check_root
 
     check_root(settings, may_make=arguments.create or settings.root == Settings().root)
     return run(settings)
 
 
 def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.cli.oneshot import sync  # noqa: PLC0415 - imports LanceDB
-    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+    from everos_engine.cli.oneshot import sync
+    from everos_engine.diagnose import status
 
     if arguments.audit:
-        from everos_engine.cli.oneshot import audit  # noqa: PLC0415 - imports LanceDB
+        from everos_engine.cli.oneshot import audit
 
         found = audit(settings)
         for path in found:
@@ -212,7 +212,7 @@ def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+    from everos_engine.diagnose import status
     from everos_engine.diagnose.wording import style_for
 
     found = status.snapshot(settings)
@@ -225,7 +225,7 @@ def _status(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
     from everos_engine.cli.explain import as_text
-    from everos_engine.diagnose.explain import as_json, explain  # noqa: PLC0415 - not needed by --help
+    from everos_engine.diagnose.explain import as_json, explain
     from everos_engine.diagnose.wording import style_for
 
     found = explain(settings, arguments.path, program=program(settings, arguments), rows=arguments.rows)
@@ -237,7 +237,7 @@ def _explain(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.diagnose import doctor  # noqa: PLC0415 - imports LanceDB where there is an index
+    from everos_engine.diagnose import doctor
     from everos_engine.diagnose.wording import style_for
 
     if arguments.bundle is not None:
@@ -257,10 +257,10 @@ def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+    from everos_engine.diagnose import status
 
     if arguments.apply:
-        from everos_engine.cli.oneshot import fix  # noqa: PLC0415 - imports LanceDB
+        from everos_engine.cli.oneshot import fix
 
         tried = fix(settings)
         return _report_tried(tried, status.failed(settings), f"{program(settings, arguments)} fix")
@@ -272,7 +272,7 @@ def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
-    from everos_engine.cli.oneshot import release  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.cli.oneshot import release
 
     outcomes = release(settings)
     for outcome in outcomes:
@@ -283,15 +283,15 @@ def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
 
 def _forget(settings: Settings, arguments: argparse.Namespace) -> int:
     if arguments.text == bool(arguments.paths) or (arguments.text and arguments.delete):
-        message = "name files, or give a text with --text. --delete is for files"
-        raise BadQuestion(message)
+        raise BadQuestion("name files, or give a text with --text. --delete is for files")
     text = None
     if arguments.text:
         text = sys.stdin.read().strip()
         if len(text) < MIN_FORGOTTEN_CHARACTERS:
-            message = f"the text on standard input has less than {MIN_FORGOTTEN_CHARACTERS} characters: too much would hold it"
-            raise BadQuestion(message)
-    from everos_engine.cli.oneshot import forget  # noqa: PLC0415 - imports LanceDB
+            raise BadQuestion(
+                f"the text on standard input has less than {MIN_FORGOTTEN_CHARACTERS} characters: too much would hold it"
+            )
+    from everos_engine.cli.oneshot import forget
 
     saved = forget(settings, arguments.paths, text=text, delete=arguments.delete)
     print(
@@ -301,7 +301,7 @@ def _forget(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _trust(flags: Mapping[str, object], arguments: argparse.Namespace) -> int:
-    from everos_engine.cli import trust  # noqa: PLC0415 - not needed by --help
+    from everos_engine.cli import trust
 
     if arguments.remove:
         return trust.remove(flags)
@@ -309,14 +309,13 @@ def _trust(flags: Mapping[str, object], arguments: argparse.Namespace) -> int:
 
 
 def _search(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.cli import lookup  # noqa: PLC0415 - not needed by --help
+    from everos_engine.cli import lookup
 
     if not any(map(str.isalnum, "".join(arguments.query))):
-        message = "the query has no word in it: name what to look for"
-        raise BadQuestion(message)
+        raise BadQuestion("the query has no word in it: name what to look for")
     results = lookup.search(settings, arguments)
     if results is None:
-        from everos_engine.cli.oneshot import search  # noqa: PLC0415 - imports LanceDB
+        from everos_engine.cli.oneshot import search
 
         results = search(settings, arguments)
     for missing in _not_searched(settings, program(settings, arguments), found=bool(results)):
@@ -339,7 +338,7 @@ def _not_searched(settings: Settings, program: str, *, found: bool) -> list[str]
 
     That is a damaged table and, if nothing was found, changes that are not indexed yet.
     """
-    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+    from everos_engine.diagnose import status
 
     try:
         seen = status.snapshot(settings)
@@ -357,19 +356,19 @@ def _not_searched(settings: Settings, program: str, *, found: bool) -> list[str]
 
 
 def _calibrate(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.calibrate.experiment import calibrate  # noqa: PLC0415 - not needed by --help
+    from everos_engine.calibrate.experiment import calibrate
 
     return calibrate(settings, quick=arguments.quick, output=Path(arguments.output))
 
 
 def _fds(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.cli import fds  # noqa: PLC0415 - not needed by --help
+    from everos_engine.cli import fds
 
     return fds.show(settings, watch=arguments.watch, as_json=arguments.json, program=program(settings, arguments))
 
 
 def _kinds(settings: Settings, _arguments: argparse.Namespace) -> int:
-    from everos_engine.text.kinds.layout import PLACES  # noqa: PLC0415 - not needed by --help
+    from everos_engine.text.kinds.layout import PLACES
 
     print(f"below {shown(str(settings.root))}, with or without <app>/<project>/ in front:")
     for place, kind in PLACES.items():
@@ -391,7 +390,7 @@ def _settings(flags: Mapping[str, object]) -> int:
 
 def _report_all(troubled: list[Outcome], settings: Settings, arguments: argparse.Namespace) -> int:
     """Say how much is in step, what is failed, and which files do not answer."""
-    from everos_engine.diagnose import status  # noqa: PLC0415 - not needed by --help
+    from everos_engine.diagnose import status
 
     for outcome in troubled:
         _show(outcome)
@@ -422,7 +421,7 @@ def _show(outcome: Outcome) -> None:
         seconds = max(0.0, time.time() - outcome.updated / 1000)
         word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}, last attempt {ago(seconds)} ago"
     if outcome.held is not None:
-        from everos_engine.stores.held import REMEDY, WHY  # noqa: PLC0415 - not needed by --help
+        from everos_engine.stores.held import REMEDY, WHY
 
         word = f"the file is gone, and its deletion is held because {WHY[outcome.held]}; {REMEDY[outcome.held]}"
     print(f"{shown(outcome.md_path)}: {word}")

@@ -155,8 +155,9 @@ def _ask_slowly(settings: Settings, details: Mapping[str, object]) -> dict[str, 
     except TimeoutError:
         answer = None
     if answer is None or answer.get("error") == BUSY:
-        message = "the running engine could not do this in time, or the question is too long: stop it, then run the command again"
-        raise Transient(message)
+        raise Transient(
+            "the running engine could not do this in time, or the question is too long: stop it, then run the command again"
+        )
     return answer
 
 
@@ -329,8 +330,6 @@ async def _reach(settings: Settings, database: Database, lsn: int) -> None:
             if (why := database.read(lambda tx: queue.refused(tx, lsn))) is not None:
                 raise Transient(why)
             if database.is_replaced():
-                message = "the queue's database was damaged and is made again meanwhile: run the command again"
-                raise Transient(message)
+                raise Transient("the queue's database was damaged and is made again meanwhile: run the command again")
             if running_pid(settings.engine_directory / "engine.lock") is None:
-                message = "the engine stopped before it was done; everything is queued: run the command again"
-                raise Transient(message)
+                raise Transient("the engine stopped before it was done; everything is queued: run the command again")

@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib import metadata  # noqa: PLC0415 - not needed by any command
+        from importlib import metadata
 
         try:
             print(f"everos-engine {metadata.version('everos-engine')}")
@@ -222,6 +222,5 @@ def _positive(text: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        message = f"must be a whole number of at least 1, not {text[:80]!r}"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text[:80]!r}")
     return number

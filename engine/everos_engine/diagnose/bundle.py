@@ -94,10 +94,9 @@ def write(settings: Settings, target: Path, *, offline: bool = False) -> Path:
     try:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        message = (
+        raise SettingsError(
             f"the archive cannot be written to {str(target)!r}: {error.strerror}: name another file after --bundle"
-        )
-        raise SettingsError(message) from None
+        ) from None
     with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         _add(archive, "README.txt", README.encode())
         for name, value in members.items():

@@ -46,7 +46,7 @@ def check_index(facts: Facts) -> Check:
         return Check("index", "fail", cause, f"have it made again from markdown: {facts.again()}")
     if not directory.is_dir():
         return Check("index", "ok", "there is none yet")
-    from everos_engine.stores.table_facts import examine  # noqa: PLC0415 - imports LanceDB
+    from everos_engine.stores.table_facts import examine
 
     try:
         tables = run_once(lambda: asyncio.wait_for(examine(directory, kinds.KINDS), EXAMINE_SECONDS))
@@ -167,7 +167,7 @@ def _of_another_model(facts: Facts, model: str, probe: Sequence[float]) -> list[
 
     Without an answer to the probe there are none.
     """
-    import numpy as np  # noqa: PLC0415 - only where vectors are compared
+    import numpy as np
 
     from everos_engine.embed.protocol import similar
 
@@ -188,7 +188,7 @@ def _models(facts: Facts) -> dict[int, tuple[str, NDArray[np.float32]]]:
 
     An index of an older version has them only in its cache.
     """
-    from everos_engine.stores import embeddings, models  # noqa: PLC0415 - only where vectors are compared
+    from everos_engine.stores import embeddings, models
 
     found: dict[int, tuple[str, NDArray[np.float32]]] = {}
     for path, read in [
@@ -210,7 +210,7 @@ async def _ask(facts: Facts) -> tuple[str, list[float]]:
 
     Returns (model, vector of the probe sentence). Any width is accepted, so that a wrong one can be named.
     """
-    from everos_engine.embed import open_embedder  # noqa: PLC0415 - only where it is asked
+    from everos_engine.embed import open_embedder
     from everos_engine.embed.protocol import PROBE_SENTENCE
 
     settings = dataclasses.replace(facts.settings.embedder, dimension=0)

@@ -58,8 +58,7 @@ def examine(
     known = [name for name, _ in CHECKS]
     for name in names:
         if name not in known:
-            message = f"there is no check {name!r}: choose from {', '.join(known)}"
-            raise SettingsError(message)
+            raise SettingsError(f"there is no check {name!r}: choose from {', '.join(known)}")
     return run(gather(settings, program=program, offline=offline), names)
 
 

@@ -112,8 +112,8 @@ def _index_rows(evidence: Evidence) -> int | None:
     key = place.md_path if place is not None else evidence.key
     if not kind or key is None:
         return 0
-    from everos_engine.stores.table_facts import count_of  # noqa: PLC0415 - imports LanceDB
-    from everos_engine.system.asyncio_thread import run_once  # noqa: PLC0415 - only here
+    from everos_engine.stores.table_facts import count_of
+    from everos_engine.system.asyncio_thread import run_once
 
     try:
         return run_once(lambda: count_of(evidence.settings.lancedb_directory, kind, key))

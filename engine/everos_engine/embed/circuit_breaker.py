@@ -158,15 +158,14 @@ class CircuitBreaker:
                 return check(await self.embedder.embed(texts), count=len(texts), dimension=dimension)
         except (Transient, BadText, Fatal, SettingsError):
             raise
-        except BaseException as error:  # noqa: BLE001 - this is the door to any embedder, and it may raise anything
+        except BaseException as error:
             end, rest = split_end(error)
             if rest is None:
                 raise
             if end is not None:
                 raise end from None
             if isinstance(error, trio.TooSlowError) and trio.current_time() >= deadline:
-                message = f"the embedder did not answer within {seconds:g} s"
-                raise Transient(message) from None
+                raise Transient(f"the embedder did not answer within {seconds:g} s") from None
             raise translated(rest) from rest
 
     async def _probe(self) -> None:

@@ -139,26 +139,27 @@ class HttpEmbedder:
                     content = await _bounded(answer, MIN_ANSWER_BYTES + len(texts) * MAX_BYTES_PER_VECTOR)
                     return answer.status_code, answer.headers, content
         except trio.TooSlowError:
-            message = f"the embedding service did not answer within {self._settings.deadline_seconds:g} s"
-            raise Transient(message) from None
+            raise Transient(
+                f"the embedding service did not answer within {self._settings.deadline_seconds:g} s"
+            ) from None
         except httpx.ConnectError as error:
             if exhausted(error):
                 raise Exhausted(
                     f"no file descriptor for a connection to the embedding service: {self._safe(str(error))}"
                 ) from None
             why = self._safe(str(error))
-            message = (
+            raise Unavailable(
                 f"the embedding service cannot be reached at {self._shown()} ({why}): start it, or set embedder.url"
-            )
-            raise Unavailable(message) from None
+            ) from None
         except (httpx.HTTPError, httpx.StreamError) as error:
-            message = f"the call to the embedding service broke off: {type(error).__name__}: {self._safe(str(error))}"
-            raise Transient(message) from None
+            raise Transient(
+                f"the call to the embedding service broke off: {type(error).__name__}: {self._safe(str(error))}"
+            ) from None
         except SettingsError as error:  # the engine asks at its start: a search does not end for it
             raise Unavailable(str(error)) from error
         except EngineError:
             raise
-        except BaseException as error:  # noqa: BLE001 - this is the door to httpx, and what is below it raises what it likes
+        except BaseException as error:
             end, rest = split_end(error)
             if rest is None:
                 raise
@@ -168,8 +169,9 @@ class HttpEmbedder:
                 raise Exhausted(
                     f"no file descriptor for a call to the embedding service: {type(rest).__name__}"
                 ) from None
-            message = f"the call to the embedding service failed: {self._safe(quoted(rest))}"
-            raise Unexpected(message, counts_as_retry=True) from None
+            raise Unexpected(
+                f"the call to the embedding service failed: {self._safe(quoted(rest))}", counts_as_retry=True
+            ) from None
 
     def _refusal(self, status: int, headers: httpx.Headers, content: bytes) -> Transient | BadText:
         message = f"the embedding service answered HTTP {status}"
@@ -203,13 +205,11 @@ def endpoint(url: str) -> str:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL as error:
         why = _QUOTED.sub("", str(error)).strip(" :")  # what it quotes may be a part of a password
-        message = f"embedder.url is no URL ({why}): write it like https://api.example.com/v1"
-        raise SettingsError(message) from None
+        raise SettingsError(f"embedder.url is no URL ({why}): write it like https://api.example.com/v1") from None
     if parsed.scheme not in {"http", "https"} or not parsed.host:
-        message = (
+        raise SettingsError(
             "embedder.url has no host, or another scheme than http and https: write it like https://api.example.com/v1"
         )
-        raise SettingsError(message)
     path = parsed.path.rstrip("/")
     return str(parsed.copy_with(path=path if path.endswith("/embeddings") else f"{path}/embeddings"))
 
@@ -239,8 +239,9 @@ def _proxy(proxy: Proxy, trusted: ssl.SSLContext | None) -> httpx.Proxy:
     try:
         return httpx.Proxy(proxy.url, ssl_context=trusted)
     except (httpx.InvalidURL, ValueError) as error:
-        message = f"{proxy.variable} is not a proxy that can be used ({type(error).__name__}): {EXAMPLE}"
-        raise SettingsError(message) from None
+        raise SettingsError(
+            f"{proxy.variable} is not a proxy that can be used ({type(error).__name__}): {EXAMPLE}"
+        ) from None
 
 
 def retry_after(header: str | None) -> float | None:
@@ -263,8 +264,7 @@ def retry_after(header: str | None) -> float | None:
 def _headers(api_key: str) -> dict[str, str]:
     key = api_key.strip()
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        message = "embedder.api_key has characters that no HTTP header may have: copy the key again"
-        raise SettingsError(message)
+        raise SettingsError("embedder.api_key has characters that no HTTP header may have: copy the key again")
     # compressed answers gain nothing on vectors, and could swell beyond every bound
     return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
@@ -280,8 +280,7 @@ async def _bounded(answer: httpx.Response, most_bytes: int) -> bytes:
             else:
                 parts.append(part)
     if size > most_bytes:
-        message = f"the embedding service answered with more than {most_bytes} bytes"
-        raise Transient(message)
+        raise Transient(f"the embedding service answered with more than {most_bytes} bytes")
     return b"".join(parts)
 
 
@@ -294,14 +293,12 @@ def _vectors(content: bytes, count: int) -> NDArray[np.float32]:
         else:
             rows = {int(cast("int", item["index"])): _vector(item["embedding"]) for item in data}
         if len(data) != count or rows.keys() != set(range(count)):
-            message = (
+            raise Transient(
                 f"the embedding service answered with {len(data)} vectors for {count} texts, indexes {sorted(rows)[:5]}"
             )
-            raise Transient(message)
         return np.stack([rows[at] for at in range(count)])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, binascii.Error) as error:
-        message = f"the embedding service answered with garbage: {type(error).__name__}"
-        raise Transient(message) from None
+        raise Transient(f"the embedding service answered with garbage: {type(error).__name__}") from None
 
 
 def _vector(value: object) -> NDArray[np.float32]:

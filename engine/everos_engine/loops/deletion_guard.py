@@ -61,21 +61,21 @@ class DeletionGuard:
             names = os.listdir(root)
         except OSError as error:
             if error.errno in FULL:
-                message = f"the memory root cannot be looked at: {error.strerror}"
-                raise Exhausted(message) from error
+                raise Exhausted(f"the memory root cannot be looked at: {error.strerror}") from error
             gone = error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ESTALE, errno.ENOTCONN}
             return "root_missing" if gone else "root_unreadable"
         if (found.st_dev, found.st_ino) != (self.device, self.inode):
             return "root_replaced"
         if not self.settings.engine_directory.is_dir():
-            message = f"{self.settings.root / '.index'} was removed under the running engine: start it again, and it is rebuilt from markdown"
-            raise Fatal(message)
+            raise Fatal(
+                f"{self.settings.root / '.index'} was removed under the running engine: start it again, and it is rebuilt from markdown"
+            )
         if not (self.settings.engine_directory / MARKER).exists():
             return "marker_missing"
         return "root_empty" if not any(name != ".index" for name in names) else None
 
 
-def may_delete(  # noqa: PLR0913 - who decides, what vanished, and the moment
+def may_delete(
     tx: Transaction,
     settings: Settings,
     gone: Sequence[Vanished],

@@ -51,8 +51,9 @@ async def forget(context: Context, keys: Sequence[str], text: str | None) -> int
         named = ", ".join(repr(path) for path in holding[:5]) + (
             f" and {len(holding) - 5} more" if len(holding) > 5 else ""
         )
-        message = f"{named}: still in the memory. Remove it from there first, then run the command again. `everos-engine forget --delete PATH` removes the file too"
-        raise BadQuestion(message)
+        raise BadQuestion(
+            f"{named}: still in the memory. Remove it from there first, then run the command again. `everos-engine forget --delete PATH` removes the file too"
+        )
     before = await _size(context)
     for kind in kinds.KINDS:
         await _erase(context, kind, keep_seconds=0)

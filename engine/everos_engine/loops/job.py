@@ -180,7 +180,7 @@ def complaint(job: Job) -> str | None:
     if not job.problems:
         return None
     lines = [f"{_at(p)}: entry {quoted(p.entry_id)}: {p.message}; {p.remedy}" for p in job.problems[:20]]
-    more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []  # noqa: PLR2004 - same 20
+    more = [f"and {len(job.problems) - 20} more"] if len(job.problems) > 20 else []
     return clipped("\n".join([*lines, *more]))
 
 

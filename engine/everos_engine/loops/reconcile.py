@@ -96,8 +96,7 @@ async def _walk(settings: Settings, threads: FileThreads, deletion_guard: Deleti
     """Walk the tree level by level. A directory that does not answer is skipped, and its neighbours are still seen."""
     before = await root_trouble(deletion_guard, threads)
     if before in {"root_missing", "root_unreadable"}:
-        message = f"the full scan stopped: {WHY[before]}"
-        raise files.ScanAborted(message)
+        raise files.ScanAborted(f"the full scan stopped: {WHY[before]}")
     walker = files.Walker(settings.root, partial(kinds.recognise, note_globs=settings.note.globs))
     todo: Sequence[str] = [os.fspath(settings.root)]
     late: Sequence[Call[str, files.Visit[kinds.Place]]] = []
@@ -295,7 +294,7 @@ def _is_of_no_kind(settings: Settings, one: Vanished) -> bool:
     return kinds.recognise(one.md_path, note_globs=settings.note.globs) is None
 
 
-def _sort(  # noqa: PLR0913 - what vanished, and all that may explain it
+def _sort(
     tx: Transaction,
     settings: Settings,
     vanished: list[Vanished],

@@ -185,8 +185,7 @@ async def expect_root(context: Context) -> None:
     be in the way of the one that is moved back.
     """
     if await is_root_lost(context.deletion_guard, context.threads):
-        message = "the memory root is not there: its index is written when it is back"
-        raise RootAway(message)
+        raise RootAway("the memory root is not there: its index is written when it is back")
 
 
 def _begin_again(tx: Transaction, kind: str) -> int:
@@ -229,8 +228,7 @@ async def _set_aside_if_damaged(context: Context, kind: str, words: str) -> bool
             f"check the disk; it is made again in {minutes} minutes, or, with the engine stopped, after "
             f"`rm -r {context.index.place_of(kind)}` by `everos-engine sync`",
         )
-        message = f"the table {kind!r} is damaged: {reason}"
-        raise TableDamaged(message)
+        raise TableDamaged(f"the table {kind!r} is damaged: {reason}")
     await _set_aside(context, kind, reason)
     return True
 
@@ -307,8 +305,7 @@ async def _reconcile(context: Context, kind: str, known: Remembered) -> None:
     context.index.reopen(kind)
     left = await context.index.newest(kind)
     if left is None:
-        message = f"the table {kind!r} is not there any more: it is made again from markdown"
-        raise Unrecognised(message)
+        raise Unrecognised(f"the table {kind!r} is not there any more: it is made again from markdown")
     (rows, twice), hashes = (
         await context.index.keys(kind),
         await context.database.aread(lambda tx: ledger.hashes(tx, kind)),

@@ -85,8 +85,7 @@ class Vectors:
     async def embed(self, texts: Sequence[str]) -> list[NDArray[np.float32] | Transient | BadText]:
         """Return one outcome for each text, in the same order."""
         if self._batcher is None:
-            message = "there is no embedder: set embedder.kind to local or http"
-            raise Transient(message)
+            raise Transient("there is no embedder: set embedder.kind to local or http")
         return await self._batcher.embed(texts)
 
     async def query(self, text: str) -> NDArray[np.float32]:

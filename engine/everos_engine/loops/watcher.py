@@ -176,8 +176,7 @@ async def _listen(context: Context) -> None:
     laid_on, stop = await _identity(context), threading.Event()
     silent = await _silent_directory(context)
     if silent is not None:
-        message = f"the directory {silent!r} does not answer"
-        raise DirectoryHangs(message)
+        raise DirectoryHangs(f"the directory {silent!r} does not answer")
     send, receive = trio.open_memory_channel[set[str]](64)
     thread = trio.CancelScope(shield=True)
     try:
@@ -221,8 +220,7 @@ def _translated() -> Iterator[None]:
     except (OSError, trio.Cancelled):
         raise
     except BaseException as error:  # a door: the library raises its own error, and a panic of Rust is no Exception
-        message = f"the library of file events failed: {error}"
-        raise WatcherFailed(message) from error
+        raise WatcherFailed(f"the library of file events failed: {error}") from error
 
 
 @contextmanager
@@ -251,8 +249,7 @@ def _new_watches(settings: Settings) -> RustNotify:
         if not exhausted(error):
             raise
         if descriptors.none_left(wanted=WATCHER_DESCRIPTORS):
-            message = f"no file descriptor is left to watch with: {error}"
-            raise Exhausted(message) from error
+            raise Exhausted(f"no file descriptor is left to watch with: {error}") from error
         raise OSError(errno.EMFILE, str(error.__cause__)) from error  # the user's share of inotify instances
     except (
         PermissionError
@@ -464,7 +461,7 @@ def _named(settings: Settings, event: str) -> _Named:
         return _Named((), is_directory=False, gone=None)
     place = kinds.recognise(key, note_globs=settings.note.globs)
     changes = [] if place is None else [place.md_path]
-    if os.path.isdir(path) and not os.path.islink(path):  # noqa: PTH112, PTH114 - str in, str out
+    if os.path.isdir(path) and not os.path.islink(path):
         return _Named([*changes, *_below(settings, path)], is_directory=True, gone=None)
     return _Named(changes, is_directory=False, gone=key if place is None else None)
 

@@ -605,8 +605,7 @@ class _Worker:
             if kind in self.context.unchecked:
                 await reconcile_table(self.context, kind)
             if kind in self.context.index.shunned:
-                message = f"the table {kind!r} is damaged: {self.context.index.shunned[kind]}"
-                raise TableDamaged(message)
+                raise TableDamaged(f"the table {kind!r} is damaged: {self.context.index.shunned[kind]}")
             return await self._write(kind, jobs)
         except Damaged:
             raise
@@ -686,8 +685,7 @@ class _Worker:
 
         known, incarnation = await database.awrite(intend), index.incarnation_of(kind)
         if known is None or known.incarnation != incarnation:
-            message = f"the table {kind!r} is not the one that the ledger speaks of"
-            raise Unrecognised(message)
+            raise Unrecognised(f"the table {kind!r} is not the one that the ledger speaks of")
         return Written(incarnation, await index.commit(kind, rows, deletes, left=known.version))
 
     async def _recreate_table(self, kind: str, model: Model) -> None:

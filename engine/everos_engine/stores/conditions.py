@@ -46,7 +46,7 @@ class Conditions:
         note = Condition(code, message, remedy)
         if self.now.get(code) != note:
             if code not in self.now:
-                from loguru import logger  # noqa: PLC0415 - as below
+                from loguru import logger
 
                 logger.warning("{} message={!r} remedy={!r}", code, message, remedy)
             self.now[code] = note
@@ -55,7 +55,7 @@ class Conditions:
     async def over(self, *codes: str) -> None:
         """End conditions, if they last."""
         ended = [code for code in codes if self.now.pop(code, None)]
-        from loguru import logger  # noqa: PLC0415 - `status` only reads what was said
+        from loguru import logger
 
         for code in ended:
             logger.info("{}_over", code)

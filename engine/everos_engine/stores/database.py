@@ -89,8 +89,7 @@ class Database:
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         odd = [f"{path}{end}" for end in FILES if _is_no_file(f"{path}{end}")]
         if odd:  # to open a pipe could take for ever
-            message = f"{path} is damaged ({odd[0]} is not a file): {REMEDY}"
-            raise Damaged(message)
+            raise Damaged(f"{path} is damaged ({odd[0]} is not a file): {REMEDY}")
         try:
             if readonly:
                 self._connection = self._opened_to_read()
@@ -151,15 +150,15 @@ class Database:
             ((found,),) = cast("Iterable[tuple[int]]", tx.execute("PRAGMA user_version"))
             tables = [str(name) for (name,) in tx.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
             if tables and found > version:
-                message = (
+                raise Fatal(
                     f"{self.path} has version {found}, and this engine knows versions up to {version}: "
                     "a newer everos-engine made it, install that version again"
                 )
-                raise Fatal(message)
             if tables and found < version:
                 if not may_replace:
-                    message = f"{self.path} was made by an older version of the engine: restart the engine, it upgrades the file by itself"
-                    raise Fatal(message)
+                    raise Fatal(
+                        f"{self.path} was made by an older version of the engine: restart the engine, it upgrades the file by itself"
+                    )
                 steps = range(found + 1, version + 1)
                 if all(step in upgrades for step in steps):
                     for step in steps:
@@ -200,7 +199,7 @@ class Database:
     @property
     def limiter(self) -> trio.CapacityLimiter:
         """Return the limiter for one thread at a time. Hold it to use the connection off the event loop."""
-        import trio  # noqa: PLC0415 - `status` needs no event loop, and answers in half the time without
+        import trio
 
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(1)
@@ -209,7 +208,7 @@ class Database:
     @property
     def scanning(self) -> trio.Lock:
         """Return the lock that a full scan holds from its first transaction to its last, for its temporary table."""
-        import trio  # noqa: PLC0415 - as above
+        import trio
 
         if self._sweeping is None:
             self._sweeping = trio.Lock()
@@ -476,8 +475,9 @@ def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
             shutil.copyfile(f"{path}{end}", os.path.join(copy.name, f"{path.name}{end}"))
     except OSError as error:
         copy.cleanup()
-        message = f"{path} may not be written, and no copy to read can be made in {tempfile.gettempdir()}: {error.strerror}: set TMPDIR to a directory with room"
-        raise Transient(message) from error
+        raise Transient(
+            f"{path} may not be written, and no copy to read can be made in {tempfile.gettempdir()}: {error.strerror}: set TMPDIR to a directory with room"
+        ) from error
     return copy
 
 

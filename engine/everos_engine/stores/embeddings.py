@@ -75,7 +75,7 @@ class Cache:
             self._database = None
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        import trio  # noqa: PLC0415 - `doctor` reads the cache without an event loop
+        import trio
 
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(1)
@@ -117,8 +117,7 @@ class Cache:
         try:
             set_aside(self.path)
         except OSError as error:
-            message = f"{self.path} cannot be set aside: {error}"
-            raise Transient(message, counts_as_retry=False) from error
+            raise Transient(f"{self.path} cannot be set aside: {error}", counts_as_retry=False) from error
 
 
 def text_hash(text: str) -> bytes:

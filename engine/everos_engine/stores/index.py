@@ -293,8 +293,7 @@ class Index:
         if not os.path.lexists(place):
             return
         if not place.is_dir():
-            message = f"{place} is not a directory"
-            raise Unexpected(message)
+            raise Unexpected(f"{place} is not a directory")
         async with self._reads:
             deadline_seconds = max(self.settings.read_deadline_seconds, self.settings.write_deadline_seconds)
             with lance.sorted_troubles():

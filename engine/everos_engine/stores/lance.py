@@ -32,13 +32,13 @@ with late_package(
     "lance_namespace_urllib3_client"
 ):  # a client of remote catalogs, which takes a third of the import's time
     import lancedb
-import pyarrow as pa  # noqa: E402 - after its environment is set
-from lancedb.index import FTS  # noqa: E402 - after its environment is set
-from lancedb.query import MatchQuery, MultiMatchQuery  # noqa: E402 - after its environment is set
+import pyarrow as pa
+from lancedb.index import FTS
+from lancedb.query import MatchQuery, MultiMatchQuery
 
-from everos_engine.errors import EngineError, Exhausted, Fatal, Transient, Unexpected, exhausted  # noqa: E402 - after its environment is set
-from everos_engine.stores import versions  # noqa: E402 - after its environment is set
-from everos_engine.stores.versions import Version  # noqa: E402 - after its environment is set
+from everos_engine.errors import EngineError, Exhausted, Fatal, Transient, Unexpected, exhausted
+from everos_engine.stores import versions
+from everos_engine.stores.versions import Version
 
 if TYPE_CHECKING:
     from lancedb import AsyncConnection, AsyncTable
@@ -336,8 +336,7 @@ async def probe(directory: Path, kind: TableKind, words: str) -> None:
     async with looking(directory) as connection:
         opened = await open_table(connection, kind)
         if opened is None:
-            message = "the table has no version"
-            raise Unexpected(message)
+            raise Unexpected("the table has no version")
         try:
             async for _ in await opened.table.query().to_batches():
                 pass
@@ -492,8 +491,9 @@ def _vectors(vectors: Sequence[NDArray[np.float32] | None], dimension: int) -> p
         if vector is None:
             continue
         if vector.shape != (dimension,) or not np.isfinite(vector).all():
-            message = f"a vector of shape {vector.shape} is refused: the table's are {dimension} wide, and finite"
-            raise Unexpected(message)
+            raise Unexpected(
+                f"a vector of shape {vector.shape} is refused: the table's are {dimension} wide, and finite"
+            )
         flat[at] = vector
     mask = pa.array([vector is None for vector in vectors], pa.bool_())
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), dimension, mask=mask)

@@ -132,7 +132,7 @@ def _third_field(content: bytes) -> int:
     while at < len(content):
         tag, at = _varint(content, at)
         field, wire = tag >> 3, tag & 7
-        if field > 2:  # noqa: PLR2004 - read_version and uuid come first
+        if field > 2:
             return field
         value, at = _varint(content, at)
         if wire == _LENGTH_DELIMITED:
@@ -146,5 +146,5 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
         byte = content[at]
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7
-        if byte < 128:  # noqa: PLR2004 - the last byte has its high bit clear
+        if byte < 128:
             return value, at

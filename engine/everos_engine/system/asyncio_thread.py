@@ -85,8 +85,9 @@ class AsyncioThread:
         call = _Call(lambda: function(*args))
         await self._finish(call, deadline_seconds=deadline_seconds, shield=False)
         if call.outcome is None or call.outcome.is_cancelled:
-            message = f"a read of the index was given up after {deadline_seconds:g} s: it is tried again"
-            raise Transient(message) from (call.outcome.error if call.outcome else None)
+            raise Transient(f"a read of the index was given up after {deadline_seconds:g} s: it is tried again") from (
+                call.outcome.error if call.outcome else None
+            )
         return call.outcome.unwrap()
 
     async def write(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float) -> T:
@@ -99,11 +100,10 @@ class AsyncioThread:
         in_time = await self._finish(call, deadline_seconds=deadline_seconds, shield=True)
         outcome = call.outcome
         if outcome is None or outcome.is_cancelled or (not in_time and outcome.error is not None):
-            message = (
+            raise UnknownOutcome(
                 f"a write to the index was cut off after {deadline_seconds:g} s and may have happened or not: "
                 "it is done again; if this repeats, raise lancedb.write_deadline_seconds"
-            )
-            raise UnknownOutcome(message) from (outcome.error if outcome else None)
+            ) from (outcome.error if outcome else None)
         return outcome.unwrap()
 
     @property
@@ -129,17 +129,15 @@ class AsyncioThread:
         with trio.move_on_after(STOP_GRACE_SECONDS):
             await self._ended.wait()
         if not self._ended.is_set():
-            message = (
+            raise AsyncioThreadDied(
                 f"the asyncio thread did not end within {STOP_GRACE_SECONDS:g} s: a call on it cannot be cancelled"
             )
-            raise AsyncioThreadDied(message)
         self._thread.join()  # its last act was to set `_ended`
 
     def raise_if_dead(self) -> None:
         """Raise AsyncioThreadDied if the loop ended by itself."""
         if self._death is not None:
-            message = f"the asyncio loop under the index died: {self._death!r}"
-            raise AsyncioThreadDied(message) from self._death
+            raise AsyncioThreadDied(f"the asyncio loop under the index died: {self._death!r}") from self._death
 
     # Trio side
 
@@ -167,8 +165,7 @@ class AsyncioThread:
     def _submit(self, call: _Call[T]) -> None:
         self.raise_if_dead()
         if self._stopping:
-            message = "the asyncio thread was called after its block had ended"
-            raise RuntimeError(message)
+            raise RuntimeError("the asyncio thread was called after its block had ended")
         self._waited_for.add(cast("_Call[object]", call))
         with suppress(RuntimeError):  # the loop is closed: `_fail_all` is on its way
             self._loop.call_soon_threadsafe(self._begin, cast("_Call[object]", call))

@@ -133,11 +133,10 @@ def fitting_cap(settings: LanceDBSettings, slope: Slope, *, cap_bytes: int, room
 def check_limit(limit: int) -> None:
     """Raise SettingsError for a limit too low for the engine's own descriptors."""
     if limit < MIN_LIMIT:
-        message = (
+        raise SettingsError(
             f"RLIMIT_NOFILE is {limit}, and the engine itself needs up to {BASE_DESCRIPTORS} file descriptors: raise "
             f"`ulimit -n` to {MIN_LIMIT} at least, or to 256 to leave it room"
         )
-        raise SettingsError(message)
 
 
 def reads_of(settings: LanceDBSettings, *, limit: int) -> int:
@@ -178,11 +177,10 @@ def _check(settings: LanceDBSettings, cap_bytes: int, limit: int) -> None:
     if HEADROOM * ceiling <= limit:
         return
     fitting = max(0, int((limit / HEADROOM - own) / settings.descriptors_per_mebibyte * MIB))
-    message = (
+    raise SettingsError(
         f"lancedb.index_cache_size_bytes={cap_bytes} with lancedb.descriptor_mode=pinned needs up to {ceiling} file "
         f"descriptors ({own} of the engine + {cap_bytes / MIB:.1f} MiB x "
         f"{settings.descriptors_per_mebibyte:g} per MiB), and {HEADROOM} times that, {HEADROOM * ceiling}, to be safe; "
         f"RLIMIT_NOFILE is {limit}: lower the cap to {fitting}, set it to `auto`, raise `ulimit -n` to "
         f"{HEADROOM * ceiling}, or use descriptor_mode=reopen, which pins none"
     )
-    raise SettingsError(message)

@@ -59,8 +59,9 @@ def ask(
         while (answer := _talk_once(path, line, end=end)) is None:
             time.sleep(min(RETRY_SECONDS, _left(end)))  # it took us for silent, or it is gone: connecting finds out
     except TimeoutError:
-        message = f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
-        raise TimeoutError(message) from None
+        raise TimeoutError(
+            f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
+        ) from None
     except (FileNotFoundError, NotADirectoryError, ConnectionError, PermissionError):
         return None
     found: dict[str, object] = json.loads(answer)
@@ -82,9 +83,9 @@ async def serve_control(
     the answer. ``spare`` frees one descriptor for the length of its block, so that a process at its limit still
     answers. Sleeps if the file system takes no sockets. A silent or rude client is dropped, and harms no other client.
     """
-    import trio  # noqa: PLC0415 - who only asks needs none
+    import trio
 
-    import everos_engine.system.unit  # noqa: F401, PLC0415 - loaded now: at the descriptor limit nothing can be
+    import everos_engine.system.unit  # noqa: F401 - loaded now: at the descriptor limit nothing can be
 
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with trio.socket.from_stdlib_socket(bound) as listener:
@@ -129,7 +130,7 @@ async def _accept(
 
     At the descriptor limit the spare descriptor is used. Without one, the client waits and nothing spins.
     """
-    import trio  # noqa: PLC0415 - who only asks needs none
+    import trio
 
     while True:
         try:
@@ -151,9 +152,9 @@ async def _talk(
     talks: trio.Semaphore,
     places: trio.Semaphore,
 ) -> None:
-    import trio  # noqa: PLC0415 - who only asks needs none
+    import trio
 
-    from everos_engine.system.unit import unit  # noqa: PLC0415 - nor this
+    from everos_engine.system.unit import unit
 
     async with stream:
         asked: Mapping[str, object] = {}
@@ -177,9 +178,9 @@ async def _talk(
 
 async def _worked(name: str, work: Slow, asked: Mapping[str, object], places: trio.Semaphore) -> bytes:
     """Return the line that answers a slow question. Any error of one question is the answer to it alone."""
-    import trio  # noqa: PLC0415 - who only asks needs none
+    import trio
 
-    from everos_engine.system.unit import unit  # noqa: PLC0415 - nor this
+    from everos_engine.system.unit import unit
 
     try:
         places.acquire_nowait()

@@ -72,7 +72,7 @@ def counter() -> tuple[Callable[[], int], str]:
     try:
         _by_listing()
     except OSError:
-        import psutil  # noqa: PLC0415 - only where the system has no folder of descriptors
+        import psutil
 
         process = psutil.Process()
         count = process.num_fds if hasattr(process, "num_fds") else process.num_handles

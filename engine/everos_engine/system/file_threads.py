@@ -259,8 +259,7 @@ class _Row(Generic[T, R]):
         try:
             trio.lowlevel.start_thread_soon(lambda: self._run(number), lambda _: None, name="files")
         except (RuntimeError, OSError) as error:
-            message = f"no thread could be started to look at files: {error}"
-            raise Transient(message, counts_as_retry=False) from error
+            raise Transient(f"no thread could be started to look at files: {error}", counts_as_retry=False) from error
 
     def leave_behind(self, *, after_seconds: float) -> Call[T, R] | None:
         """Take the call under way from its row if it has taken so long. The thread is then its alone."""

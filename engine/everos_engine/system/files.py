@@ -63,7 +63,7 @@ class PlaceLike(Protocol):
 P = TypeVar("P", bound=PlaceLike)
 
 
-class Vanished(Exception):  # noqa: N818 - no error: the file is simply gone
+class Vanished(Exception):
     """There is no such file (any more)."""
 
 
@@ -191,7 +191,7 @@ def _was_here(root: Path, here: str, below: str) -> bool:
 
 def _unescaped(match: re.Match[str]) -> str:
     byte = int(match[1], 16)
-    return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)  # noqa: PLR2004 - where surrogateescape begins
+    return chr(byte) if byte < 0x80 else chr(0xDC00 + byte)
 
 
 def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> Walk[P]:
@@ -344,8 +344,7 @@ def fingerprint(root: Path, place: PlaceLike) -> Fingerprint | None:
     except OSError as error:
         if error.errno in _GONE:
             return None
-        message = f"cannot look at {place.md_path!r}: {error.strerror}"
-        raise Transient(message) from error
+        raise Transient(f"cannot look at {place.md_path!r}: {error.strerror}") from error
     return _fold(members) if place.md_path in members else None
 
 
@@ -360,8 +359,11 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
         if before is None:
             raise Vanished(place.md_path)
         if before.size > max_file_bytes:
-            message = f"the file has {before.size} bytes, more than max_file_bytes={max_file_bytes}"
-            raise BadFile(message, remedy="split it, or raise max_file_bytes", setting="max_file_bytes")
+            raise BadFile(
+                f"the file has {before.size} bytes, more than max_file_bytes={max_file_bytes}",
+                remedy="split it, or raise max_file_bytes",
+                setting="max_file_bytes",
+            )
         try:
             sources = {key: _bytes(path_of(root, key), max_file_bytes) for key, _ in _members(root, place)}
         except OSError as error:
@@ -369,8 +371,7 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
             continue
         if fingerprint(root, place) == before and place.md_path in sources:
             return Reading(sources, before, racy=is_racy(before, observed_ns))
-    message = f"{place.md_path!r} kept changing while it was read"
-    raise Transient(message)
+    raise Transient(f"{place.md_path!r} kept changing while it was read")
 
 
 def is_out_of_reach(error: Transient) -> bool:
@@ -384,12 +385,13 @@ def _sort(place: PlaceLike, error: OSError) -> None:
     if error.errno in _GONE:
         return
     if error.errno in {errno.EACCES, errno.EPERM}:
-        message = f"the file cannot be read: {error.strerror}"
-        raise BadFile(message, remedy="give the engine's user permission (`chmod u+r`), then save it") from error
+        raise BadFile(
+            f"the file cannot be read: {error.strerror}",
+            remedy="give the engine's user permission (`chmod u+r`), then save it",
+        ) from error
     if error.errno == errno.EISDIR:
         raise Vanished(place.md_path) from error
-    message = f"reading {place.md_path!r} failed: {error.strerror}"
-    raise Transient(message) from error
+    raise Transient(f"reading {place.md_path!r} failed: {error.strerror}") from error
 
 
 def _members(root: Path, place: PlaceLike) -> Iterator[tuple[str, Fingerprint | None]]:

@@ -76,7 +76,7 @@ class EngineLock:
 
         A process that only asks who holds it has it for a moment, without a pid. That is waited for too.
         """
-        import trio  # noqa: PLC0415 - `status` needs no event loop, and answers in half the time without
+        import trio
 
         began, logged = trio.current_time(), False
         while True:

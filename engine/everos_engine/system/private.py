@@ -42,8 +42,7 @@ def make(settings: Settings, *, whole: bool = False) -> None:
     _restrict(os.fspath(index), mode)
     for entry in found:
         if entry.is_symlink():
-            message = f"{entry.path} is a link to {os.readlink(entry.path)!r}: {LINK_REMEDY}"
-            raise Fatal(message)
+            raise Fatal(f"{entry.path} is a link to {os.readlink(entry.path)!r}: {LINK_REMEDY}")
         if whole or entry.is_dir(follow_symlinks=False):
             _restrict(entry.path, mode if entry.is_dir(follow_symlinks=False) else mode & 0o666)
 
@@ -91,8 +90,7 @@ def _check_own_link(index: Path) -> None:
         return
     names = {entry.name for entry in _in(index)}
     if not index.is_dir() or (names and "engine" not in names):
-        message = f"{index} is a link to {os.readlink(index)!r}, which is neither empty nor an index: {LINK_REMEDY}"
-        raise Fatal(message)
+        raise Fatal(f"{index} is a link to {os.readlink(index)!r}, which is neither empty nor an index: {LINK_REMEDY}")
 
 
 def _below(directory: Path) -> Iterator[os.DirEntry[str]]:

@@ -29,7 +29,7 @@ def unit(loop: str, what: str) -> Iterator[Unit]:
     done = Unit()
     try:
         yield done
-    except BaseException as error:  # noqa: BLE001 - any error of our code belongs to this unit, panics too
+    except BaseException as error:
         end, rest = split_end(error)
         if rest is None or _is_known(rest):
             raise

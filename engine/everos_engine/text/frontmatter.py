@@ -53,18 +53,22 @@ def split(lines: list[str]) -> Frontmatter:
         if _END.match(line):
             values, places = _parse("\n".join(lines[1:number]) + "\n")
             return Frontmatter(values, places, lines[number + 1 :], number + 2, present=True)
-    message = "the frontmatter that starts here never ends"
-    raise BadFile(message, remedy="close it with a line `---`", line=1)
+    raise BadFile("the frontmatter that starts here never ends", remedy="close it with a line `---`", line=1)
 
 
 def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
     if len(text.encode()) > MAX_BYTES:
-        message = f"the frontmatter is larger than {MAX_BYTES} bytes"
-        raise BadFile(message, remedy="move the text below the frontmatter", line=1)
+        raise BadFile(
+            f"the frontmatter is larger than {MAX_BYTES} bytes", remedy="move the text below the frontmatter", line=1
+        )
     if wrong := _NOT_YAML.search(text):
         line, column = _place(text, wrong.start())
-        message = f"the character U+{ord(wrong[0]):04X} is not allowed in YAML"
-        raise BadFile(message, remedy="remove it, or write it as an escape in double quotes", line=line, column=column)
+        raise BadFile(
+            f"the character U+{ord(wrong[0]):04X} is not allowed in YAML",
+            remedy="remove it, or write it as an escape in double quotes",
+            line=line,
+            column=column,
+        )
     loader = _LOADER(text)
     try:
         return _build(loader, text)
@@ -80,8 +84,7 @@ def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
             message += f" {error.context} that begins in line {begun}"
         raise BadFile(message, remedy=REMEDY, line=at[0], column=at[1]) from None
     except yaml.YAMLError as error:
-        message = f"malformed YAML: {error}".split("\n", 1)[0]
-        raise BadFile(message, remedy=REMEDY, line=1) from None
+        raise BadFile(f"malformed YAML: {error}".split("\n", 1)[0], remedy=REMEDY, line=1) from None
     finally:
         loader.dispose()
 
@@ -94,7 +97,7 @@ def _place(text: str, index: int) -> tuple[int, int]:
     return text.count("\n", 0, index) + 2, index - text.rfind("\n", 0, index)
 
 
-def _build(loader: yaml.SafeLoader, text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:  # noqa: C901 - one arm an event
+def _build(loader: yaml.SafeLoader, text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
     root: object = None
     places: dict[str, tuple[int, int]] = {}
     stack: list[tuple[dict[str, object] | list[object], list[str]]] = []
@@ -146,8 +149,7 @@ def _build(loader: yaml.SafeLoader, text: str) -> tuple[dict[str, object], dict[
     if root is None:
         return {}, {}
     if not isinstance(root, dict):
-        message = "the frontmatter is not a mapping"
-        raise BadFile(message, remedy="write `key: value` lines", line=2)
+        raise BadFile("the frontmatter is not a mapping", remedy="write `key: value` lines", line=2)
     return root, places
 
 
@@ -174,10 +176,10 @@ def _scalar(event: yaml.ScalarEvent) -> object:
         return text
     if text in _WORDS:
         return _WORDS[text]
-    if len(text) <= 20 and _INT.match(text):  # noqa: PLR2004 - longest int64 with its sign
+    if len(text) <= 20 and _INT.match(text):
         number = int(text)
         return number if -_INT64 <= number < _INT64 else text
-    if len(text) < 64 and _FLOAT.match(text):  # noqa: PLR2004 - no float is written longer
+    if len(text) < 64 and _FLOAT.match(text):
         value = float(text)
         return value if value not in {float("inf"), float("-inf")} else text
     return text

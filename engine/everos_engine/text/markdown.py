@@ -46,13 +46,18 @@ def decode(data: bytes) -> list[str]:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line, column = _place(error.object[: error.start])  # the object has no BOM any more
-        message = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-        raise BadFile(message, remedy="save the file as UTF-8", line=line, column=column) from None
+        raise BadFile(
+            f"byte 0x{error.object[error.start]:02x} is not UTF-8",
+            remedy="save the file as UTF-8",
+            line=line,
+            column=column,
+        ) from None
     at = text.find("\0")
     if at >= 0:
         line, column = _place(text[:at].encode())
-        message = "there is a NUL byte"
-        raise BadFile(message, remedy="remove the NUL byte, or restore the file", line=line, column=column)
+        raise BadFile(
+            "there is a NUL byte", remedy="remove the NUL byte, or restore the file", line=line, column=column
+        )
     return _LINE_END.split(text)
 
 
@@ -70,7 +75,7 @@ def outside_fences(lines: list[str], first_line: int) -> Iterator[tuple[int, str
         else:
             yield number, line, opened
             closing = line.strip(" \t")
-            if len(line) - len(line.lstrip(" ")) <= 3 and len(closing) >= len(fence) and set(closing) == {fence[0]}:  # noqa: PLR2004 - CommonMark
+            if len(line) - len(line.lstrip(" ")) <= 3 and len(closing) >= len(fence) and set(closing) == {fence[0]}:
                 fence = ""
 
 
@@ -92,10 +97,11 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
         closing, entry_id = marker
         if not closing:
             if current is not None:
-                message = (
-                    f"entry {quoted(entry_id)} opens inside entry {quoted(current.entry_id)} of line {current.line}"
+                raise BadFile(
+                    f"entry {quoted(entry_id)} opens inside entry {quoted(current.entry_id)} of line {current.line}",
+                    remedy=f"close it with `<!-- /entry:{current.entry_id} -->` first",
+                    line=number,
                 )
-                raise BadFile(message, remedy=f"close it with `<!-- /entry:{current.entry_id} -->` first", line=number)
             if not entry_id or len(entry_id) > MAX_ID_CHARACTERS or not entry_id.isprintable():
                 message = "the entry marker has no usable id"
                 remedy = f"give it 1 to {MAX_ID_CHARACTERS} printable characters"
@@ -107,12 +113,16 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
                 if current is None
                 else f"entry {quoted(current.entry_id)} of line {current.line} is open"
             )
-            message = f"a marker closes entry {quoted(entry_id)} but {inside}"
-            raise BadFile(message, remedy="make the opening and closing markers match", line=number)
+            raise BadFile(
+                f"a marker closes entry {quoted(entry_id)} but {inside}",
+                remedy="make the opening and closing markers match",
+                line=number,
+            )
         else:
             if len(found) >= MAX_ENTRIES:
-                message = f"there are more than {MAX_ENTRIES} entries in one file"
-                raise BadFile(message, remedy="split the file", line=current.line)
+                raise BadFile(
+                    f"there are more than {MAX_ENTRIES} entries in one file", remedy="split the file", line=current.line
+                )
             found.append(current)
             current = None
     if current is not None:
@@ -129,7 +139,7 @@ def _marker(line: str) -> tuple[bool, str] | None:
     It is linear in the line, which a regex is not.
     """
     text = line.strip(" \t")
-    if not (text.startswith("<!--") and text.endswith("-->") and len(text) >= 7):  # noqa: PLR2004 - both ends
+    if not (text.startswith("<!--") and text.endswith("-->") and len(text) >= 7):
         return None
     inner = text[4:-3].strip(" \t")
     closing = inner.startswith("/")

@@ -61,8 +61,11 @@ def parse(place: Place, sources: Mapping[str, bytes]) -> Document:
         return Document((), ())
     front = split(lines)
     if not front.present and place.kind != "note":
-        message = "there is no frontmatter"
-        raise BadFile(message, remedy="begin the file with a `---` block, as the kind's documentation shows", line=1)
+        raise BadFile(
+            "there is no frontmatter",
+            remedy="begin the file with a `---` block, as the kind's documentation shows",
+            line=1,
+        )
     return parsers.PARSERS[place.kind](place, front, _references(place, sources))
 
 
@@ -72,8 +75,9 @@ def _references(place: Place, sources: Mapping[str, bytes]) -> dict[str, str]:
         try:
             texts[path[path.rfind("/") + 1 :]] = "\n".join(decode(sources[path]))
         except BadFile as error:
-            message = f"reference {path}: {error.args[0]}"
-            raise BadFile(message, remedy=error.remedy, line=error.line, column=error.column) from None
+            raise BadFile(
+                f"reference {path}: {error.args[0]}", remedy=error.remedy, line=error.line, column=error.column
+            ) from None
     return texts
 
 

@@ -245,11 +245,9 @@ def _from_yaml(field: Field, value: object, place: tuple[int, int]) -> object:
     if field.type == "strings":
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
-        message = f"{field.source} must be a list of strings"
-        raise _BadValue(message, place)
+        raise _BadValue(f"{field.source} must be a list of strings", place)
     if isinstance(value, (dict, list, bool)) or (field.type == "string" and not isinstance(value, str)):
-        message = f"{field.source} must be a {field.type}, not {quoted(value)}"
-        raise _BadValue(message, place)
+        raise _BadValue(f"{field.source} must be a {field.type}, not {quoted(value)}", place)
     return _typed(field, (str(value), *place), place)
 
 
@@ -258,8 +256,10 @@ def _milliseconds(front: Frontmatter) -> datetime | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_MILLISECOND:
-        message = f"profile_timestamp_ms must be milliseconds since 1970, not {quoted(value)}"
-        raise _BadValue(message, front.places.get("profile_timestamp_ms", (1, 1)))
+        raise _BadValue(
+            f"profile_timestamp_ms must be milliseconds since 1970, not {quoted(value)}",
+            front.places.get("profile_timestamp_ms", (1, 1)),
+        )
     return datetime.fromtimestamp(value // 1000, UTC).replace(microsecond=value % 1000 * 1000)
 
 
@@ -270,14 +270,17 @@ def _typed(
     text, *place = found or ("", *entry_place)
     if not text.strip() or (text in _NULL and not section):
         if field.required:
-            message = f"`### {field.source}` is missing or empty" if section else f"{field.source} is missing or empty"
-            raise _BadValue(message, (place[0], place[1]))
+            raise _BadValue(
+                f"`### {field.source}` is missing or empty" if section else f"{field.source} is missing or empty",
+                (place[0], place[1]),
+            )
         return None
     try:
         return _CONVERT[field.type](text)
     except (ValueError, OverflowError):
-        message = f"{field.source} must be {_WANTED[field.type]}, not {quoted(text)}"
-        raise _BadValue(message, (place[0], place[1])) from None
+        raise _BadValue(
+            f"{field.source} must be {_WANTED[field.type]}, not {quoted(text)}", (place[0], place[1])
+        ) from None
 
 
 def _timestamp(text: str) -> datetime:
