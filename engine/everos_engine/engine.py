@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import trio
 from loguru import logger
 
 from everos_engine.embed import open_embedder
+from everos_engine.embed.protocol import Embedder
 from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, Transient, Unexpected, split_end, unwrap
 from everos_engine.keys import key_of
 from everos_engine.loops.acknowledge import retry_for_settings
@@ -31,23 +32,18 @@ from everos_engine.loops.watcher import watch
 from everos_engine.loops.worker import work
 from everos_engine.search import Filter, Mode, Result, check_question
 from everos_engine.search import search as search_index
+from everos_engine.settings import Settings
 from everos_engine.stores import embeddings, held, ledger, meta, models, queue, reports
-from everos_engine.stores.database import Database, open_or_replace
+from everos_engine.stores.database import Database, Transaction, open_or_replace
+from everos_engine.stores.held import Held
 from everos_engine.stores.index import Index, open_index
+from everos_engine.stores.reports import Counts, Outcome
 from everos_engine.supervise import WITHIN_SECONDS, Health, keep, keep_open
 from everos_engine.system import ceiling, descriptors, files, locks, private, slope, wake
 from everos_engine.system.asyncio_thread import AsyncioThread, open_asyncio_thread
 from everos_engine.system.control import serve_control
-from everos_engine.system.instrument import watching_the_loop
+from everos_engine.system.instrument import LoopBlocks, watching_the_loop
 from everos_engine.text import kinds
-
-if TYPE_CHECKING:
-    from everos_engine.embed.protocol import Embedder
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Transaction
-    from everos_engine.stores.held import Held
-    from everos_engine.stores.reports import Counts, Outcome
-    from everos_engine.system.instrument import LoopBlocks
 
 T = TypeVar("T")
 CALL_PATIENCE_SECONDS = 30.0

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from everos_engine.errors import OutsideRoot
+from everos_engine.settings import Settings
 from everos_engine.system import files
 from everos_engine.text import kinds
 from everos_engine.text.kinds.layout import nearest
-
-if TYPE_CHECKING:
-    from everos_engine.settings import Settings
 
 
 def key_of(settings: Settings, path: str) -> str:

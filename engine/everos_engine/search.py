@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Literal, get_args
 
+import numpy as np
 import trio
 from loguru import logger
+from numpy.typing import NDArray
 
 from everos_engine.errors import BadQuestion, BadText, Transient, quoted
 from everos_engine.stores import ledger
-from everos_engine.stores.lance import Hit, TableDamaged, text_literal
+from everos_engine.stores.database import Database
+from everos_engine.stores.index import Index
+from everos_engine.stores.lance import Hit, Model, TableDamaged, text_literal
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
-
     from everos_engine.loops.vectors import Vectors
-    from everos_engine.stores.database import Database
-    from everos_engine.stores.index import Index
-    from everos_engine.stores.lance import Model
 
 Mode = Literal["fts", "vector", "hybrid"]
 RRF_K = 60

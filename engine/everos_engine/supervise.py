@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import trio
 from loguru import logger
@@ -24,9 +25,6 @@ from everos_engine.errors import (
     split_end,
     unwrap,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
 
 FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 30.0

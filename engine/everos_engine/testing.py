@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from everos_engine.errors import BadText, Transient
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class FakeEmbedder:

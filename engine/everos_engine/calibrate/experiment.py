@@ -15,16 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from everos_engine.errors import EngineError, Fatal
-from everos_engine.settings import LanceDBSettings
+from everos_engine.settings import DescriptorMode, LanceDBSettings, Settings
 from everos_engine.system import descriptors, files
 from everos_engine.system.ceiling import HEADROOM, MIB, own_of
 from everos_engine.text import kinds
-
-if TYPE_CHECKING:
-    from everos_engine.settings import DescriptorMode, Settings
 
 CAPS = tuple(mib * MIB for mib in (2, 4, 8, 16, 32))
 QUICK_CAPS = (MIB, 8 * MIB)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from everos_engine.diagnose.wording import Style, ago, plural, shown, size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from everos_engine.diagnose.explain import Evidence, Explanation
 
 COLOURS = {"searchable": "green", "partly": "yellow", "waiting": "yellow", "held": "yellow"}

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from everos_engine.cli.terminal import print_json
 from everos_engine.diagnose.engine_state import EngineState, read_engine_state
 from everos_engine.diagnose.wording import Style, ago, size, style_for, with_root
 from everos_engine.errors import SettingsError
+from everos_engine.settings import Settings
 from everos_engine.system import ceiling, descriptors
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from everos_engine.settings import Settings
 
 OK, TROUBLE = 0, 1
 WATCH_SECONDS = 1.0

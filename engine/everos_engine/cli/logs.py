@@ -8,22 +8,18 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from loguru import logger
+from loguru import Record, logger
 
 from everos_engine.diagnose.wording import printable, program_at, with_root
 from everos_engine.errors import clipped
-from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, MemorySettings, secrets_of
+from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, MemorySettings, Settings, secrets_of
 from everos_engine.system.repeats import Repeats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from loguru import Record
-
     from everos_engine.cli.progress import Screen
-    from everos_engine.settings import Settings
 
 SAY_EVERY_SECONDS = 60.0
 REPETITIVE = frozenset({

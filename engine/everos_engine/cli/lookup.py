@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from everos_engine.settings import Settings
 from everos_engine.system.control import ask
 
 if TYPE_CHECKING:
     import argparse
-
-    from everos_engine.settings import Settings
 
 LOOK_SECONDS = 1.0
 DEADLINE_SECONDS = 30.0

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +23,6 @@ from everos_engine.settings import Settings, describe, load
 from everos_engine.system import private
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from everos_engine.stores.reports import Outcome
 
 OK, TROUBLE, USAGE, INTERRUPTED = 0, 1, 2, 130

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -29,8 +30,10 @@ from everos_engine.loops.reconcile import reconcile_tree
 from everos_engine.loops.requests import enqueue
 from everos_engine.loops.scanner import AUDIT_FILES
 from everos_engine.search import Filter
+from everos_engine.settings import Settings
 from everos_engine.stores import held, ledger, meta, queue, reports, versions
-from everos_engine.stores.database import Locked
+from everos_engine.stores.database import Database, Locked
+from everos_engine.stores.reports import Outcome
 from everos_engine.system import files, locks, wake
 from everos_engine.system.control import BUSY, SLOW_TALK_SECONDS, ask
 from everos_engine.system.file_threads import call_within, open_threads
@@ -38,11 +41,6 @@ from everos_engine.system.locks import running_pid
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
-
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Database
-    from everos_engine.stores.reports import Outcome
 
 T = TypeVar("T")
 LOOK_SECONDS = 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
@@ -11,12 +12,10 @@ from typing import TYPE_CHECKING, TextIO
 import trio
 
 from everos_engine.loops.context import wait_moved
+from everos_engine.stores.reports import Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from everos_engine.engine import Engine, Status
-    from everos_engine.stores.reports import Counts
 
 BUSY_BEAT_SECONDS = 0.3
 IDLE_BEAT_SECONDS = 10.0

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from everos_engine import trust
 from everos_engine.diagnose.wording import shown
 from everos_engine.settings import ROOT_SETTINGS_FILE, load, root_file
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 def give(flags: Mapping[str, object]) -> int:

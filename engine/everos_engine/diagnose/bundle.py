@@ -16,23 +16,17 @@ import platform
 import secrets
 import tarfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from everos_engine.diagnose import doctor
 from everos_engine.diagnose.checks_system import version
-from everos_engine.diagnose.checkup import gather
+from everos_engine.diagnose.checkup import Facts, gather
 from everos_engine.errors import EngineError, SettingsError
-from everos_engine.settings import choices, describe
+from everos_engine.settings import Settings, choices, describe
 from everos_engine.stores import queue_facts
 from everos_engine.stores.database import Database
 from everos_engine.system import limits
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from everos_engine.diagnose.checkup import Facts
-    from everos_engine.settings import Settings
 
 LEFT_OUT = "(left out)"
 PACKAGES = (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
 
-from everos_engine.diagnose.checkup import Check, read_queue_facts
+from everos_engine.diagnose.checkup import Check, Facts, read_queue_facts
 from everos_engine.diagnose.wording import plural, quoted, shown
 from everos_engine.errors import EngineError, unwrap
 from everos_engine.stores.database import Database
@@ -18,12 +19,9 @@ from everos_engine.system.asyncio_thread import run_once
 from everos_engine.text import kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
-    from everos_engine.diagnose.checkup import Facts
     from everos_engine.stores.table_facts import Examination
 
 EXAMINE_SECONDS = 60.0

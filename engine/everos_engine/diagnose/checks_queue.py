@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
-from everos_engine.diagnose.checkup import Check, conditions_of
+from everos_engine.diagnose.checkup import Check, Facts, conditions_of
 from everos_engine.diagnose.engine_state import number
 from everos_engine.diagnose.wording import ago, plural, shown
 from everos_engine.errors import Damaged, EngineError
@@ -13,9 +12,6 @@ from everos_engine.stores import queue_facts
 from everos_engine.stores.database import Database
 from everos_engine.stores.held import REMEDY, WHY
 from everos_engine.system import locks
-
-if TYPE_CHECKING:
-    from everos_engine.diagnose.checkup import Facts
 
 SCANS_MISSED = 3
 LATE_SECONDS = 60.0

@@ -9,18 +9,14 @@ import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from everos_engine.diagnose.checkup import Check, Verdict, conditions_of
+from everos_engine.diagnose.checkup import Check, Facts, Verdict, conditions_of
 from everos_engine.diagnose.engine_state import number
 from everos_engine.diagnose.permission import blocked, may, permit
 from everos_engine.diagnose.wording import ago, plural, quoted, size
 from everos_engine.errors import SettingsError
 from everos_engine.stores.held import BLIND_REMEDY
 from everos_engine.system import ceiling, files, limits, private
-
-if TYPE_CHECKING:
-    from everos_engine.diagnose.checkup import Facts
 
 GOOD_DESCRIPTORS = 256
 """The engine needs up to 64 apart from pinned indexes, and some to start. With few, work waits for descriptors."""

@@ -7,25 +7,21 @@ import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal
 
 from everos_engine.diagnose import permission
 from everos_engine.diagnose.engine_state import EngineState, read_engine_state
 from everos_engine.diagnose.wording import commands_in, quoted, shown
 from everos_engine.errors import Damaged
+from everos_engine.settings import Settings
 from everos_engine.stores import conditions, ledger, meta, queue, queue_facts, reports
-from everos_engine.stores.database import Database
+from everos_engine.stores.conditions import Condition
+from everos_engine.stores.database import Database, Transaction
+from everos_engine.stores.held import Held
 from everos_engine.system import files
 from everos_engine.system.file_threads import visit_within
 from everos_engine.text import kinds
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from everos_engine.settings import Settings
-    from everos_engine.stores.conditions import Condition
-    from everos_engine.stores.database import Transaction
-    from everos_engine.stores.held import Held
 
 Verdict = Literal["ok", "warn", "fail"]
 FUTURE_SECONDS = 2.0

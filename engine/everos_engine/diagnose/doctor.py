@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from everos_engine.diagnose import checks_index, checks_queue, checks_system
-from everos_engine.diagnose.checkup import Check, gather
+from everos_engine.diagnose.checkup import Check, Facts, gather
 from everos_engine.diagnose.wording import Style, shown
 from everos_engine.errors import SettingsError, exhausted
-
-if TYPE_CHECKING:
-    from everos_engine.diagnose.checkup import Facts
-    from everos_engine.settings import Settings
+from everos_engine.settings import Settings
 
 Checks: TypeAlias = "Sequence[tuple[str, Callable[[Facts], Check | None]]]"
 ENOUGH_DESCRIPTORS = 256

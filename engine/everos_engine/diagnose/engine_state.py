@@ -6,13 +6,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from everos_engine.settings import Settings
 from everos_engine.system.control import ask
 from everos_engine.system.locks import running_pid
-
-if TYPE_CHECKING:
-    from everos_engine.settings import Settings
 
 State = Literal["absent", "answers", "mute", "silent", "stopped", "hidden"]
 PULSE_DEADLINE_SECONDS = 1.0

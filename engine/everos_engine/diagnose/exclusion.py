@@ -7,16 +7,12 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from everos_engine.diagnose.wording import quoted, shown
-from everos_engine.settings import ROOT_SETTINGS_FILE
+from everos_engine.settings import ROOT_SETTINGS_FILE, Settings
 from everos_engine.system import files
 from everos_engine.text import kinds
 from everos_engine.text.kinds.layout import nearest
-
-if TYPE_CHECKING:
-    from everos_engine.settings import Settings
 
 BY_NAME = {"no_layout", "wrong_case", "not_markdown", "hidden_name", "no_glob"}
 """Codes that a name alone decides, with or without a file."""

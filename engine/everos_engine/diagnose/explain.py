@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from everos_engine.diagnose import exclusion
 from everos_engine.diagnose.engine_state import EngineState, read_engine_state
 from everos_engine.diagnose.verdict import Diagnosis, diagnose
 from everos_engine.diagnose.wording import commands_in
 from everos_engine.errors import BadFile, EngineError
+from everos_engine.settings import Settings
 from everos_engine.stores import ledger, meta, queue_facts
-from everos_engine.stores.database import Database
+from everos_engine.stores.database import Database, Transaction
 from everos_engine.system import files, limits, locks
 from everos_engine.system.file_threads import NoAnswer, call_within
 from everos_engine.text import diff, kinds
-
-if TYPE_CHECKING:
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Transaction
-    from everos_engine.text.entries import Document, Place
+from everos_engine.text.entries import Document, Place
 
 MAX_NAMED = 20
 BRIEF_SECONDS = 2.0

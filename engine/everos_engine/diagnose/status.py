@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from everos_engine.diagnose.engine_state import EngineState, number, read_engine_state
 from everos_engine.diagnose.wording import Style, ago, plural, shown, size
 from everos_engine.keys import key_of
+from everos_engine.settings import Settings
 from everos_engine.stores import conditions, ledger, meta, queue_facts, reports
-from everos_engine.stores.database import Database
-from everos_engine.stores.held import REMEDY, WHY
+from everos_engine.stores.conditions import Condition
+from everos_engine.stores.database import Database, Transaction
+from everos_engine.stores.held import REMEDY, WHY, Held
+from everos_engine.stores.reports import Counts, Outcome
 from everos_engine.system import files
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from everos_engine.settings import Settings
-    from everos_engine.stores.conditions import Condition
-    from everos_engine.stores.database import Transaction
-    from everos_engine.stores.held import Held
-    from everos_engine.stores.reports import Counts, Outcome
 
 HELD_NOTE = "deletions_held"
 Place = Literal["there", "empty", "missing"]

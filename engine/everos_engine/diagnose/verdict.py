@@ -14,10 +14,10 @@ from everos_engine.diagnose.permission import blocked, permit
 from everos_engine.diagnose.wording import ago, plural, quoted, shown, size
 from everos_engine.errors import BadFile
 from everos_engine.stores.held import REMEDY, WHY
+from everos_engine.stores.queue_facts import Change
 
 if TYPE_CHECKING:
     from everos_engine.diagnose.explain import Evidence
-    from everos_engine.stores.queue_facts import Change
 
 Verdict = Literal["searchable", "partly", "waiting", "failed", "held", "excluded", "missing", "unknown"]
 NOTHING = "nothing: it is as it should be"

@@ -9,11 +9,9 @@ import shlex
 import shutil
 import string
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any, TextIO
 
 CODES = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
 MAX_COLUMNS = 110

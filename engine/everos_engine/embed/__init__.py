@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from everos_engine.settings import EmbedderSettings
+
 if TYPE_CHECKING:
     from everos_engine.embed.protocol import Embedder
-    from everos_engine.settings import EmbedderSettings
 
 
 @asynccontextmanager

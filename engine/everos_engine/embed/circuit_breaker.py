@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
 import trio
 from loguru import logger
+from numpy.typing import NDArray
 from trio_util import AsyncValue
 
-from everos_engine.embed.protocol import PROBE_SENTENCE, check, quoted, similar
+from everos_engine.embed.protocol import PROBE_SENTENCE, Embedder, check, quoted, similar
 from everos_engine.errors import (
     BadText,
     Exhausted,
@@ -25,13 +26,7 @@ from everos_engine.errors import (
     exhausted,
     split_end,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from everos_engine.embed.protocol import Embedder
-    from everos_engine.settings import EmbedderSettings
+from everos_engine.settings import EmbedderSettings
 
 WAITING = "waiting for the embedder"
 """The message of every change that waits for the service starts with this."""

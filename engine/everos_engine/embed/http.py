@@ -9,15 +9,17 @@ import ipaddress
 import json
 import os
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import httpx
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from everos_engine.embed.protocol import check, quoted
 from everos_engine.embed.proxies import EXAMPLE, Proxy, certificates, proxy_for
@@ -32,14 +34,7 @@ from everos_engine.errors import (
     exhausted,
     split_end,
 )
-from everos_engine.settings import MASK, secrets_of
-
-if TYPE_CHECKING:
-    import ssl
-
-    from numpy.typing import NDArray
-
-    from everos_engine.settings import EmbedderSettings
+from everos_engine.settings import MASK, EmbedderSettings, secrets_of
 
 REFUSED = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")

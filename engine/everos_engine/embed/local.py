@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from everos_engine.embed.protocol import check
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 MAX_CHARACTERS = 8000
 """A sentence encoder gains nothing from more, and its tokenizer's time grows with the length."""

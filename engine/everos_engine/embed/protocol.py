@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from everos_engine.errors import SettingsError, Transient
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PROBE_SENTENCE = "The quick brown fox remembers where the lazy dog sleeps."
 """Embedded once per start. Two models that give it the same vector are the same model."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from loguru import logger
 
 from everos_engine.errors import Transient, Unavailable, clipped, disk_full
-from everos_engine.loops.context import now_milliseconds
-from everos_engine.loops.job import Unsettled, blamed, complaint, note_written, values_to_blame
+from everos_engine.loops.context import Context, now_milliseconds
+from everos_engine.loops.job import Job, Unsettled, blamed, complaint, note_written, values_to_blame
 from everos_engine.stores import ledger, queue
-
-if TYPE_CHECKING:
-    from everos_engine.loops.context import Context
-    from everos_engine.loops.job import Job
-    from everos_engine.stores.database import Transaction
-    from everos_engine.stores.versions import Version
+from everos_engine.stores.database import Transaction
+from everos_engine.stores.versions import Version
 
 
 class Written(NamedTuple):

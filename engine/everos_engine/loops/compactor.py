@@ -5,23 +5,18 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import trio
 from loguru import logger
 
 from everos_engine.errors import Transient
-from everos_engine.loops.context import now_milliseconds, wait_moved
+from everos_engine.loops.context import Context, now_milliseconds, wait_moved
 from everos_engine.loops.erase import erase_due
 from everos_engine.loops.recovery import expect_root
 from everos_engine.stores import embeddings, ledger
+from everos_engine.stores.versions import Version
 from everos_engine.system.unit import unit
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from everos_engine.loops.context import Context
-    from everos_engine.stores.versions import Version
 
 LONG_SECONDS = 3600.0
 ERASE_LOOK_SECONDS = 600.0

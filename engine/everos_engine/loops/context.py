@@ -14,7 +14,9 @@ from trio_util import AsyncValue
 
 from everos_engine.errors import exhausted
 from everos_engine.loops.deletion_guard import DeletionGuard
+from everos_engine.settings import Settings
 from everos_engine.stores.conditions import Conditions
+from everos_engine.stores.database import Database
 from everos_engine.system import descriptors
 from everos_engine.system.descriptors import Reserve
 from everos_engine.system.file_threads import FileThreads, open_threads
@@ -22,8 +24,6 @@ from everos_engine.system.instrument import LoopBlocks
 
 if TYPE_CHECKING:
     from everos_engine.loops.vectors import Vectors
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Database
     from everos_engine.stores.index import Index
 
 STARVED_SECONDS = 5.0

@@ -7,18 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from everos_engine.errors import FULL, Exhausted, Fatal
+from everos_engine.settings import Settings
 from everos_engine.stores import full_scan, held
-from everos_engine.stores.held import Passed
+from everos_engine.stores.database import Transaction
+from everos_engine.stores.full_scan import Vanished
+from everos_engine.stores.held import Passed, Reason
 from everos_engine.system import private
-
-if TYPE_CHECKING:
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Transaction
-    from everos_engine.stores.full_scan import Vanished
-    from everos_engine.stores.held import Reason
 
 WINDOW_SECONDS = 60.0
 """Deletions within this time count together, in any process. A tree removed in many small steps is removed all the

@@ -10,28 +10,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import cast
 
 import trio
 from loguru import logger
 
 from everos_engine.errors import BadQuestion, Transient
-from everos_engine.loops.context import now_milliseconds
+from everos_engine.loops.context import Context, now_milliseconds
 from everos_engine.loops.recovery import expect_root
 from everos_engine.stores import embeddings, lance, ledger, meta
+from everos_engine.stores.database import Transaction
 from everos_engine.system import files
 from everos_engine.text import kinds
+from everos_engine.text.kinds import Kind
 from everos_engine.text.kinds.parsers import embed_text
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from everos_engine.loops.context import Context
-    from everos_engine.stores.database import Transaction
-    from everos_engine.text.kinds import Kind
 
 MARK = "erased_"
 """The prefix before the kind, in ``meta``. The value is the version that was erased last, and when."""

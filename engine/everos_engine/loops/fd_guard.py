@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
@@ -21,16 +20,14 @@ from everos_engine.loops.context import Context, Point, now_milliseconds, wait_m
 from everos_engine.loops.fd_self_test import SelfTest, self_test
 from everos_engine.loops.memory_guard import Resident
 from everos_engine.loops.recovery import expect_root
+from everos_engine.settings import DescriptorMode
 from everos_engine.stores import meta
+from everos_engine.stores.database import Transaction
 from everos_engine.stores.lance import LIBRARY
 from everos_engine.system import ceiling, descriptors, memory
 from everos_engine.system.history_file import HistoryFile
 from everos_engine.system.slope import Learner, Slope
 from everos_engine.system.unit import unit
-
-if TYPE_CHECKING:
-    from everos_engine.settings import DescriptorMode
-    from everos_engine.stores.database import Transaction
 
 BEAT_SECONDS = 1.0
 ALLOWANCE_SECONDS = 30.0

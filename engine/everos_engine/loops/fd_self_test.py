@@ -12,18 +12,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
 
-from everos_engine.stores.index import Bridge, open_index
+from everos_engine.settings import DescriptorMode, LanceDBSettings
+from everos_engine.stores.index import Bridge, Index, open_index
 from everos_engine.stores.lance import LIBRARY, Model, Row
 from everos_engine.system import descriptors
-
-if TYPE_CHECKING:
-    from everos_engine.settings import DescriptorMode, LanceDBSettings
-    from everos_engine.stores.index import Index
 
 PREFIX = "self-test-"
 KIND = "throwaway"

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from everos_engine.errors import BadFile, EngineError, Transient, clipped, quoted
 from everos_engine.loops.context import now_milliseconds
+from everos_engine.settings import Settings
 from everos_engine.stores import ledger, queue
+from everos_engine.stores.database import Transaction
 from everos_engine.system import files
 from everos_engine.text import diff
 from everos_engine.text.entries import Document, Entry, Place, Problem
@@ -17,9 +19,6 @@ from everos_engine.text.entries import Document, Entry, Place, Problem
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Transaction
 
 
 @dataclass(slots=True)

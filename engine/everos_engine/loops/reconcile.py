@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
@@ -15,18 +14,15 @@ from loguru import logger
 from everos_engine.errors import BadFile, Exhausted, Transient
 from everos_engine.loops.context import now_milliseconds
 from everos_engine.loops.deletion_guard import DeletionGuard, may_delete, without_moved
+from everos_engine.settings import Settings
 from everos_engine.stores import full_scan, held, meta, queue
-from everos_engine.stores.held import WHY
+from everos_engine.stores.database import Database, Transaction
+from everos_engine.stores.full_scan import Vanished
+from everos_engine.stores.held import WHY, Held, Reason
 from everos_engine.stores.queue import Observation, Source
 from everos_engine.system import files, limits
 from everos_engine.system.file_threads import Call, FileThreads, NoAnswer, open_threads
 from everos_engine.text import kinds
-
-if TYPE_CHECKING:
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Database, Transaction
-    from everos_engine.stores.full_scan import Vanished
-    from everos_engine.stores.held import Held, Reason
 
 AUDIT_POSITION = "audit_position"
 

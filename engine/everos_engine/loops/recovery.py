@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
 
 from everos_engine.errors import Damaged, RootAway, Transient, Unexpected
-from everos_engine.loops.context import now_milliseconds
+from everos_engine.loops.context import Context, now_milliseconds
 from everos_engine.loops.reconcile import is_root_lost
 from everos_engine.stores import lance, ledger, meta, queue
+from everos_engine.stores.database import Transaction
+from everos_engine.stores.index import Found
 from everos_engine.stores.lance import PROBE_WORD, ForeignTable, Model, TableDamaged, Unrecognised
+from everos_engine.stores.ledger import Remembered
 from everos_engine.stores.versions import Version
 from everos_engine.text import kinds
-
-if TYPE_CHECKING:
-    from everos_engine.loops.context import Context
-    from everos_engine.stores.database import Transaction
-    from everos_engine.stores.index import Found
-    from everos_engine.stores.ledger import Remembered
 
 PROBES = 2
 PROBE_PAUSE_SECONDS = 0.3

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from everos_engine.keys import key_of
 from everos_engine.loops.context import now_milliseconds
 from everos_engine.loops.deletion_guard import to_hold
 from everos_engine.loops.reconcile import probe
+from everos_engine.settings import Settings
 from everos_engine.stores import held, queue
-from everos_engine.system.file_threads import open_threads
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Database, Transaction
-    from everos_engine.system.file_threads import FileThreads
+from everos_engine.stores.database import Database, Transaction
+from everos_engine.system.file_threads import FileThreads, open_threads
 
 
 async def enqueue(

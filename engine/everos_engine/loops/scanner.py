@@ -7,7 +7,6 @@ import os
 import shlex
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import trio
 from loguru import logger
@@ -17,12 +16,9 @@ from everos_engine.loops.context import Context, now_milliseconds, wait_moved
 from everos_engine.loops.reconcile import AUDIT_POSITION, FullScan, audit, reconcile_tree
 from everos_engine.loops.recovery import inspect
 from everos_engine.stores import full_scan, held, meta
-from everos_engine.stores.held import BLIND_REMEDY, REMEDY, WHY
+from everos_engine.stores.held import BLIND_REMEDY, REMEDY, WHY, Held
 from everos_engine.system import files
 from everos_engine.system.unit import unit
-
-if TYPE_CHECKING:
-    from everos_engine.stores.held import Held
 
 SCAN_ALLOWANCE_SECONDS = 600.0
 GATHER_SECONDS = 0.2

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import trio
 from loguru import logger
+from numpy.typing import NDArray
 
-from everos_engine.embed.batcher import open_batcher
+from everos_engine.embed.batcher import Batcher, open_batcher
 from everos_engine.embed.circuit_breaker import CircuitBreaker
-from everos_engine.embed.protocol import check_embedder, similar
+from everos_engine.embed.protocol import Embedder, check_embedder, similar
 from everos_engine.errors import BadText, EngineError, Fatal, Transient, Unavailable
 from everos_engine.loops.context import now_milliseconds
+from everos_engine.settings import EmbedderSettings
 from everos_engine.stores import embeddings, models
+from everos_engine.stores.database import Database, Transaction
+from everos_engine.stores.embeddings import Cache
 from everos_engine.stores.lance import Model
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from everos_engine.embed.batcher import Batcher
-    from everos_engine.embed.protocol import Embedder
-    from everos_engine.settings import EmbedderSettings
-    from everos_engine.stores.database import Database, Transaction
-    from everos_engine.stores.embeddings import Cache
 
 T = TypeVar("T")
 MAX_DAYS = 1000

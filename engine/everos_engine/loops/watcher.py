@@ -7,9 +7,10 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import trio
 from loguru import logger
@@ -20,18 +21,14 @@ from everos_engine.keys import key_in_root
 from everos_engine.loops.context import Context, now_milliseconds
 from everos_engine.loops.deletion_guard import FEW, to_hold
 from everos_engine.loops.reconcile import probe, root_trouble, verify_racy
+from everos_engine.settings import Settings
 from everos_engine.stores import full_scan, queue
+from everos_engine.stores.database import Transaction
+from everos_engine.stores.queue import Observation
 from everos_engine.system import descriptors, files, limits
 from everos_engine.system.file_threads import NoAnswer
 from everos_engine.system.unit import unit
 from everos_engine.text import kinds
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from everos_engine.settings import Settings
-    from everos_engine.stores.database import Transaction
-    from everos_engine.stores.queue import Observation
 
 STEP_MILLISECONDS, QUIET_STEP_MILLISECONDS = 20, 45
 """The library looks for events once a step, and reports them two steps later. A longer step saves wake-ups."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 import trio
 from loguru import logger
@@ -38,18 +39,13 @@ from everos_engine.loops.job import Job, defer, keep, looks_truncated, refuse, u
 from everos_engine.loops.recovery import expect_root, heal, reconcile_table, recreate_table
 from everos_engine.loops.vectors import MODEL_CHANGED
 from everos_engine.stores import held, ledger, meta, queue
+from everos_engine.stores.database import Transaction
 from everos_engine.stores.held import REMEDY, WHY
 from everos_engine.stores.lance import Model, Row, TableDamaged, Unrecognised
 from everos_engine.system import files, locks
+from everos_engine.system.file_threads import Call, Calls
 from everos_engine.system.unit import Unit, unit
 from everos_engine.text import diff, kinds
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
-    from pathlib import Path
-
-    from everos_engine.stores.database import Transaction
-    from everos_engine.system.file_threads import Call, Calls
 
 T = TypeVar("T")
 COMMIT_ENTRIES = 8192

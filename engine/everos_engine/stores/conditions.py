@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 from everos_engine.errors import Damaged, Transient
 from everos_engine.stores import meta
-
-if TYPE_CHECKING:
-    from everos_engine.stores.database import Database, Transaction
+from everos_engine.stores.database import Database, Transaction
 
 META = "notes"
 

@@ -46,6 +46,12 @@ class Locked(Transient):
         super().__init__(message, counts_as_retry=False)
 
 
+def drain(rows: Iterable[object]) -> None:
+    """Run a statement to its end, and drop its rows."""
+    for _ in rows:
+        pass
+
+
 class Transaction(Protocol):
     """What the queries of this package need of a connection inside one transaction."""
 
@@ -125,7 +131,7 @@ class Database:
             connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
             try:
                 connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
-                _drain(connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1"))
+                drain(connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1"))
             except (*_IO, apsw.FullError):
                 connection.close()
                 if _has_shared_memory(path) or _none_left():
@@ -162,12 +168,12 @@ class Database:
                 steps = range(found + 1, version + 1)
                 if all(step in upgrades for step in steps):
                     for step in steps:
-                        _drain(tx.execute(upgrades[step]))
+                        drain(tx.execute(upgrades[step]))
                 else:
                     for name in tables:
-                        _drain(tx.execute(f'DROP TABLE IF EXISTS "{name}"'))
-            _drain(tx.execute(schema))
-            _drain(tx.execute(f"PRAGMA user_version = {version}"))
+                        drain(tx.execute(f'DROP TABLE IF EXISTS "{name}"'))
+            drain(tx.execute(schema))
+            drain(tx.execute(f"PRAGMA user_version = {version}"))
 
         self.write(lay)
 
@@ -282,7 +288,7 @@ class Database:
         return self.read(lambda tx: int(cast("int", next(iter(tx.execute("PRAGMA user_version")))[0])))
 
     def _run(self, sql: str) -> None:
-        _drain(self._connection.execute(sql))
+        drain(self._connection.execute(sql))
 
     def _retried(self, attempt: Callable[[], T]) -> T:
         for tries_left in range(BUSY_RETRIES, -1, -1):
@@ -424,11 +430,6 @@ def _remove(path: str) -> None:
 
 def _sign(path: Path) -> Path:
     return Path(f"{path}.suspect")
-
-
-def _drain(rows: Iterable[object]) -> None:
-    for _ in rows:
-        pass
 
 
 def _none_left() -> bool:

@@ -9,19 +9,18 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from loguru import logger
+from numpy.typing import NDArray
 
 from everos_engine.errors import Damaged, EngineError, Transient
 from everos_engine.stores.database import Database, Transaction, open_or_replace, set_aside
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import trio
-    from numpy.typing import NDArray
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from everos_engine.stores.database import Transaction, Value
+from everos_engine.stores.database import Transaction, Value, drain
 from everos_engine.stores.queue import Fingerprint4, Observation, Source, record, take
 
 SCANNED_TABLE = """
@@ -38,11 +38,11 @@ not used."""
 
 def load_full_scan(tx: Transaction, observations: Iterable[Observation]) -> None:
     """Put a whole full scan into a temporary table, for ``record_full_scan``."""
-    _drain(tx.execute(SCANNED_TABLE))
+    drain(tx.execute(SCANNED_TABLE))
     rows: Iterable[tuple[Value, ...]] = (
         (seen.md_path, seen.kind, *seen.fingerprint) for seen in observations if seen.fingerprint is not None
     )
-    _drain(tx.executemany("INSERT OR REPLACE INTO temp.scanned VALUES (?, ?, ?, ?, ?, ?)", rows))
+    drain(tx.executemany("INSERT OR REPLACE INTO temp.scanned VALUES (?, ?, ?, ?, ?, ?)", rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def carry_age(tx: Transaction, moved: Iterable[Vanished]) -> None:
     """Record that files with the content of ``moved`` are not new. A rename makes a file no younger."""
     old = sorted({(one.size, one.mtime_ns) for one in moved})
     if old:
-        _drain(tx.execute(KNOWN_LONG, (json.dumps(old),)))
+        drain(tx.execute(KNOWN_LONG, (json.dumps(old),)))
 
 
 def credit(tx: Transaction, found_by: Literal["scan", "watch"], count: int) -> None:
@@ -175,7 +175,7 @@ def racy(tx: Transaction, paths: Sequence[str] | None = None) -> list[tuple[Obse
 
 def trust(tx: Transaction, seen: Iterable[tuple[Observation, bytes]]) -> None:
     """Record that these were read again and are what was indexed. From now on their fingerprint is trusted."""
-    _drain(tx.executemany(TRUST, [(one.md_path, digest, *(one.fingerprint or ())) for one, digest in seen]))
+    drain(tx.executemany(TRUST, [(one.md_path, digest, *(one.fingerprint or ())) for one, digest in seen]))
 
 
 def _with_digest(row: tuple[Value, ...]) -> tuple[Observation, bytes]:
@@ -206,8 +206,3 @@ def known_below(tx: Transaction, directory: str) -> list[str]:
         "SELECT md_path FROM md_change_state WHERE md_path > ?1 || '/' AND md_path < ?1 || '0' AND mtime_ns IS NOT NULL"
     )
     return [cast("str", row[0]) for row in tx.execute(sql, (directory,))]
-
-
-def _drain(rows: Iterable[object]) -> None:
-    for _ in rows:
-        pass

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 from everos_engine.stores import meta, queue
-from everos_engine.stores.database import Transaction, Value
+from everos_engine.stores.database import Transaction, Value, drain
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS held (
@@ -87,14 +87,14 @@ def recent(tx: Transaction, *, now_milliseconds: int, window_milliseconds: int) 
     A time in the future comes from a clock that was set back. It counts if it is less than a window away.
     """
     sql = "DELETE FROM recent_deletions WHERE at NOT BETWEEN ?1 - ?2 AND ?1 + ?2"
-    _drain(tx.execute(sql, (now_milliseconds, window_milliseconds)))
+    drain(tx.execute(sql, (now_milliseconds, window_milliseconds)))
     rows = tx.execute("SELECT at, count, known FROM recent_deletions ORDER BY rowid")
     return [Passed(*row) for row in cast("Iterable[tuple[int, int, int]]", rows)]
 
 
 def let_through(tx: Transaction, passed: Passed) -> None:
     """Remember deletions that were let through, for all processes that record more of them."""
-    _drain(tx.execute("INSERT INTO recent_deletions VALUES (?, ?, ?)", passed))
+    drain(tx.execute("INSERT INTO recent_deletions VALUES (?, ?, ?)", passed))
 
 
 HOLD = """
@@ -112,12 +112,12 @@ DELETE FROM held WHERE md_path IN (SELECT md_path FROM temp.scanned)
 
 def hold(tx: Transaction, paths: Iterable[tuple[str, str]], reason: Reason, *, now_milliseconds: int) -> None:
     """Hold the deletion of (md_path, kind) pairs. One that is held already keeps its time."""
-    _drain(tx.executemany(HOLD, [(path, kind, reason, now_milliseconds) for path, kind in paths]))
+    drain(tx.executemany(HOLD, [(path, kind, reason, now_milliseconds) for path, kind in paths]))
 
 
 def hold_all(tx: Transaction, reason: Reason, *, now_milliseconds: int) -> None:
     """Hold every file that the queue knows, because the root itself is not what it was."""
-    _drain(tx.execute(HOLD_ALL, (reason, now_milliseconds)))
+    drain(tx.execute(HOLD_ALL, (reason, now_milliseconds)))
 
 
 def heal(tx: Transaction) -> int:
@@ -133,7 +133,7 @@ def sticking(tx: Transaction) -> set[str]:
 def reconsider(tx: Transaction, still: Iterable[str]) -> None:
     """Let go of all but the sticky ones and the paths ``still`` to be held, which keep their time."""
     sql = "DELETE FROM held WHERE reason <> ? AND md_path NOT IN (SELECT value FROM json_each(?))"
-    _drain(tx.execute(sql, (STICKY, json.dumps(list(still)))))
+    drain(tx.execute(sql, (STICKY, json.dumps(list(still)))))
 
 
 def counts(tx: Transaction) -> list[Held]:
@@ -170,7 +170,7 @@ def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
     A deletion that a person asked for by its path, and that was refused, is tried again now. What was let through
     before counts as intended too, and the window begins again.
     """
-    _drain(tx.execute("DELETE FROM recent_deletions"))
+    drain(tx.execute("DELETE FROM recent_deletions"))
     queue.hurry(tx, "root")
     meta.put(tx, MOUNTS, "[]")  # the next full scan enters the present ones
     rows = list(tx.execute("DELETE FROM held RETURNING md_path, kind"))
@@ -182,11 +182,6 @@ def release(tx: Transaction, *, now_milliseconds: int) -> list[str]:
 
 def _path(row: tuple[Value, ...]) -> str:
     return cast("str", row[0])
-
-
-def _drain(rows: Iterable[object]) -> None:
-    for _ in rows:
-        pass
 
 
 __all__ = [

@@ -11,23 +11,19 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import trio
+from lancedb import AsyncConnection, AsyncTable
+from numpy.typing import NDArray
 
 from everos_engine.errors import Exhausted, Unexpected, UnknownOutcome
+from everos_engine.settings import LanceDBSettings
 from everos_engine.stores import lance, versions
-from everos_engine.stores.lance import ForeignTable, Unrecognised
+from everos_engine.stores.lance import ForeignTable, Hit, Model, Row, TableKind, Unrecognised
 from everos_engine.stores.session_pool import PooledSession, SessionPool
 from everos_engine.stores.versions import Version
-
-if TYPE_CHECKING:
-    import numpy as np
-    from lancedb import AsyncConnection, AsyncTable
-    from numpy.typing import NDArray
-
-    from everos_engine.settings import LanceDBSettings
-    from everos_engine.stores.lance import Hit, Model, Row, TableKind
 
 T = TypeVar("T")
 MERGE_ROWS = 2048

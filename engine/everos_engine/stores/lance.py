@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -33,18 +33,15 @@ with late_package(
 ):  # a client of remote catalogs, which takes a third of the import's time
     import lancedb
 import pyarrow as pa
+from lancedb import AsyncConnection, AsyncTable
 from lancedb.index import FTS
 from lancedb.query import MatchQuery, MultiMatchQuery
+from numpy.typing import NDArray
 
 from everos_engine.errors import EngineError, Exhausted, Fatal, Transient, Unexpected, exhausted
+from everos_engine.settings import DescriptorMode
 from everos_engine.stores import versions
 from everos_engine.stores.versions import Version
-
-if TYPE_CHECKING:
-    from lancedb import AsyncConnection, AsyncTable
-    from numpy.typing import NDArray
-
-    from everos_engine.settings import DescriptorMode
 
 LIBRARY = f"lancedb {lancedb.__version__}"
 FORMAT = "2"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import cast
 
-from everos_engine.stores.database import Transaction
+from everos_engine.stores.database import Transaction, drain
 
 SLOPE = "descriptor_slope"
 """The name of the slope that the descriptor guard learned."""
@@ -21,7 +20,7 @@ def get(tx: Transaction, name: str) -> str | None:
 
 def put(tx: Transaction, name: str, value: str) -> None:
     """Remember a fact."""
-    _drain(
+    drain(
         tx.execute(
             "INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
         )
@@ -42,8 +41,3 @@ def outage(tx: Transaction) -> tuple[int, str] | None:
     """Return (milliseconds since the epoch, reason) of the embedding service's outage, or None while it answers."""
     known = get(tx, "embedder_down")
     return cast("tuple[int, str]", tuple(json.loads(known))) if known else None
-
-
-def _drain(rows: Iterable[object]) -> None:
-    for _ in rows:
-        pass

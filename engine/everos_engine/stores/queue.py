@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
-from everos_engine.stores.database import Transaction, Value
+from everos_engine.stores.database import Transaction, Value, drain
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS md_change_state (
@@ -178,7 +178,7 @@ def record(
         )
         for offset, seen in enumerate(queued)
     ]
-    _drain(tx.executemany(RECORD, rows))
+    drain(tx.executemany(RECORD, rows))
     return [seen.md_path for seen in queued]
 
 
@@ -229,9 +229,9 @@ def claim(
 
     No change waits longer than ``longest_wait_milliseconds``, counted from now, even if the clock was set back.
     """
-    _drain(tx.execute(WAKE_DELAYED, (now_milliseconds,)))
-    _drain(tx.execute(WAKE_AFTER_CLOCK, (now_milliseconds,)))
-    _drain(tx.execute(WAKE_TOO_FAR, (now_milliseconds + longest_wait_milliseconds,)))
+    drain(tx.execute(WAKE_DELAYED, (now_milliseconds,)))
+    drain(tx.execute(WAKE_AFTER_CLOCK, (now_milliseconds,)))
+    drain(tx.execute(WAKE_TOO_FAR, (now_milliseconds + longest_wait_milliseconds,)))
     first = take(tx, "claim", limit)
     rows = tx.execute(CLAIM, (first, owner, now_milliseconds, limit))
     claims = [Claim(*row) for row in cast("Iterable[tuple[str, str, int, int, int, int, int, Source]]", rows)]
@@ -272,9 +272,9 @@ def mark_done(
     the edits that were applied, and has time to settle.
     """
     if fingerprint is None:
-        _drain(tx.execute(FORGET, (held.md_path, held.claim_no)))
+        drain(tx.execute(FORGET, (held.md_path, held.claim_no)))
     values = fingerprint or (None, None, None, None)
-    _drain(
+    drain(
         tx.execute(
             DONE, (held.claim_no, *values, int(racy), now_milliseconds, digest, settle_milliseconds, held.md_path)
         )
@@ -318,7 +318,7 @@ def mark_failed(
     values = fingerprint or (None, None, None, None)
     blamed = json.dumps(dict(failed_for)) if failed_for else None
     row = (held.claim_no, int(retryable), error, *values, int(racy), now_milliseconds, digest, held.md_path, blamed)
-    _drain(tx.execute(FAILED, row))
+    drain(tx.execute(FAILED, row))
 
 
 POSTPONE = """
@@ -343,7 +343,7 @@ def postpone(
 ) -> None:
     """Put the change back to pending, claimable from ``not_before`` on. No worker sleeps on it."""
     row = (held.claim_no, not_before, int(counts_as_retry), error, now_milliseconds, held.md_path, waits_for)
-    _drain(tx.execute(POSTPONE, row))
+    drain(tx.execute(POSTPONE, row))
 
 
 HURRY = """
@@ -354,7 +354,7 @@ UPDATE md_change_state SET not_before = 0, waits_for = NULL WHERE status = 'pend
 
 def hurry(tx: Transaction, *reasons: WaitsFor) -> None:
     """Make every change ready that waits for one of these reasons."""
-    _drain(tx.execute(HURRY, (json.dumps(reasons),)))
+    drain(tx.execute(HURRY, (json.dumps(reasons),)))
 
 
 RELEASE = """
@@ -513,7 +513,7 @@ def requeue_for_settings(tx: Transaction, values: Mapping[str, str], *, now_mill
 
 def _requeue(tx: Transaction, paths: Sequence[str], now_milliseconds: int) -> None:
     first = take(tx, "lsn", len(paths)) if paths else 0
-    _drain(tx.executemany(REQUEUE, [(path, first + nth, now_milliseconds) for nth, path in enumerate(paths)]))
+    drain(tx.executemany(REQUEUE, [(path, first + nth, now_milliseconds) for nth, path in enumerate(paths)]))
 
 
 PATHS_OF_KIND = "SELECT md_path FROM md_change_state WHERE kind = ?"
@@ -539,8 +539,3 @@ def requeue_paths(tx: Transaction, paths: Sequence[str], kind: str, *, now_milli
     known = fingerprints(tx, paths)
     seen = [Observation(path, kind, known.get(path)) for path in paths]
     return len(record(tx, seen, source="rebuild", now_milliseconds=now_milliseconds, force=True)) if seen else 0
-
-
-def _drain(rows: Iterable[object]) -> None:
-    for _ in rows:
-        pass

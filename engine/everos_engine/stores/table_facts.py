@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from lancedb import AsyncConnection
 
 from everos_engine.errors import Transient
 from everos_engine.stores import lance
-
-if TYPE_CHECKING:
-    from lancedb import AsyncConnection
-
-    from everos_engine.stores.lance import TableKind
+from everos_engine.stores.lance import TableKind
 
 
 @dataclass(frozen=True, slots=True)

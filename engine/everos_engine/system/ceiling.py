@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from everos_engine.errors import SettingsError
-
-if TYPE_CHECKING:
-    from everos_engine.settings import LanceDBSettings, Settings
-    from everos_engine.system.slope import Slope
+from everos_engine.settings import LanceDBSettings, Settings
+from everos_engine.system.slope import Slope
 
 BASE_DESCRIPTORS = 48
 """The maximum that the engine holds apart from pinned indexes, with two parallel reads of the index. A test runs it

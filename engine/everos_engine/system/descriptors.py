@@ -8,12 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from everos_engine.errors import FULL
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 OWN = "/proc/self/fd"
 CLASSES = ("lance_index", "lance_data", "deleted", "sqlite", "sockets", "pipes", "watch", "other")

@@ -12,12 +12,10 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from everos_engine.errors import BadFile, Transient
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 INDEX_DIRECTORY = ".index"
 MAIN, REFERENCES = "SKILL.md", "references"

@@ -13,16 +13,13 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import Self
 
 from loguru import logger
 
 from everos_engine.errors import AlreadyRunning
 from everos_engine.system.private import directory_mode, file_mode
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 LOOK_SECONDS = 0.05
 NAMELESS_SECONDS = 2.0

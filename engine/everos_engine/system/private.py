@@ -6,14 +6,10 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from everos_engine.errors import Fatal
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from everos_engine.settings import Settings
+from everos_engine.settings import Settings
 
 OWNER, GROUP = 0o700, 0o750
 LINK_REMEDY = "the index is never written through links, for a copied memory root could name any file: remove the link, then start again"

@@ -6,14 +6,11 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import trio
 
 from everos_engine.system.control import short_address
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Wake:
