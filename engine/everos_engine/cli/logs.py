@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from loguru import Record, logger
+from loguru import logger
 
 from everos_engine.diagnose.wording import printable, program_at, with_root
 from everos_engine.errors import clipped
@@ -19,6 +19,8 @@ from everos_engine.settings import MASK, MIN_SECRET_CHARACTERS, MemorySettings, 
 from everos_engine.system.repeats import Repeats
 
 if TYPE_CHECKING:
+    from loguru import Record  # only in its stubs
+
     from everos_engine.cli.progress import Screen
 
 SAY_EVERY_SECONDS = 60.0
