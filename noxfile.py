@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,10 @@ TYPED = "import everos_engine, pathlib; assert (pathlib.Path(everos_engine.__fil
 PROCESSES = "2"
 """Tests at a time. They measure time and count descriptors of their own processes, so more than there are cores would disturb them."""
 
+SUBJECT = r"[a-z_]+(, [a-z_]+)*: \S.*[^.]"
+SUBJECTS_SINCE = "b3ccf8c8072a"
+"""The last commit before the rule."""
+
 nox.options.sessions = ["lint", "types", "docs", "tests", "fuzz", "stress"]
 nox.options.reuse_existing_virtualenvs = True
 
@@ -23,6 +28,22 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")
+    unused = session.run("vulture", silent=True, success_codes=[0, 3]) or ""
+    ours = [line for line in unused.splitlines() if line.startswith("engine")]  # tests are found by their names
+    if ours:
+        session.error("unused code:\n" + "\n".join(ours))
+    _check_subjects(session)
+
+
+def _check_subjects(session: nox.Session) -> None:
+    """Check the commits since SUBJECTS_SINCE. A checkout without it, or without history, has none to check."""
+    ask = {"external": True, "silent": True, "success_codes": [0, 1, 128], "log": False}
+    if shutil.which("git") is None or session.run("git", "cat-file", "-t", SUBJECTS_SINCE, **ask).strip() != "commit":
+        return
+    subjects = session.run("git", "log", "--no-merges", "--format=%s", f"{SUBJECTS_SINCE}..HEAD", **ask).splitlines()
+    bad = [subject for subject in subjects if len(subject) > 72 or not re.fullmatch(SUBJECT, subject)]
+    if bad:
+        session.error("write `area: what` in at most 72 characters:\n" + "\n".join(bad))
 
 
 @nox.session

@@ -33,7 +33,7 @@ def setup(app: Sphinx) -> None:
 
 
 def _whole_contents(app: Sphinx, docname: str, source: list[str]) -> None:
-    """In the index, leave out pages that are not there, and put those that nobody names into the last list."""
+    """In the index, leave out missing pages, and put unnamed ones into the last list."""
     if docname != "index":
         return
     there = {path.stem for path in Path(app.srcdir).glob("*.md")} - {"index"}

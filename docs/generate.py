@@ -302,7 +302,7 @@ def _strings(node: ast.expr) -> set[str]:
 
 
 def _words(node: ast.expr, constants: dict[str, set[str]], path: Path) -> list[str]:
-    """The texts an argument can be. Ends the program where that cannot be told from the source."""
+    """The texts an argument can be. Ends the program if the source does not show them."""
     words = constants.get(node.id, set()) if isinstance(node, ast.Name) else _strings(node)
     if not words:
         message = (

@@ -172,7 +172,7 @@ def fuse(rankings: Mapping[str, Sequence[Hit]]) -> list[Hit]:
 
 
 def bounded(query: str) -> str:
-    """Return the first ``MAX_WORDS`` different words of a query as it was written; a shorter query stays as it is."""
+    """Return the first ``MAX_WORDS`` different words of a query as it was written. A shorter query stays as it is."""
     query = query[:MAX_QUERY_CHARACTERS]
     seen: set[str] = set()
     for match in _WORD.finditer(query):

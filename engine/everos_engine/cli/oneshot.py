@@ -228,7 +228,7 @@ def _do(
             return await work()  # signals reach the main thread only: who called us from another one handles them
         outcomes = None
         if threading.current_thread() is not threading.main_thread():
-            return await work()  # signals reach the main thread only, and whoever called us there
+            return await work()  # signals reach only the main thread: a caller on another one handles them
         with trio.open_signal_receiver(*SIGNALS) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stop_on_signal, signals, nursery.cancel_scope, settings.shutdown_grace_seconds, said)

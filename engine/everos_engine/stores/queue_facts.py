@@ -106,20 +106,19 @@ class Delayed:
 
     count: int
     due: int
-    most_retries: int
     error: str
 
 
 DELAYED = """
-SELECT count(*), min(not_before), max(retry_count), max(error) FROM md_change_state
+SELECT count(*), min(not_before), max(error) FROM md_change_state
 WHERE status = 'pending' AND not_before > 0 AND error IS NOT NULL AND coalesce({waits_for}, '') NOT IN ('settle', 'file')
 """
 
 
 def delayed(tx: Transaction) -> Delayed | None:
     """Return what waits because an attempt failed, or None. A file that only settles is not part of it."""
-    ((count, due, retries, error),) = tx.execute(_waiting(tx, DELAYED))
-    return Delayed(cast("int", count), cast("int", due), cast("int", retries), cast("str", error)) if count else None
+    ((count, due, error),) = tx.execute(_waiting(tx, DELAYED))
+    return Delayed(cast("int", count), cast("int", due), cast("str", error)) if count else None
 
 
 UNANSWERED = """
@@ -139,14 +138,6 @@ def warnings(tx: Transaction) -> tuple[int, str, str] | None:
         return None
     rows = list(tx.execute("SELECT count(*) OVER (), md_path, first FROM warning ORDER BY md_path LIMIT 1"))
     return (cast("int", rows[0][0]), str(rows[0][1]), str(rows[0][2])) if rows else None
-
-
-def files_per_kind(tx: Transaction) -> dict[str, dict[str, int]]:
-    """Return kind -> status -> number of changes."""
-    found: dict[str, dict[str, int]] = {}
-    for kind, status, count in tx.execute("SELECT kind, status, count(*) FROM md_change_state GROUP BY kind, status"):
-        found.setdefault(cast("str", kind), {})[cast("str", status)] = cast("int", count)
-    return found
 
 
 def paths(tx: Transaction) -> list[str]:
@@ -173,21 +164,6 @@ def statistics(tx: Transaction) -> list[dict[str, object]]:
 def quick_check(tx: Transaction) -> list[str]:
     """Return what SQLite finds wrong with the file, or nothing if it is sound."""
     return [str(row[0]) for row in tx.execute("PRAGMA quick_check(10)") if row[0] != "ok"]
-
-
-def unknown_entries(tx: Transaction, md_path: str) -> int:
-    """Return the entries of a path whose commit to the index is under way or was cut off."""
-    sql = "SELECT count(*) FROM ledger WHERE md_path = ? AND content_hash = x''"
-    ((count,),) = tx.execute(sql, (md_path,))
-    return cast("int", count)
-
-
-def claimed_by(tx: Transaction, owners: Iterable[str]) -> int:
-    """Return how many changes these owners hold."""
-    sql = """SELECT count(*) FROM md_change_state
-        WHERE status = 'processing' AND owner IN (SELECT value FROM json_each(?))"""
-    ((count,),) = tx.execute(sql, (json.dumps(list(owners)),))
-    return cast("int", count)
 
 
 def _waiting(tx: Transaction, sql: str) -> str:

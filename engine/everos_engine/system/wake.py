@@ -14,11 +14,10 @@ from everos_engine.system.control import short_address
 
 
 class Wake:
-    """Wake-ups as they come. ``available`` is False if the file system takes no sockets. Then none ever come."""
+    """Wake-ups as they come. None ever come if the file system takes no sockets."""
 
     def __init__(self, sock: trio.socket.SocketType | None) -> None:
         self._sock = sock
-        self.available = sock is not None
 
     async def messages(self) -> AsyncIterator[None]:
         """Yield one item for each wake-up."""
