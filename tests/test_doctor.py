@@ -525,7 +525,7 @@ def test_cause_15_vectors_of_another_model_are_named_and_made_again(shell: Shell
     service.dimension = 12
     check = shell.doctor("embedder")["embedder"]
     assert check["verdict"] == "warn"
-    assert "atomic_fact are of another model" in str(check["cause"])
+    assert "atomic_fact come from another model" in str(check["cause"])
     shell.follow(check)
     assert shell.verdict("embedder") == "ok"
     assert shell.verdict("index") == "ok"
@@ -592,7 +592,7 @@ def test_cause_20_a_root_that_was_moved_away_is_moved_back_and_nothing_was_put_i
         await_self_test(shell)
         aside = shell.root.with_name("aside")
         shell.root.rename(aside)
-        assert "mount it or move it back" in shell.engine("status").stdout
+        assert "Mount it or move it back" in shell.engine("status").stdout
         check = shell.doctor("root")["root"]
         assert (check["verdict"], "does not exist" in str(check["cause"])) == ("fail", True)
         assert "move it back" in str(check["remedy"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everos_engine.errors import SettingsError
-from everos_engine.settings import load, table
+from everos_engine.settings import MemorySettings, load, table
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,10 @@ def test_with_faults_nothing_is_raised_and_each_is_named_once(tmp_path: Path) ->
     assert found.worker_batch_size == 50
     wanted = ["EVEROS_BRAKE_RATO", "'scan_interval'", "worker_batch_size=0", "embedder.kind=http"]
     assert [sum(name in fault for fault in faults) for name in wanted] == [1, 1, 1, 1]
+
+
+def test_a_root_whose_path_is_not_utf8_is_refused_with_a_remedy() -> None:
+    with pytest.raises(
+        SettingsError, match=r"memory\.root='/nowhere/caf\\udce9': this path is not UTF-8.*rename the directory"
+    ):
+        MemorySettings(root=Path(os.fsdecode(b"/nowhere/caf\xe9")))

@@ -72,7 +72,7 @@ async def test_the_block_is_the_runbooks_and_counts_what_is_there(settings: Sett
 def test_a_root_that_was_never_indexed_has_a_status_of_the_same_shape(settings: Settings) -> None:
     found = status.snapshot(settings)
     assert fits(status.as_json(found), SHAPE)
-    assert "empty, and never indexed: if a file system belongs here, mount it" in status.as_text(found)
+    assert "empty, and never indexed. If a file system belongs here, mount it" in status.as_text(found)
     put(settings.root, FACTS, facts(fact(1, "the heron eats fish")))
     assert "never indexed: start with" in status.as_text(status.snapshot(settings))
 

@@ -149,6 +149,8 @@ CHOSEN = (
     ("run", "garbage databases"),
     ("doctor", "8 descriptors"),
     ("status", "no file may grow"),
+    ("sync", "C locale"),
+    ("fds calibrate", "no file may grow"),
 )
 """Pairs of which one was a fault."""
 
@@ -237,3 +239,20 @@ RUN_SECONDS = 8.0
 def _stop(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
+
+
+def test_the_locale_changes_no_key_and_no_file(indexed: Path, tmp_path: Path) -> None:
+    """A name is its bytes: under an ASCII locale the same files are known, read and found under the same keys."""
+    root = tmp_path / indexed.name
+    shutil.copytree(indexed, root, symlinks=True)
+    put(root, "users/ö/.atomic_facts/new.md", facts(fact(3, "a new heron")))
+    case = SURROUNDINGS["C locale"]
+    for words, expected in (
+        (["sync"], "in step: 2 files, 2 rows, 1 failed"),
+        (["search", "new"], "a new heron"),
+        (["explain", "users/ö/.atomic_facts/new.md"], "searchable: 1 row in the index"),
+    ):
+        _, said = ended(words, case, root)
+        assert expected in said
+    _, said = ended(["sync"], Surrounding(), root)
+    assert "in step: 2 files, 2 rows, 1 failed" in said

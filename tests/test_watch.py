@@ -158,7 +158,7 @@ def test_a_mount_that_stays_silent_is_named_and_polled_wherever_it_is(
         wait_done(env, 1)
         (note,) = [note for note in status(env)["conditions"] if note["code"] == "mount_silent"]
         assert said in note["message"]
-        assert "sweeps every 1 s" in note["remedy"]
+        assert "scans every 1 s" in note["remedy"]
 
 
 async def test_a_replaced_root_is_watched_anew(root: Path) -> None:

@@ -263,6 +263,13 @@ class MemorySettings:
     def __post_init__(self) -> None:
         """Make the root absolute and resolve links, so that it stays the same if a link is moved."""
         object.__setattr__(self, "root", Path(os.path.realpath(os.path.expanduser(self.root))))
+        try:
+            os.fsencode(self.root).decode("utf-8")
+        except UnicodeDecodeError:
+            raise SettingsError(
+                f"memory.root={os.fspath(self.root)!r}: this path is not UTF-8, and the index cannot be opened below it: "
+                "rename the directory"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -213,7 +214,11 @@ def _try(plan: Mapping[str, object], shape: Shape) -> dict[str, object]:
             f"a trial took more than {TRIAL_SECONDS:g} s: try `--quick`, or a machine that is not busy"
         ) from None
     if done.returncode:
-        raise Fatal(f"a trial failed with status {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        lines = [line for line in done.stderr.splitlines() if re.search(r"\w", line)]  # a frame has none
+        raise Fatal(
+            f"a trial failed with status {done.returncode}: {(lines or ['it said nothing'])[-1].strip(' |')}: "
+            "run `everos-engine doctor`, which names what is missing"
+        )
     found: dict[str, object] = json.loads(done.stdout)
     return found
 

@@ -72,7 +72,7 @@ def write(settings: Settings, target: Path, *, offline: bool = False) -> Path:
     salt = secrets.token_bytes(16)
 
     def hashed(path: str) -> str:
-        return "name-" + hashlib.blake2b(os.fsencode(path), key=salt, digest_size=6).hexdigest()
+        return "name-" + hashlib.blake2b(path.encode("utf-8", "surrogateescape"), key=salt, digest_size=6).hexdigest()
 
     facts = dataclasses.replace(
         gather(settings, program="everos-engine", offline=offline), show=hashed, quote=lambda _: LEFT_OUT

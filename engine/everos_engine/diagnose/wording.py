@@ -137,7 +137,9 @@ def _escaped(match: re.Match[str]) -> str:
 def _quoted(word: str) -> str:
     if word.isprintable() and "`" not in word:
         return shlex.quote(word)
-    kept = "".join(chr(byte) if chr(byte) in _PLAIN else f"\\x{byte:02x}" for byte in os.fsencode(word))
+    kept = "".join(
+        chr(byte) if chr(byte) in _PLAIN else f"\\x{byte:02x}" for byte in word.encode("utf-8", "surrogateescape")
+    )
     return f"$'{kept}'"
 
 

@@ -206,7 +206,9 @@ def _run(context: Context, stop: threading.Event, send: trio.MemorySendChannel[s
                 return
             is_quiet = found == "timeout"
             if isinstance(found, set):
-                trio.from_thread.run(send.send, {path for _, path in found})
+                trio.from_thread.run(
+                    send.send, {os.fsdecode(path.encode("utf-8", "surrogateescape")) for _, path in found}
+                )
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class Database:
             else:
                 if str(path) != IN_MEMORY:
                     _create_private(path)
-                self._connection = apsw.Connection(str(path), flags=flags)
+                self._connection = apsw.Connection(_as_text(path), flags=flags)
             self._connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
             if not readonly:
                 self._retried(lambda: self._run("PRAGMA journal_mode=WAL"))
@@ -128,7 +128,7 @@ class Database:
         """
         path = self.path
         if not (_needs_copy(path) or _is_still(path)):
-            connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+            connection = apsw.Connection(_as_text(path), flags=apsw.SQLITE_OPEN_READONLY)
             try:
                 connection.set_busy_timeout(BUSY_TIMEOUT_MILLISECONDS)
                 drain(connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1"))
@@ -329,6 +329,11 @@ class Database:
 _IO = (apsw.IOError, apsw.CantOpenError)
 LITTLE_BYTES = 65_536
 """A disk with less room than this cannot take one transaction with its shared memory."""
+
+
+def _as_text(path: Path) -> str:
+    """Return a path as SQLite takes it, in UTF-8, also if the locale has another encoding."""
+    return os.fsencode(path).decode("utf-8")
 
 
 def _create_private(path: Path) -> None:

@@ -247,7 +247,8 @@ def uri_of(directory: Path, mode: DescriptorMode) -> str:
 
     Unquoted, ``%``, ``#`` and ``?`` in a URI would open another folder.
     """
-    return "file-object-store://" + quote(os.fspath(directory)) if mode == "reopen" else os.fspath(directory)
+    name = os.fsencode(directory)  # in UTF-8, also if the locale has another encoding
+    return "file-object-store://" + quote(name) if mode == "reopen" else name.decode("utf-8")
 
 
 def text_literal(text: str) -> str:

@@ -118,6 +118,8 @@ def key_of(root: Path, path: str) -> str | None:
 
 def path_of(root: Path, key: str) -> str:
     """Return the path that a key names. This is the inverse of ``key_of``."""
+    if not key.isascii():
+        key = os.fsdecode(key.encode("utf-8", "surrogateescape"))  # the locale may have another encoding
     return os.path.join(root, _ESCAPED.sub(_unescaped, key) if "\\x" in key else key)
 
 
