@@ -144,7 +144,7 @@ async def test_calls_after_one_that_hangs_are_made_and_it_is_not_made_twice() ->
 
 async def test_the_threads_that_hang_are_bounded_and_the_bound_is_named() -> None:
     names = [f"f{number}" for number in range(6)]
-    gate, threads = Gate(*names[:4]), FileThreads(deadline_seconds=0.2, late_most=2)
+    gate, threads = Gate(*names[:4]), FileThreads(deadline_seconds=0.2, max_late=2)
     threads.slow_seconds = 0.01
     found = dict(await threads.all(names, gate.look, what="read", name=name_of))
     assert all(isinstance(error, NoAnswer) for error in found.values())
@@ -188,7 +188,7 @@ async def test_a_call_waits_for_one_that_its_caller_gave_up_and_is_made() -> Non
 
 
 async def test_a_caller_that_gives_up_at_any_moment_leaves_no_call_behind() -> None:
-    threads = FileThreads(deadline_seconds=HANG_SECONDS, late_most=2)
+    threads = FileThreads(deadline_seconds=HANG_SECONDS, max_late=2)
     with trio.fail_after(HANG_SECONDS):
         for number in range(300):
             with trio.move_on_after(number % 30 / 10_000):
