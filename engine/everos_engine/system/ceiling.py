@@ -176,7 +176,7 @@ def _check(settings: LanceDBSettings, cap_bytes: int, limit: int) -> None:
     raise SettingsError(
         f"lancedb.index_cache_size_bytes={cap_bytes} with lancedb.descriptor_mode=pinned needs up to {ceiling} file "
         f"descriptors ({own} of the engine + {cap_bytes / MIB:.1f} MiB x "
-        f"{settings.descriptors_per_mebibyte:g} per MiB), and {HEADROOM} times that, {HEADROOM * ceiling}, to be safe; "
+        f"{settings.descriptors_per_mebibyte:g} per MiB), and {HEADROOM} times that, {HEADROOM * ceiling}, to be safe. "
         f"RLIMIT_NOFILE is {limit}: lower the cap to {fitting}, set it to `auto`, raise `ulimit -n` to "
         f"{HEADROOM * ceiling}, or use descriptor_mode=reopen, which pins none"
     )
