@@ -1,4 +1,4 @@
-"""The kinds, as data: how a path is recognised, split, typed and indexed."""
+"""Recognise the kind of a path, and parse its file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
         return _note(path, note_globs)
     app, project, user, profile, daily, _, agent, case, _, reference = match.groups()
     if app is not None and (app[0] == "." or project[0] == "."):
-        return None  # a trash, a version store: not written for us
+        return None  # for example a trash folder, or one of a version control system
     app_id, project_id = _DEFAULTS.get(app or "default_app", app), _DEFAULTS.get(project or "default_project", project)
     if user is not None:
         return Place(path, "user_profile" if profile else _DAILY[daily], app_id, project_id, "user", user)
