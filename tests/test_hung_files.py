@@ -26,7 +26,7 @@ ENGINE = [sys.executable, "-m", "everos_engine"]
 
 @pytest.fixture
 def hung(root: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a process in which whatever is named HUNG does not answer, while the sign is there."""
+    """Return the environment of a process in which files named HUNG do not answer while the sign exists."""
     shim = library(tmp_path)
     if shim is None:
         pytest.skip("there is no compiler")
@@ -47,7 +47,7 @@ def hung(root: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     sign.unlink(missing_ok=True)
 
 
-def told(env: dict[str, str], *arguments: str) -> tuple[int, str]:
+def output_of(env: dict[str, str], *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         [*ENGINE, *arguments], env=env, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
@@ -55,7 +55,7 @@ def told(env: dict[str, str], *arguments: str) -> tuple[int, str]:
 
 
 def check_of(env: dict[str, str], name: str) -> dict[str, Any]:
-    (check,) = json.loads(told(env, "doctor", name, "--json", "--offline")[1])["checks"]
+    (check,) = json.loads(output_of(env, "doctor", name, "--json", "--offline")[1])["checks"]
     found: dict[str, Any] = check
     return found
 
@@ -64,16 +64,16 @@ def test_one_file_that_hangs_keeps_no_neighbour_out(root: Path, hung: dict[str, 
     for number in range(199):
         put(root, f"{number}.md", f"# A\ntext {number}")
     put(root, "HUNG.md", "# A\ntext")
-    status, said = told(hung, "sync")
+    status, said = output_of(hung, "sync")
     assert (status, "in step: 199 files" in said, "HUNG.md: pending" in said) == (1, True, True), said
     assert "has not answered for 2 s" in said
-    status, said = told(hung, "explain", "HUNG.md")
+    status, said = output_of(hung, "explain", "HUNG.md")
     assert "waiting: 'HUNG.md' has not answered" in said.replace("\n", " ")
     files = check_of(hung, "files")
     assert (files["verdict"], "HUNG.md" in files["cause"]) == ("warn", True)
     assert check_of(hung, "backlog")["verdict"] == "warn"  # it waits, and no engine runs
     Path(hung["HANG_WHILE"]).unlink()
-    assert "in step: 200 files" in told(hung, "sync")[1]
+    assert "in step: 200 files" in output_of(hung, "sync")[1]
     assert check_of(hung, "files")["verdict"] == "ok"
 
 
@@ -83,7 +83,7 @@ def test_a_running_engine_names_what_hangs_indexes_it_later_and_stops_in_time(ro
     put(root, "near.md", "# A\ntext")
 
     def done() -> int:
-        return int(json.loads(told(hung, "status", "--json")[1])["queue"]["done"])
+        return int(json.loads(output_of(hung, "status", "--json")[1])["queue"]["done"])
 
     with subprocess.Popen([*ENGINE, "run"], env=hung, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

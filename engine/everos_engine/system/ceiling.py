@@ -9,7 +9,7 @@ from everos_engine.settings import LanceDBSettings, Settings
 from everos_engine.system.slope import Slope
 
 BASE_DESCRIPTORS = 48
-"""The maximum that the engine holds apart from pinned indexes, with two parallel reads of the index. A test runs it
+"""The maximum that the engine holds without pinned indexes, with two parallel reads of the index. A test runs it
 under `ulimit -n 64` with hundreds of parallel searches, and asserts this bound."""
 BASE_READS = 2
 READ_DESCRIPTORS = 8
@@ -53,7 +53,10 @@ SOFT_MEMORY_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class MemoryCeiling:
-    """The most memory that an engine may hold resident, in bytes, as the sum of its parts. See docs/descriptors.md."""
+    """The most memory that an engine may hold resident, in bytes, as the sum of its parts.
+
+    See docs/descriptors.md.
+    """
 
     base: int
     runtime: int
@@ -75,7 +78,7 @@ class MemoryCeiling:
 def memory_ceiling(
     settings: Settings, *, base_bytes: int = BASE_BYTES, rows: int = 0, dimension: int = 0
 ) -> MemoryCeiling:
-    """Return the ceiling of resident memory for these settings and so many rows with vectors of this width."""
+    """Return the ceiling of resident memory for these settings and a number of rows with vectors."""
     return MemoryCeiling(
         base=base_bytes,
         runtime=RUNTIME_BYTES,
@@ -144,7 +147,7 @@ def reads_of(settings: LanceDBSettings, *, limit: int) -> int:
 
 
 def own_of(settings: LanceDBSettings, *, limit: int) -> int:
-    """Return the most descriptors that the engine holds apart from pinned indexes."""
+    """Return the most descriptors that the engine holds without pinned indexes."""
     return BASE_DESCRIPTORS + READ_DESCRIPTORS * max(0, reads_of(settings, limit=limit) - BASE_READS)
 
 

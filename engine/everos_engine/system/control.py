@@ -112,7 +112,10 @@ async def serve_control(
 
 @contextmanager
 def short_address(path: Path) -> Iterator[str]:
-    """Return an address for ``path`` that fits. A long one goes through a descriptor of its directory on Linux."""
+    """Return an address for ``path`` that fits.
+
+    A long one goes through a descriptor of its directory on Linux.
+    """
     full = os.fspath(path)
     if len(os.fsencode(full)) <= MAX_PATH_BYTES:
         yield full
@@ -178,7 +181,10 @@ async def _talk(
 
 
 async def _worked(name: str, work: Slow, asked: Mapping[str, object], places: trio.Semaphore) -> bytes:
-    """Return the line that answers a slow question. An error of one question is the answer to that question only."""
+    """Return the line that answers a slow question.
+
+    An error of one question is the answer to that question only.
+    """
     import trio
 
     from everos_engine.system.unit import unit

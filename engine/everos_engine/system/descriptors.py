@@ -38,7 +38,10 @@ def raise_soft_limit() -> tuple[int, int]:
 
 
 def none_left(*, wanted: int = 1) -> bool:
-    """Return whether ``wanted`` more descriptors cannot be opened, since the process or the system is at its limit."""
+    """Return whether ``wanted`` more descriptors cannot be opened.
+
+    Then the process or the system is at its limit.
+    """
     opened: list[int] = []
     try:
         for _ in range(wanted):
@@ -78,10 +81,10 @@ def counter() -> tuple[Callable[[], int], str]:
 
 
 def classify(count: int, *, lancedb: Path, engine: Path) -> dict[str, int]:
-    """Return how many of ``count`` descriptors are of each class of ``CLASSES``. Opens none if the system has /proc.
+    """Return how many of ``count`` descriptors are of each class of ``CLASSES``.
 
-    ``lance_index`` and ``lance_data`` lie below ``lancedb``, ``sqlite`` below ``engine``. ``deleted`` are LanceDB's
-    too, unlinked.
+    Opens none if the system has /proc. ``lance_index`` and ``lance_data`` are below ``lancedb``, ``sqlite`` below
+    ``engine``. ``deleted`` are LanceDB's too, unlinked.
     """
     found = dict.fromkeys(CLASSES, 0)
     below, ours = os.fspath(lancedb) + os.sep, os.fspath(engine) + os.sep

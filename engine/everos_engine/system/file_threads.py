@@ -33,7 +33,10 @@ MIN_LATE, LATE_SHARE = 4, 16
 
 
 class NoAnswer(Transient):
-    """A file or directory did not answer within the deadline. It is asked again later, and no attempt is counted."""
+    """A file or directory did not answer within the deadline.
+
+    It is tried again later, and no attempt is counted.
+    """
 
     waits_for = "file"
 
@@ -85,7 +88,7 @@ class Call(Generic[T, R]):
 
 @dataclass(frozen=True, slots=True)
 class Calls(Generic[T, R]):
-    """Hold the state of several calls: those that are over, those still running, and items that were not started."""
+    """Hold the calls that are over, the calls still running, and the items that were not started."""
 
     over: Sequence[Call[T, R]]
     late: Sequence[Call[T, R]]
@@ -202,7 +205,10 @@ class FileThreads:
         return Calls([*refused, *batch.over], late, [call.item for call in batch.todo])
 
     async def _begin_after(self, earlier: Call[object, object], work: Callable[[], R], what: str) -> R:
-        """Make a call after an earlier one for the same name has returned. Raises NoAnswer if either does not return."""
+        """Make a call after an earlier one for the same name has returned.
+
+        Raises NoAnswer if either does not return.
+        """
         await earlier.until_over()
         return await self.call(work, what=what, name=earlier.name)
 
@@ -235,7 +241,7 @@ class FileThreads:
 
 
 class _Batch(Generic[T, R]):
-    """Hold calls that run one after the other on one thread, and continue on another thread if one is late."""
+    """Run calls one after the other on one thread, and on another thread after a late one."""
 
     def __init__(
         self,
@@ -262,7 +268,10 @@ class _Batch(Generic[T, R]):
             raise Transient(f"no thread could be started to look at files: {error}", counts_as_retry=False) from error
 
     def abandon(self, *, after_seconds: float) -> Call[T, R] | None:
-        """Return the running call if it has taken so long. It then keeps its thread, and no other call waits for it."""
+        """Return the running call if it has taken so long.
+
+        It then keeps its thread, and no other call waits for it.
+        """
         with self._lock:
             call = self._now
             if call is None or time.monotonic() - call.began_seconds < after_seconds:
@@ -342,9 +351,9 @@ def call_within(work: Callable[[], R], *, name: str, seconds: float) -> R:
 
 
 def visit_within(stack: list[str], visit: Callable[[str], Sequence[str]], *, seconds: float) -> list[str]:
-    """Visit what is on a stack and what the visits add to it, outside an event loop. Returns what did not answer.
+    """Visit what is on a stack and what the visits add to it, outside an event loop.
 
-    A visit that takes longer than ``seconds`` is abandoned, and the next one starts.
+    Returns what did not answer. A visit that takes longer than ``seconds`` is abandoned, and the next one starts.
     """
     lost: list[str] = []
     while stack:

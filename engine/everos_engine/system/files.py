@@ -174,7 +174,10 @@ def linked_directory(root: Path, path: str) -> str | None:
 
 
 def without_links(root: Path, path: str) -> str:
-    """Return a path below the root with its links to directories resolved, since an event may name a file by one."""
+    """Return a path below the root with its links to directories resolved.
+
+    An event may name a file by such a link.
+    """
     if linked_directory(root, path) is None:
         return path
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
@@ -305,7 +308,7 @@ class Walker(Generic[P]):
 
 
 def may_write(directory: Path) -> bool:
-    """Return whether this process may make files in a directory, or make the directory if it does not exist."""
+    """Return whether this process may make files in a directory that exists or can be made."""
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
     return os.access(directory, os.W_OK | os.X_OK)
@@ -320,12 +323,18 @@ def is_readonly(path: str | os.PathLike[str]) -> bool:
 
 
 def directories_below(directory: str) -> int:
-    """Return how many directories there are at and below one. What is below an unreadable one does not count."""
+    """Return how many directories there are at and below one.
+
+    What is below an unreadable one does not count.
+    """
     return sum(1 for _ in os.walk(directory))
 
 
 def directories_in(directory: str) -> list[tuple[str, tuple[int, int]]]:
-    """Return the directories in one, and links to directories, with (device, inode). An unreadable one has none."""
+    """Return the directories in one, and links to directories, with (device, inode).
+
+    An unreadable one has none.
+    """
     found = []
     with suppress(OSError), os.scandir(directory) as items:
         for item in items:
@@ -337,7 +346,10 @@ def directories_in(directory: str) -> list[tuple[str, tuple[int, int]]]:
 
 
 def fingerprint(root: Path, place: PlaceLike) -> Fingerprint | None:
-    """Return the fingerprint of one change now, or None if its file is gone. Raises Transient if it cannot be read."""
+    """Return the fingerprint of one change now, or None if its file is gone.
+
+    Raises Transient if it cannot be read.
+    """
     try:
         members = {key: print_ for key, print_ in _members(root, place) if print_ is not None}
     except OSError as error:
@@ -374,7 +386,7 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
 
 
 def is_out_of_reach(error: Transient) -> bool:
-    """Return whether a look failed for a cause outside this process, such as a missing permission or a failing disk."""
+    """Return whether a look failed because of a missing permission, a failing disk or the like."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno not in _GONE | _OURS
 
@@ -434,7 +446,7 @@ def _stat(path: str) -> Fingerprint | None:
 
 
 def fingerprint_of(found: os.stat_result) -> Fingerprint:
-    """Return times, size and inode of a stat as signed 64-bit numbers, which SQLite can keep, on any file system."""
+    """Return times, size and inode of a stat, limited to 64 bits with a sign as SQLite needs them."""
     mtime_ns, size, ctime_ns = map(_clamped, (found.st_mtime_ns, found.st_size, found.st_ctime_ns))
     return Fingerprint(mtime_ns, size, found.st_ino & _INT64_MAX, ctime_ns)
 

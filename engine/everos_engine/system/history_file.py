@@ -10,7 +10,10 @@ from pathlib import Path
 
 @dataclass(slots=True)
 class HistoryFile:
-    """Append lines to ``path``. The first line opens the file, and the next line after a failure opens it again."""
+    """Append lines to ``path``.
+
+    The first line opens the file, and the next line after a failure opens it again.
+    """
 
     path: Path
     _handle: int | None = None

@@ -20,9 +20,10 @@ LOG_EVERY_SECONDS = 60.0
 
 @dataclass(slots=True, eq=False)
 class LoopBlocks(trio.abc.Instrument):
-    """Count task steps longer than ``BLOCKED_SECONDS``. Log them at most once a minute for each task, with a count.
+    """Count task steps longer than ``BLOCKED_SECONDS``.
 
-    A task is named by its loop, and by its function if that differs: ``work/_prepare``.
+    Log them at most once a minute for each task, with a count. A task is named by its loop, and by its function if that
+    differs: ``work/_prepare``.
     """
 
     count: int = 0

@@ -25,7 +25,7 @@ _LAYERED = {"overlay", "overlayfs", "aufs", "unionfs"}
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Describe a mounted file system: its mount ``point``, its ``type`` such as ``ext4``, and its ``source``."""
+    """Describe a mounted file system. Its ``type`` is for example ``ext4``."""
 
     point: str
     type: str
@@ -35,7 +35,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Inotify:
-    """Hold the kernel's bounds per user, None if they cannot be read, and what this user's visible processes use.
+    """Hold the kernel's bounds per user, or None, and what this user's visible processes use.
 
     The names are those of the sysctls: ``user.*`` of a user namespace, or ``fs.inotify.*`` of the system.
     """
@@ -62,7 +62,10 @@ def parse_mounts(text: str) -> list[Mount]:
 
 
 def mount_below(path: str, mounts: Iterable[Mount]) -> Mount:
-    """Return the mount of an absolute, resolved path. Of two mounts on one point, the later hides the earlier."""
+    """Return the mount of an absolute, resolved path.
+
+    Of two mounts on one point, the later hides the earlier.
+    """
     best = Mount("/", "unknown")
     for mount in mounts:
         base = mount.point.rstrip("/")
@@ -86,7 +89,10 @@ def mounts() -> list[Mount]:
 
 
 def mount_of(path: str | os.PathLike[str]) -> Mount:
-    """Return the mount of a path, links resolved. Its type is ``unknown`` if the system does not report it."""
+    """Return the mount of a path, links resolved.
+
+    Its type is ``unknown`` if the system does not report it.
+    """
     return mount_below(os.path.realpath(path), mounts())
 
 
@@ -144,7 +150,10 @@ def parse_meminfo(text: str) -> dict[str, int]:
 
 
 def memory_available() -> int | None:
-    """Return the bytes that may still be used, by the system and by our control group, or None if that is unknown."""
+    """Return the bytes of memory that may still be used, or None if that is unknown.
+
+    Both the system and the control group of this process limit them.
+    """
     bounds = []
     with suppress(OSError):
         bounds.append(parse_meminfo(Path("/proc/meminfo").read_text(encoding="utf-8")).get("MemAvailable"))

@@ -128,7 +128,10 @@ class OwnerLock:
 
 
 def running_pid(path: Path) -> int | None:
-    """Return the pid of the engine that holds the lock file, 0 if it cannot be read, or None if it is not held."""
+    """Return the pid of the engine that holds the lock file, or None.
+
+    It is 0 if the lock is held and the pid cannot be read.
+    """
     found = holder(path)
     return None if found is None else found.pid
 
@@ -148,7 +151,10 @@ def holder(path: Path) -> Holder | None:
 
 
 def _open(path: Path) -> int:
-    """Open the file for writing, which locks on network mounts need. If that is refused, open it for reading."""
+    """Open the file for writing, which locks on network mounts need.
+
+    If that is refused, open it for reading.
+    """
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -178,7 +184,10 @@ def dead_owners(directory: Path, owners: Iterable[str]) -> set[str]:
 
 
 def is_dead(directory: Path, owner: str) -> bool:
-    """Return whether an owner's lock is gone or can be taken. Unlike ``dead_owners`` it leaves everything as it is."""
+    """Return whether an owner's lock is gone or can be taken.
+
+    Unlike ``dead_owners`` it leaves everything as it is.
+    """
     try:
         handle = os.open(directory / f"{owner}.lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

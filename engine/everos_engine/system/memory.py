@@ -36,9 +36,9 @@ def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def restart_tuned(environment: Mapping[str, str]) -> None:
-    """Start this program again in the same process with TUNABLES, which glibc reads only at the start of a program.
+    """Start this program again in the same process, with TUNABLES.
 
-    Returns if that is not needed. Call it first in a process of its own: nothing is closed or flushed, and descriptors
+    glibc reads them only when a program starts. Returns if that is not needed. Call it first in a process of its own: nothing is closed or flushed, and descriptors
     stay open as after any exec. Huge pages are off afterwards.
     """
     small_pages()
@@ -48,16 +48,20 @@ def restart_tuned(environment: Mapping[str, str]) -> None:
 
 
 def small_pages() -> bool:
-    """Use no huge pages in this process. One takes 2 MiB for the first byte used, and fills space that was returned.
+    """Use no huge pages in this process.
 
-    Returns False if the kernel is not Linux, or has no huge pages. The setting survives an exec.
+    One takes 2 MiB for the first byte used, and fills space that was returned. Returns False if the kernel is not
+    Linux, or has no huge pages. The setting survives an exec.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     return prctl is not None and prctl(PR_SET_THP_DISABLE, *map(ctypes.c_ulong, (1, 0, 0, 0))) == 0
 
 
 def trim() -> bool:
-    """Return the free pages inside glibc's heap to the system. It takes 6 ms for 50 MiB. False if libc is not glibc."""
+    """Return the free pages inside glibc's heap to the system.
+
+    It takes 6 ms for 50 MiB. False if libc is not glibc.
+    """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return False

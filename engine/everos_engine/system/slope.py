@@ -17,7 +17,10 @@ TAIL = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Hold the descriptors for each MiB: the estimate, and the bounds that contain nine tenths of the observations."""
+    """Hold the estimated descriptors for each MiB, and its bounds.
+
+    Nine tenths of the observations are between ``low`` and ``high``.
+    """
 
     per_mebibyte: float
     low: float

@@ -13,7 +13,10 @@ FORMAT_VERSION = 1
 
 
 class Place(NamedTuple):
-    """Describe a path. ``md_path`` is the key of the change. For a reference of a skill it is that of its SKILL.md."""
+    """Describe a path.
+
+    ``md_path`` is the key of the change. For a reference of a skill it is that of its SKILL.md.
+    """
 
     md_path: str
     kind: str
@@ -25,7 +28,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Describe a bad entry. Its file is listed as failed, and its neighbours are indexed. ``line`` is 1-based."""
+    """Describe a bad entry.
+
+    Its file is listed as failed, and its neighbours are indexed. ``line`` is 1-based.
+    """
 
     entry_id: str
     message: str
@@ -36,7 +42,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Hold one row to write. ``values`` has every column of the kind. An empty ``embed_text`` means no vector."""
+    """Hold one row to write.
+
+    ``values`` has every column of the kind. An empty ``embed_text`` means no vector.
+    """
 
     entry_id: str
     line: int

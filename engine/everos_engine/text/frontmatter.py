@@ -30,9 +30,10 @@ REMEDY = "correct the frontmatter and save"
 
 @dataclass(frozen=True, slots=True)
 class Frontmatter:
-    """Hold the values by key, the 1-based line and column of each value, and the lines after the frontmatter.
+    """Hold the values of a frontmatter by key, and the lines after it.
 
-    ``first_line`` is the number of the first line of ``body``.
+    ``places`` are the 1-based line and column of each value. ``first_line`` is the number of the first line of
+    ``body``.
     """
 
     values: dict[str, object]
@@ -43,9 +44,10 @@ class Frontmatter:
 
 
 def split(lines: list[str]) -> Frontmatter:
-    """Split ``lines`` of a file into frontmatter and body. Raises BadFile with the line and column in the file.
+    """Split ``lines`` of a file into frontmatter and body.
 
-    Scalars are null, booleans, integers, floats or strings as in YAML 1.2's core schema. Timestamps stay strings.
+    Raises BadFile with the line and column in the file. Scalars are null, booleans, integers, floats or strings as in
+    YAML 1.2's core schema. Timestamps stay strings.
     """
     if not lines or lines[0].rstrip() != "---":
         return Frontmatter({}, {}, lines, 1, present=False)

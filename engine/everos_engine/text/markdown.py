@@ -62,7 +62,10 @@ def decode(data: bytes) -> list[str]:
 
 
 def outside_fences(lines: list[str], first_line: int) -> Iterator[tuple[int, str, int]]:
-    """Yield (line number, line, line number of the fence around it or 0) for each line, by CommonMark's rules."""
+    """Yield (line number, line, line number of its code fence or 0) for each line.
+
+    Fences follow CommonMark's rules.
+    """
     fence, opened = "", 0
     for number, line in enumerate(lines, start=first_line):
         match = _FENCE.match(line)

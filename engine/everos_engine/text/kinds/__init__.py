@@ -52,9 +52,10 @@ def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
 
 
 def parse(place: Place, sources: Mapping[str, bytes]) -> Document:
-    """Return the entries of one change. ``sources`` is path -> bytes of the file and, for a skill, of its references.
+    """Return the entries of one change.
 
-    Raises BadFile if the structure is damaged. A bad entry is a Problem of the document.
+    ``sources`` is path -> bytes of the file and, for a skill, of its references. Raises BadFile if the structure is
+    damaged. A bad entry is a Problem of the document.
     """
     lines = decode(sources[place.md_path])
     if not any(line.strip() for line in lines):

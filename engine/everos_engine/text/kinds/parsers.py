@@ -48,7 +48,10 @@ class _BadValue(Exception):
 
 
 def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """Return the entries between markers. A repeated id is a problem of that id, and none of its entries is indexed."""
+    """Return the entries between markers.
+
+    A repeated id is a problem of that id, and none of its entries is indexed.
+    """
     found = blocks(front.body, front.first_line)
     warnings: list[Problem] = []
     folder, place = place.owner_id, _owned(place, front, warnings)
@@ -124,10 +127,11 @@ def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) ->
 
 
 def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """Return one row per heading section, named by its heading path. Text before the first heading is ``intro``.
+    """Return one row per heading section, named by its heading path.
 
-    A row has its own heading in full and the ones above it in short, so that a long heading is not repeated with each
-    heading below. After MAX_ENTRIES rows, further headings become text of the last row.
+    Text before the first heading is ``intro``. A row has its own heading in full and the ones above it in short, so
+    that a long heading is not repeated with each heading below. After MAX_ENTRIES rows, further headings become text of
+    the last row.
     """
     title = front.values.get("title")
     if not isinstance(title, str):

@@ -24,7 +24,10 @@ _COMMON: dict[str, ColumnType] = {
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Describe a typed value of an entry: its source (``**inline**``, ``### Section`` or a frontmatter key) and its column."""
+    """Describe a typed value of an entry.
+
+    ``source`` is the name of an inline value, a section or a frontmatter key.
+    """
 
     source: str
     column: str
