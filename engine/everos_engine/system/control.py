@@ -216,12 +216,11 @@ async def _question(stream: trio.SocketStream) -> Mapping[str, object]:
         line += part
         if not part or len(line) > MAX_QUESTION_BYTES:
             return {}
-    nothing = {"ask": ""}
-    try:
+    with suppress(ValueError, RecursionError):
         asked = json.loads(line)
-    except (ValueError, RecursionError):
-        return nothing
-    return asked if isinstance(asked, dict) and isinstance(asked.get("ask"), str) else nothing
+        if isinstance(asked, dict) and isinstance(asked.get("ask"), str):
+            return asked
+    return {"ask": ""}
 
 
 def _talk_once(path: Path, line: bytes, *, end: float) -> bytes | None:

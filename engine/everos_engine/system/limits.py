@@ -134,8 +134,10 @@ def own_watches() -> int | None:
 
 def descriptors() -> tuple[int, int]:
     """Return the (soft, hard) limit of open file descriptors. -1 is unlimited."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return tuple(UNLIMITED if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))  # type: ignore[return-value]  # two in, two out
+    soft, hard = (
+        UNLIMITED if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    return soft, hard
 
 
 def parse_meminfo(text: str) -> dict[str, int]:

@@ -38,13 +38,13 @@ def tuned(environment: Mapping[str, str]) -> dict[str, str] | None:
 def restart_tuned(environment: Mapping[str, str]) -> None:
     """Start this program again in the same process, with TUNABLES.
 
-    glibc reads them only when a program starts. Returns if that is not needed. Call it first in a process of its own: nothing is closed or flushed, and descriptors
-    stay open as after any exec. Huge pages are off afterwards.
+    glibc reads them only when a program starts. Returns if that is not needed. Call this first in a process of its own:
+    nothing is closed or flushed, and descriptors stay open as after any exec. Huge pages are off afterwards.
     """
     small_pages()
     again = tuned(environment)
     if again is not None and sys.executable:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], again)  # noqa: S606 - it starts this program again
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], again)  # noqa: S606 - this program again
 
 
 def small_pages() -> bool:

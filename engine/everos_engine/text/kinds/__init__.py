@@ -15,7 +15,8 @@ from everos_engine.text.markdown import decode
 
 _PATH = re.compile(
     r"(?:(?P<app>[^/]+)/(?P<project>[^/]+)/)?"
-    r"(?:users/(?P<user>[^/]+)/(?:(?P<profile>user\.md)|(?P<daily>episodes|\.atomic_facts|\.foresights)/(?P<name>[^/]+\.md))"
+    r"(?:users/(?P<user>[^/]+)/(?:(?P<profile>user\.md)"
+    r"|(?P<daily>episodes|\.atomic_facts|\.foresights)/(?P<name>[^/]+\.md))"
     r"|agents/(?P<agent>[^/]+)/(?:\.cases/(?P<case>[^/]+\.md)"
     r"|skills/(?P<skill>[^/]+)/(?:SKILL\.md|references/(?P<reference>[^/]+\.md))))",
     re.DOTALL,

@@ -25,7 +25,8 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 _MAX_NUMBER_CHARACTERS = 400
 """The greatest float has 309 digits before its point."""
 _ITEM = re.compile(
-    r"""[ \t]*(?:"(?P<double>[^"\\]*(?:\\.[^"\\]*)*)"|'(?P<single>[^'\\]*(?:\\.[^'\\]*)*)'|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
+    r"""[ \t]*(?:"(?P<double>[^"\\]*(?:\\.[^"\\]*)*)"|'(?P<single>[^'\\]*(?:\\.[^'\\]*)*)'"""
+    r"""|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
 )
 _ESCAPE = re.compile(r"\\(.)")
 _MAX_MILLISECOND = 253_402_300_799_999
