@@ -234,7 +234,7 @@ async def test_a_step_that_holds_up_the_loop_is_named(monkeypatch: pytest.Monkey
 
     async def rude_task() -> None:
         nonlocal seconds
-        seconds += 0.15  # nobody else's step takes time by this clock
+        seconds += 0.15  # no other task's step takes time by this clock
         await trio.lowlevel.checkpoint()
 
     monkeypatch.setattr(instrument, "time", SimpleNamespace(perf_counter=lambda: seconds))

@@ -26,7 +26,7 @@ ENGINE = [sys.executable, "-m", "everos_engine"]
 
 @pytest.fixture
 def hung(root: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a process in which whatever is named HUNG does not answer, while the sign is there."""
+    """Return the environment of a process in which files named HUNG do not answer while the sign exists."""
     shim = library(tmp_path)
     if shim is None:
         pytest.skip("there is no compiler")
@@ -47,7 +47,7 @@ def hung(root: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     sign.unlink(missing_ok=True)
 
 
-def told(env: dict[str, str], *arguments: str) -> tuple[int, str]:
+def output_of(env: dict[str, str], *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         [*ENGINE, *arguments], env=env, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
@@ -55,7 +55,7 @@ def told(env: dict[str, str], *arguments: str) -> tuple[int, str]:
 
 
 def check_of(env: dict[str, str], name: str) -> dict[str, Any]:
-    (check,) = json.loads(told(env, "doctor", name, "--json", "--offline")[1])["checks"]
+    (check,) = json.loads(output_of(env, "doctor", name, "--json", "--offline")[1])["checks"]
     found: dict[str, Any] = check
     return found
 
@@ -64,16 +64,16 @@ def test_one_file_that_hangs_keeps_no_neighbour_out(root: Path, hung: dict[str, 
     for number in range(199):
         put(root, f"{number}.md", f"# A\ntext {number}")
     put(root, "HUNG.md", "# A\ntext")
-    status, said = told(hung, "sync")
+    status, said = output_of(hung, "sync")
     assert (status, "in step: 199 files" in said, "HUNG.md: pending" in said) == (1, True, True), said
     assert "has not answered for 2 s" in said
-    status, said = told(hung, "explain", "HUNG.md")
+    status, said = output_of(hung, "explain", "HUNG.md")
     assert "waiting: 'HUNG.md' has not answered" in said.replace("\n", " ")
     files = check_of(hung, "files")
     assert (files["verdict"], "HUNG.md" in files["cause"]) == ("warn", True)
     assert check_of(hung, "backlog")["verdict"] == "warn"  # it waits, and no engine runs
     Path(hung["HANG_WHILE"]).unlink()
-    assert "in step: 200 files" in told(hung, "sync")[1]
+    assert "in step: 200 files" in output_of(hung, "sync")[1]
     assert check_of(hung, "files")["verdict"] == "ok"
 
 
@@ -83,7 +83,7 @@ def test_a_running_engine_names_what_hangs_indexes_it_later_and_stops_in_time(ro
     put(root, "near.md", "# A\ntext")
 
     def done() -> int:
-        return int(json.loads(told(hung, "status", "--json")[1])["queue"]["done"])
+        return int(json.loads(output_of(hung, "status", "--json")[1])["queue"]["done"])
 
     with subprocess.Popen([*ENGINE, "run"], env=hung, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -144,7 +144,7 @@ async def test_calls_after_one_that_hangs_are_made_and_it_is_not_made_twice() ->
 
 async def test_the_threads_that_hang_are_bounded_and_the_bound_is_named() -> None:
     names = [f"f{number}" for number in range(6)]
-    gate, threads = Gate(*names[:4]), FileThreads(deadline_seconds=0.2, late_most=2)
+    gate, threads = Gate(*names[:4]), FileThreads(deadline_seconds=0.2, max_late=2)
     threads.slow_seconds = 0.01
     found = dict(await threads.all(names, gate.look, what="read", name=name_of))
     assert all(isinstance(error, NoAnswer) for error in found.values())
@@ -188,7 +188,7 @@ async def test_a_call_waits_for_one_that_its_caller_gave_up_and_is_made() -> Non
 
 
 async def test_a_caller_that_gives_up_at_any_moment_leaves_no_call_behind() -> None:
-    threads = FileThreads(deadline_seconds=HANG_SECONDS, late_most=2)
+    threads = FileThreads(deadline_seconds=HANG_SECONDS, max_late=2)
     with trio.fail_after(HANG_SECONDS):
         for number in range(300):
             with trio.move_on_after(number % 30 / 10_000):

@@ -333,7 +333,7 @@ def test_a_cap_that_is_no_size_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_cap_whose_ceiling_does_not_fit_is_refused_with_the_arithmetic() -> None:
     settings = LanceDBSettings(descriptor_mode="pinned", index_cache_size_bytes=16 * MIB, descriptors_per_mebibyte=18)
     assert cap_of(settings, limit=1024) == 16 * MIB
-    with pytest.raises(SettingsError, match=r"needs up to 352 .* 704, to be safe; RLIMIT_NOFILE is 256: lower the cap"):
+    with pytest.raises(SettingsError, match=r"needs up to 352 .* 704, to be safe. RLIMIT_NOFILE is 256: lower the cap"):
         cap_of(settings, limit=256)
     assert cap_of(LanceDBSettings(index_cache_size_bytes=16 * MIB), limit=64) == 16 * MIB  # reopen pins none
 

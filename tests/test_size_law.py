@@ -1,4 +1,4 @@
-"""Work, memory and output grow with the size of the input and no faster, whatever the input is made of."""
+"""Work, memory and output grow no faster than the size of the input, for any kind of input."""
 
 from __future__ import annotations
 

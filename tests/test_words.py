@@ -1,4 +1,4 @@
-"""The code and the docs are in plain words: no word of BANNED, and a sentence as each docstring's first line."""
+"""Keep the banned words out of code and docs, and make each docstring begin with a sentence."""
 
 from __future__ import annotations
 
@@ -21,48 +21,46 @@ BANNED = {
     "sweeps?|swept": "full scan",
     "brake": "deletion guard",
     "desk": "context",
+    "dear(er|est)?": "expensive",
     "(no|some)body": "no person, another program",
     "laid": "set, written",
     "beside": "while an engine is running, next to",
     "at once": "immediately, in parallel",
 }
-"""Words that have no ordinary technical use here -> what to write. Names in code such as `brake_ratio` are no words."""
+"""Words that have no ordinary technical use here -> what to write. A name such as `brake_ratio` does not count."""
 
 WORDS = re.compile(rf"(?<![\w/`.-])({'|'.join(BANNED)})(?![\w/`-])", re.IGNORECASE)
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/**/*.md", "docs/*.toml", "changelog.d/*.md")
+PAGES = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/**/*.md", "docs/*.toml", "changelog.d/*.md"),
+    *("pyproject.toml", "noxfile.py"),
+)
 FOREIGN = {"docs/benchmarks.md"}
 """Names of benchmarks, which older figures are compared by."""
 
 
-def in_text(name: str, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+def in_text(name: str, text: str, *, first_line: int = 1) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), first_line):
         for found in WORDS.finditer(line):
             instead = next(words for word, words in BANNED.items() if re.fullmatch(word, found[0], re.IGNORECASE))
             yield f"{name}:{number}: {found[0]!r}: write {instead}"
 
 
 def in_code(name: str, source: str) -> Iterator[str]:
-    """Strings and comments, not names."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    """Find words in strings and comments. Names in code are not looked at."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from (_at(name, node.lineno, one) for one in in_text(name, node.value))
+            yield from in_text(name, node.value, first_line=node.lineno)
     for number, line in enumerate(source.splitlines(), 1):
         comment = re.search(r"(?:^|\s)# (.*)", line)
         if comment is not None:
-            yield from (_at(name, number, one) for one in in_text(name, comment[1]))
-
-
-def _at(name: str, line: int, found: str) -> str:
-    where, _, what = found.removeprefix(f"{name}:").partition(": ")
-    return f"{name}:{line + int(where) - 1}: {what}"
+            yield from in_text(name, comment[1], first_line=number)
 
 
 def first_lines(name: str, source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = (ast.get_docstring(node) or ".").splitlines()[0]
-            if ";" in first or not first.endswith((".", ":")):
+            if ";" in first or not first.endswith("."):
                 yield f"{name}:{getattr(node, 'lineno', 1)}: {first!r}: write one sentence with a full stop"
 
 

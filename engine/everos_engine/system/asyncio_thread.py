@@ -1,4 +1,4 @@
-"""The bridge from Trio to an asyncio library: one asyncio loop on one thread of ours."""
+"""Call an asyncio library from Trio, through one asyncio loop on one thread."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import trio
 from everos_engine.errors import EngineError, Transient, UnknownOutcome
 
 CANCEL_GRACE_SECONDS = 5.0
-"""How long a cancelled call is waited for."""
+"""How long to wait for the end of a cancelled call."""
 STOP_GRACE_SECONDS = 10.0
-"""How long the thread may take to end once the last caller is gone."""
+"""How long the thread may take to end after the last caller."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -27,8 +27,8 @@ Ts = TypeVarTuple("Ts")
 def run_once(work: Callable[[], Coroutine[object, object, T]]) -> T:
     """Run a coroutine on a new asyncio loop, for a command that has no other.
 
-    Raises OSError before a loop is half made if no descriptors are left for it. A half-made loop would print warnings
-    at its end.
+    Raises OSError if no descriptors are left for a loop. This is checked first, because a loop that is only partly made
+    prints warnings at its end.
     """
     one, other = socket.socketpair()
     with one, other, selectors.DefaultSelector():
@@ -63,7 +63,7 @@ class AsyncioThread:
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
         self._thread = threading.Thread(target=self._serve, name="everos-asyncio", daemon=True)
-        # Of the Trio thread:
+        # Used by the Trio thread only:
         self._waited_for: set[_Call[object]] = set()
         self._started = trio.Event()
         self._ended = trio.Event()
@@ -71,16 +71,17 @@ class AsyncioThread:
         self._stopping = False
         self._death: BaseException | None = None
         self._on_death: Callable[[], object] = lambda: None
-        # Of the asyncio thread, set before `_started`:
+        # Used by the asyncio thread only, and set before `_started`:
         self._loop: asyncio.AbstractEventLoop
         self._stop_asked: asyncio.Event
         self._serving = False
         self._running: set[_Call[object]] = set()
 
     async def read(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, deadline_seconds: float) -> T:
-        """Return the result of ``await function(*args)`` on the asyncio loop. Cancelling the caller cancels it there.
+        """Return the result of ``await function(*args)`` on the asyncio loop.
 
-        Raises what the function raises, and Transient if it is not done within ``deadline_seconds``.
+        Cancelling the caller cancels it there. Raises what the function raises, and Transient if it is not done within
+        ``deadline_seconds``.
         """
         call = _Call(lambda: function(*args))
         await self._finish(call, deadline_seconds=deadline_seconds, shield=False)
@@ -94,7 +95,7 @@ class AsyncioThread:
         """Do as `read`, but shielded: a cancelled caller waits for the end, and gets the result.
 
         A caller cancelled before the call starts nothing. Raises UnknownOutcome if the function is not done
-        within ``deadline_seconds``. It is then cancelled and waited for, at most CANCEL_GRACE_SECONDS.
+        within ``deadline_seconds``. It is then cancelled, and its end is waited for, at most CANCEL_GRACE_SECONDS.
         """
         call = _Call(lambda: function(*args))
         in_time = await self._finish(call, deadline_seconds=deadline_seconds, shield=True)
@@ -132,7 +133,7 @@ class AsyncioThread:
             raise AsyncioThreadDied(
                 f"the asyncio thread did not end within {STOP_GRACE_SECONDS:g} s: a call on it cannot be cancelled"
             )
-        self._thread.join()  # its last act was to set `_ended`
+        self._thread.join()  # the thread ends right after it has set `_ended`
 
     def raise_if_dead(self) -> None:
         """Raise AsyncioThreadDied if the loop ended by itself."""
@@ -145,7 +146,7 @@ class AsyncioThread:
     async def _finish(self, call: _Call[T], *, deadline_seconds: float, shield: bool) -> bool:
         """Run the call to its end.
 
-        Returns whether it ended without being cancelled. Nothing of it runs on afterwards.
+        Returns whether it ended without being cancelled.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         self._submit(call)
@@ -167,7 +168,7 @@ class AsyncioThread:
         if self._stopping:
             raise RuntimeError("the asyncio thread was called after its block had ended")
         self._waited_for.add(cast("_Call[object]", call))
-        with suppress(RuntimeError):  # the loop is closed: `_fail_all` is on its way
+        with suppress(RuntimeError):  # the loop is closed, and `_fail_all` will end the call
             self._loop.call_soon_threadsafe(self._begin, cast("_Call[object]", call))
 
     async def _cut_off(self, call: _Call[T]) -> None:
@@ -179,12 +180,12 @@ class AsyncioThread:
     def _fail_all(self, death: BaseException) -> None:
         self._death = death
         for call in list(self._waited_for):
-            call.end(call.result_of_task() or _Outcome(error=self._obituary(death)))
+            call.end(call.result_of_task() or _Outcome(error=self._death_error(death)))
         self._on_death()
 
     @staticmethod
-    def _obituary(death: BaseException) -> AsyncioThreadDied:
-        error = AsyncioThreadDied(f"the asyncio loop under the index died in the midst of a call: {death!r}")
+    def _death_error(death: BaseException) -> AsyncioThreadDied:
+        error = AsyncioThreadDied(f"the asyncio loop under the index died during a call: {death!r}")
         error.__cause__ = death
         return error
 
@@ -216,23 +217,23 @@ class AsyncioThread:
         if not self._serving:
             return
         call.task = self._loop.create_task(call.run(), context=call.context)
-        self._running.add(call)  # asyncio itself holds tasks but weakly
+        self._running.add(call)  # asyncio keeps only weak references to tasks
         call.task.add_done_callback(lambda _: self._hand_back(call))
 
     def _hand_back(self, call: _Call[object]) -> None:
-        # In a done-callback, not in the coroutine: one cancelled before its first step never runs.
+        # This is a done-callback, since a coroutine that is cancelled before its first step never runs.
         self._running.discard(call)
         outcome = call.result_of_task()
         if outcome is not None:
             self._post(call.end, outcome)
 
     def _post(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        with suppress(trio.RunFinishedError):  # no caller is left to hear it
+        with suppress(trio.RunFinishedError):  # no caller is left
             self._token.run_sync_soon(function, *args)
 
 
 class _Outcome(Generic[T]):
-    """How a call ended: with a value, or with an error."""
+    """Hold how a call ended: with a value, or with an error."""
 
     __slots__ = ("error", "value")
 
@@ -250,11 +251,11 @@ class _Outcome(Generic[T]):
         try:
             raise self.error
         finally:
-            self.error = None  # its traceback holds this frame: no cycle
+            self.error = None  # its traceback refers to this frame, which would be a cycle
 
 
 class _Call(Generic[T]):
-    """One call on its way. The Trio thread makes and ends it, and the asyncio thread runs it."""
+    """Hold one call. The Trio thread makes and ends it, and the asyncio thread runs it."""
 
     __slots__ = ("context", "ended", "function", "outcome", "task")
 
@@ -266,7 +267,10 @@ class _Call(Generic[T]):
         self.outcome: _Outcome[T] | None = None
 
     async def run(self) -> _Outcome[T]:
-        """Return the function's end as a value. A SystemExit must reach the caller and not kill the loop."""
+        """Return the result or the error as a value.
+
+        So a SystemExit reaches the caller and does not end the loop.
+        """
         try:
             return _Outcome(await self.function())
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's task

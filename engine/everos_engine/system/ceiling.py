@@ -1,4 +1,4 @@
-"""The arithmetic of file descriptors and resident memory: what the settings may cost, and whether that fits."""
+"""Compute how many file descriptors and how much memory the settings may need, and whether that fits."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from everos_engine.settings import LanceDBSettings, Settings
 from everos_engine.system.slope import Slope
 
 BASE_DESCRIPTORS = 48
-"""The maximum that the engine holds apart from pinned indexes, with two parallel reads of the index. A test runs it
+"""The maximum that the engine holds without pinned indexes, with two parallel reads of the index. A test runs it
 under `ulimit -n 64` with hundreds of parallel searches, and asserts this bound."""
 BASE_READS = 2
 READ_DESCRIPTORS = 8
-"""The files that each further parallel read may have open, generously: two accesses for each of several index and
-data files."""
+"""The most files that each further parallel read may have open: two accesses for each of several index and data
+files."""
 MIN_LIMIT = 64
-"""Below this the engine's own descriptors exceed its hard budget, and no work would ever begin."""
+"""Below this limit the engine's own descriptors exceed its hard budget, and no work could begin."""
 HEADROOM = 2
 """The limit must hold this many ceilings, as in the runbook."""
 MIB = 1 << 20
 MIN_SLOPE = 1.0
 MIN_CAP_BYTES = MIB
-"""The guard lowers no cap further. A smaller cache is useless."""
+"""The guard never lowers a cap below this, since a smaller cache is useless."""
 MAX_AUTO_BYTES = 64 * MIB
-"""Beyond this the measured latency no longer falls."""
+"""A larger cache no longer lowers the measured latency."""
 OTHERS_DESCRIPTORS = 12
-"""What a separate process holds before the engine opens anything: input, output, errors and Trio's. They are part of
-``BASE_DESCRIPTORS``."""
+"""What a process holds before the engine opens anything: standard input, output and error, and Trio's. They are part
+of ``BASE_DESCRIPTORS``."""
 ROOM_DESCRIPTORS = 4
-"""The minimum between the soft and the hard budget, and between the hard budget and the limit."""
+"""The minimum distance between the soft and the hard budget, and between the hard budget and the limit."""
 
 BASE_BYTES = 140 * MIB
 """What a process holds once the engine is imported, for an estimate without one. A running engine measures its own."""
@@ -39,11 +39,11 @@ RUNTIME_BYTES = 96 * MIB
 MODEL_BYTES = {"local": 176 * MIB, "http": 16 * MIB, "none": 0}
 """The embedder. Measured for the local model: 150 MiB once it is loaded, 21 MiB more while it works."""
 SESSION_FACTOR = 1.25
-"""The Session's caches may hold this many times their budget: a look once a second and a pause between rotations
-allow it."""
-SESSION_LEAST_BYTES = 16 * MIB
+"""The Session's caches may hold this many times their budget, since they are checked once a second, and rotations are
+some time apart."""
+MIN_SESSION_BYTES = 16 * MIB
 WORK_BYTES = 64 * MIB
-"""What is in hand at one moment: changes, searches, a compaction."""
+"""What is being worked on at one moment: changes, searches, a compaction."""
 ROW_BYTES = 2048
 """For each row, in addition to its vector: what a search, a compaction or one huge file may hold of a whole table."""
 VECTOR_VALUE_BYTES = 4
@@ -53,7 +53,10 @@ SOFT_MEMORY_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class MemoryCeiling:
-    """The most memory that an engine may hold resident, in bytes, as the sum of its parts. See docs/descriptors.md."""
+    """The most memory that an engine may hold resident, in bytes, as the sum of its parts.
+
+    See docs/descriptors.md.
+    """
 
     base: int
     runtime: int
@@ -75,12 +78,12 @@ class MemoryCeiling:
 def memory_ceiling(
     settings: Settings, *, base_bytes: int = BASE_BYTES, rows: int = 0, dimension: int = 0
 ) -> MemoryCeiling:
-    """Return the ceiling of resident memory for these settings and so many rows with vectors of this width."""
+    """Return the ceiling of resident memory for these settings and a number of rows with vectors."""
     return MemoryCeiling(
         base=base_bytes,
         runtime=RUNTIME_BYTES,
         model=MODEL_BYTES[settings.embedder.kind],
-        session=max(SESSION_LEAST_BYTES, int(SESSION_FACTOR * settings.lancedb.session_most_bytes)),
+        session=max(MIN_SESSION_BYTES, int(SESSION_FACTOR * settings.lancedb.session_most_bytes)),
         work=WORK_BYTES + rows * (ROW_BYTES + VECTOR_VALUE_BYTES * dimension),
     )
 
@@ -88,7 +91,7 @@ def memory_ceiling(
 def budgets_of(settings: Settings, *, limit: int, others: int = OTHERS_DESCRIPTORS) -> tuple[int, int]:
     """Return the soft and the hard budget of descriptors.
 
-    Both lie above what is open anyway: the engine's own maximum, and the ``others`` that were open before it.
+    Both are above what is always open: the engine's own maximum, and the ``others`` that were open before it.
     """
     lancedb = settings.lancedb
     held = ceiling_of(settings, cap_bytes=0, pinned=False, limit=limit) + max(0, others - OTHERS_DESCRIPTORS)
@@ -118,8 +121,7 @@ def cap_of(settings: LanceDBSettings, *, limit: int, learned: Slope | None = Non
 def fitting_cap(settings: LanceDBSettings, slope: Slope, *, cap_bytes: int, room: int) -> int:
     """Return the cap, lowered if its indexes would not fit into ``room`` descriptors.
 
-    The slope that was counted decides. A Session is rotated at its budget, so it never holds more than that of a larger
-    cap.
+    ``slope`` is the counted one. A Session is rotated at its budget, so it never fills a cap that is larger.
     """
     full = min(cap_bytes, settings.session_most_bytes)
     if slope.high * full / MIB <= room:
@@ -145,7 +147,7 @@ def reads_of(settings: LanceDBSettings, *, limit: int) -> int:
 
 
 def own_of(settings: LanceDBSettings, *, limit: int) -> int:
-    """Return the most descriptors that the engine holds apart from pinned indexes."""
+    """Return the most descriptors that the engine holds without pinned indexes."""
     return BASE_DESCRIPTORS + READ_DESCRIPTORS * max(0, reads_of(settings, limit=limit) - BASE_READS)
 
 
@@ -177,7 +179,7 @@ def _check(settings: LanceDBSettings, cap_bytes: int, limit: int) -> None:
     raise SettingsError(
         f"lancedb.index_cache_size_bytes={cap_bytes} with lancedb.descriptor_mode=pinned needs up to {ceiling} file "
         f"descriptors ({own} of the engine + {cap_bytes / MIB:.1f} MiB x "
-        f"{settings.descriptors_per_mebibyte:g} per MiB), and {HEADROOM} times that, {HEADROOM * ceiling}, to be safe; "
+        f"{settings.descriptors_per_mebibyte:g} per MiB), and {HEADROOM} times that, {HEADROOM * ceiling}, to be safe. "
         f"RLIMIT_NOFILE is {limit}: lower the cap to {fitting}, set it to `auto`, raise `ulimit -n` to "
         f"{HEADROOM * ceiling}, or use descriptor_mode=reopen, which pins none"
     )

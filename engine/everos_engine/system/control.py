@@ -1,9 +1,9 @@
-"""The control socket: one JSON line as the question, one as the answer, then closed.
+"""The control socket. A client sends one JSON line, gets one JSON line as the answer, and the connection closes.
 
 A client needs only the standard library.
 
-Questions about the engine are answered from memory immediately. Slow ones, such as a search, have separate places, so
-that they never delay the quick ones.
+Questions about the engine are answered from memory immediately. Slow ones, such as a search, have a limit of their own,
+so that they never delay the quick ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TALK_SECONDS = 1.0
 MAX_SLOW_TALKS = 4
 SLOW_TALK_SECONDS = 60.0
 BUSY = "busy"
-FAILED = "the engine could not answer {!r}: its log has the reason; ask again, and report it if it fails again"
+FAILED = "the engine could not answer {!r}: its log has the reason. Ask again, and report it if it fails again"
 MAX_QUOTED = 80
 PAUSE_SECONDS = 0.1
 RETRY_SECONDS = 0.02
@@ -57,7 +57,7 @@ def ask(
         return None
     try:
         while (answer := _talk_once(path, line, end=end)) is None:
-            time.sleep(min(RETRY_SECONDS, _left(end)))  # it took us for silent, or it is gone: connecting finds out
+            time.sleep(min(RETRY_SECONDS, _left(end)))  # it disconnected us or it ended: connecting again shows which
     except TimeoutError:
         raise TimeoutError(
             f"the engine at {path} did not answer within {deadline_seconds:g} s: it is stopped or busy"
@@ -79,13 +79,14 @@ async def serve_control(
 
     An unexpected error of one question is logged, and answered to the client that asked.
 
-    ``slow`` questions get all that was asked. MAX_SLOW_TALKS of them run in parallel, and further ones get "busy" as
-    the answer. ``spare`` frees one descriptor for the length of its block, so that a process at its limit still
-    answers. Sleeps if the file system takes no sockets. A silent or rude client is dropped, and harms no other client.
+    A function in ``slow`` gets the whole question. MAX_SLOW_TALKS of them run in parallel, and further ones get "busy"
+    as the answer. ``spare`` frees one descriptor for the length of its block, so that a process at its limit still
+    answers. If the file system does not support sockets, this only sleeps. A client that is silent or breaks the
+    protocol is disconnected, and other clients do not notice.
     """
     import trio
 
-    import everos_engine.system.unit  # noqa: F401 - loaded now: at the descriptor limit nothing can be
+    import everos_engine.system.unit  # noqa: F401 - loaded now, since at the descriptor limit no file can be opened
 
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with trio.socket.from_stdlib_socket(bound) as listener:
@@ -111,7 +112,10 @@ async def serve_control(
 
 @contextmanager
 def short_address(path: Path) -> Iterator[str]:
-    """Return an address for ``path`` that fits. A long one goes through a descriptor of its directory on Linux."""
+    """Return an address for ``path`` that fits.
+
+    A long one goes through a descriptor of its directory on Linux.
+    """
     full = os.fspath(path)
     if len(os.fsencode(full)) <= MAX_PATH_BYTES:
         yield full
@@ -128,7 +132,7 @@ async def _accept(
 ) -> trio.SocketStream:
     """Return the next client.
 
-    At the descriptor limit the spare descriptor is used. Without one, the client waits and nothing spins.
+    At the descriptor limit the spare descriptor is used. If there is none, the client waits.
     """
     import trio
 
@@ -177,7 +181,10 @@ async def _talk(
 
 
 async def _worked(name: str, work: Slow, asked: Mapping[str, object], places: trio.Semaphore) -> bytes:
-    """Return the line that answers a slow question. Any error of one question is the answer to it alone."""
+    """Return the line that answers a slow question.
+
+    An error of one question is the answer to that question only.
+    """
     import trio
 
     from everos_engine.system.unit import unit
@@ -197,28 +204,27 @@ async def _worked(name: str, work: Slow, asked: Mapping[str, object], places: tr
     return line
 
 
-def _line(error: str | None, told: Mapping[str, object] | None = None) -> bytes:
-    return json.dumps(told if error is None else {"error": error}).encode() + b"\n"
+def _line(error: str | None, answer: Mapping[str, object] | None = None) -> bytes:
+    return json.dumps(answer if error is None else {"error": error}).encode() + b"\n"
 
 
 async def _question(stream: trio.SocketStream) -> Mapping[str, object]:
-    """Return the question, "" for anything that is not a question, and None if the line never ends."""
+    """Return the question. It is empty if no whole line came, and asks "" if the line is not a question."""
     line = b""
     while not line.endswith(b"\n"):
         part = await stream.receive_some(MAX_QUESTION_BYTES)
         line += part
         if not part or len(line) > MAX_QUESTION_BYTES:
             return {}
-    nothing = {"ask": ""}
-    try:
+    with suppress(ValueError, RecursionError):
         asked = json.loads(line)
-    except (ValueError, RecursionError):
-        return nothing
-    return asked if isinstance(asked, dict) and isinstance(asked.get("ask"), str) else nothing
+        if isinstance(asked, dict) and isinstance(asked.get("ask"), str):
+            return asked
+    return {"ask": ""}
 
 
 def _talk_once(path: Path, line: bytes, *, end: float) -> bytes | None:
-    """Return the line that was answered, or None if the talk was cut off before."""
+    """Return the line of the answer, or None if the connection ended before it was complete."""
     answer = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         _connect(sock, path, end=end)
@@ -242,7 +248,7 @@ def _connect(sock: socket.socket, path: Path, *, end: float) -> None:
             sock.settimeout(_left(end))
             try:
                 sock.connect(address)
-            except BlockingIOError:  # its queue of clients is full, and a Unix socket does not wait for a place
+            except BlockingIOError:  # its queue of clients is full, and a Unix socket does not wait until there is room
                 time.sleep(min(0.01, _left(end)))
                 continue
             return

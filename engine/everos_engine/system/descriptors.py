@@ -1,4 +1,4 @@
-"""Descriptors of this process: count them without opening one, classify them, limit them, and keep a spare one."""
+"""Count the descriptors of this process without opening one, classify them, limit them, and keep a spare one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OWN = "/proc/self/fd"
 CLASSES = ("lance_index", "lance_data", "deleted", "sqlite", "sockets", "pipes", "watch", "other")
 _SQLITE_ENDS = (".db", ".db-wal", ".db-shm", ".db-journal")
 MAX_LIMIT = 1 << 20
-"""An unlimited hard limit is taken as this. macOS refuses more anyway."""
+"""An unlimited hard limit counts as this. macOS refuses more."""
 VERIFY_TRIES = 5
 MAX_GAP = 1024
-"""This many numbers without a descriptor end the search, since some may have been closed after they were counted."""
+"""The search ends after so many numbers without a descriptor, since some may have been closed after the count."""
 
 
 def limits() -> tuple[int, int]:
@@ -38,7 +38,10 @@ def raise_soft_limit() -> tuple[int, int]:
 
 
 def none_left(*, wanted: int = 1) -> bool:
-    """Return whether so many descriptors could not be opened now, because the process or the system is at its limit."""
+    """Return whether ``wanted`` more descriptors cannot be opened.
+
+    Then the process or the system is at its limit.
+    """
     opened: list[int] = []
     try:
         for _ in range(wanted):
@@ -54,17 +57,17 @@ def none_left(*, wanted: int = 1) -> bool:
 
 
 def counter() -> tuple[Callable[[], int], str]:
-    """Return how descriptors are counted here, and the name of that way: ``stat``, ``listing``, or ``psutil``.
+    """Return a function that counts descriptors, and its name: ``stat``, ``listing``, or ``psutil``.
 
-    ``stat`` costs no descriptor and 4 us, but older kernels answer 0. It is used if it agrees with a listing.
+    ``stat`` needs no descriptor and takes 4 us, but older kernels answer 0. It is used if it agrees with a listing.
     """
-    for _ in range(VERIFY_TRIES):  # another thread may open one in between
+    for _ in range(VERIFY_TRIES):  # another thread may open one between the two counts
         try:
             if _by_stat() == _by_listing():
                 return _by_stat, "stat"
         except OSError as error:
             if error.errno in FULL and _by_stat() >= limits()[0]:
-                return _by_stat, "stat"  # there is none left to list with, and it knows
+                return _by_stat, "stat"  # none is left for a listing, and the stat agrees
             break
     try:
         _by_listing()
@@ -78,10 +81,10 @@ def counter() -> tuple[Callable[[], int], str]:
 
 
 def classify(count: int, *, lancedb: Path, engine: Path) -> dict[str, int]:
-    """Return how many of ``count`` descriptors are of each class of ``CLASSES``. Opens none if the system has /proc.
+    """Return how many of ``count`` descriptors are of each class of ``CLASSES``.
 
-    ``lance_index`` and ``lance_data`` lie below ``lancedb``, ``sqlite`` below ``engine``. ``deleted`` are LanceDB's
-    too, unlinked.
+    Opens none if the system has /proc. ``lance_index`` and ``lance_data`` are below ``lancedb``, ``sqlite`` below
+    ``engine``. ``deleted`` are LanceDB's too, unlinked.
     """
     found = dict.fromkeys(CLASSES, 0)
     below, ours = os.fspath(lancedb) + os.sep, os.fspath(engine) + os.sep
@@ -98,11 +101,11 @@ class Reserve:
 
     @property
     def held(self) -> bool:
-        """Return whether it is there to lend."""
+        """Return whether it is open and can be borrowed."""
         return self._handle >= 0
 
     def take(self) -> bool:
-        """Open it unless it is open. Returns whether it is open now."""
+        """Open it if it is closed. Returns whether it is open now."""
         if self._handle < 0:
             try:
                 self._handle = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -121,7 +124,7 @@ class Reserve:
     def borrow(self) -> Iterator[bool]:
         """Free one descriptor in this block, unless another task takes it first.
 
-        It is taken back after the block, or later.
+        It is opened again after the block, or later if that fails.
         """
         had = self.held
         self.release()
@@ -178,7 +181,7 @@ def _by_stat() -> int:
 
 
 def _by_listing() -> int:
-    return len(os.listdir(OWN if sys.platform == "linux" else "/dev/fd")) - 1  # without the one that lists
+    return len(os.listdir(OWN if sys.platform == "linux" else "/dev/fd")) - 1  # without the descriptor of the listing
 
 
 def _at_limit_too(count: Callable[[], int]) -> Callable[[], int]:
@@ -196,9 +199,9 @@ def _at_limit_too(count: Callable[[], int]) -> Callable[[], int]:
 
 
 def _targets(count: int) -> Iterator[str]:
-    """Yield what each open descriptor is, in order of its number.
+    """Yield the target of each open descriptor, in the order of the numbers.
 
-    The system always gives out the lowest free number first.
+    The system always uses the lowest free number first.
     """
     if sys.platform != "linux":
         return

@@ -1,8 +1,8 @@
 """Make calls of the file system that may never return, each with a deadline.
 
 A server may hang, and a file may be only in the cloud. Many calls share a thread. A slow call keeps its thread, and the
-others go on in a new one. A thread that hangs cannot be ended. It is left behind, the number of such threads is
-bounded, and even the end of the process does not wait for them.
+calls after it continue in a new one. A thread that hangs cannot be ended. It is abandoned, the number of abandoned
+threads is bounded, and the end of the process does not wait for them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from everos_engine.system import descriptors
 T = TypeVar("T")
 R = TypeVar("R")
 SLOW_SECONDS = 0.5
-"""After this time the calls that follow a slow one no longer wait for it."""
+"""After this time the next calls no longer wait for a slow one."""
 MAX_LATE = 64
-"""Threads that may be left behind. With so many, no other call is begun until one returns."""
+"""The most threads that may be abandoned. At this number, no other call starts until one returns."""
 MIN_LATE, LATE_SHARE = 4, 16
-"""Each may hold a descriptor. They are at most a sixteenth of those that may be open, and at least four."""
+"""Each abandoned thread may hold a descriptor. They may hold a sixteenth of all descriptors, and at least four."""
 
 
 class NoAnswer(Transient):
-    """A file or directory did not answer within the deadline. It is asked again later, and no attempt is counted."""
+    """A file or directory did not answer within the deadline.
+
+    It is tried again later, and no attempt is counted.
+    """
 
     waits_for = "file"
 
@@ -43,7 +46,7 @@ class NoAnswer(Transient):
 
 @dataclass(eq=False, slots=True)
 class Call(Generic[T, R]):
-    """One call for an item, under way or over."""
+    """One call for an item. It is running or over."""
 
     item: T
     name: str
@@ -54,7 +57,7 @@ class Call(Generic[T, R]):
     result: R | None = None
     error: BaseException | None = None
     begin: Callable[[], Awaitable[R]] | None = None
-    """Make the call, if it has to wait for an earlier one of the same that is under way."""
+    """Make the call later, if an earlier call for the same name is still running."""
 
     def get(self) -> R:
         """Return the result of a call that is over, or raise what it raised."""
@@ -63,14 +66,14 @@ class Call(Generic[T, R]):
         return cast("R", self.result)
 
     async def wait(self) -> R:
-        """Return the result once it is there. Raises NoAnswer at the deadline, and what the call raised."""
+        """Wait for the result. Raises NoAnswer at the deadline, and what the call raised."""
         if self.begin is not None:
             return await self.begin()
         await self.until_over()
         return self.get()
 
     async def until_over(self) -> None:
-        """Wait for the end of a call that is under way, with any result. Raises NoAnswer at the deadline."""
+        """Wait until a running call is over, with any result. Raises NoAnswer at the deadline."""
         with trio.move_on_after(max(0.0, self.began_seconds + self.deadline_seconds - time.monotonic())):
             if not self.is_over:
                 await self.over.wait()
@@ -79,13 +82,13 @@ class Call(Generic[T, R]):
 
     @property
     def is_overdue(self) -> bool:
-        """Return whether the deadline of a call that is under way has passed."""
+        """Return whether the deadline of a running call has passed."""
         return time.monotonic() >= self.began_seconds + self.deadline_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Calls(Generic[T, R]):
-    """What came of a row of calls: those that are over, those still under way, and items that were not begun."""
+    """Hold the calls that are over, the calls still running, and the items that were not started."""
 
     over: Sequence[Call[T, R]]
     late: Sequence[Call[T, R]]
@@ -97,13 +100,13 @@ class FileThreads:
 
     slow_seconds: ClassVar[float] = SLOW_SECONDS
 
-    def __init__(self, *, deadline_seconds: float, late_most: int = MAX_LATE) -> None:
+    def __init__(self, *, deadline_seconds: float, max_late: int = MAX_LATE) -> None:
         self.deadline_seconds = deadline_seconds
-        self.late_most = late_most
+        self.max_late = max_late
         self.waited_seconds = 0.0
-        """How long callers did nothing but wait for late calls, all together."""
+        """How long all callers together only waited for late calls."""
         self.returned = AsyncValue(0)
-        """Moves when a call that was late has returned after all."""
+        """Changes when a late call has returned."""
         self._late: dict[tuple[str, str], Call[object, object]] = {}
 
     def hung(self) -> list[tuple[str, float]]:
@@ -161,9 +164,9 @@ class FileThreads:
     ) -> Calls[T, R]:
         """Make one call for each item, until all are over or late, or one gives ``enough``.
 
-        ``what`` and the name say what is called. While an earlier call of the same has not returned, another one is not
-        begun. It is late, and begins when the earlier one returns, or ends with NoAnswer when that one's deadline has
-        passed. ``work`` may go on in its thread after this returns, so it must change nothing.
+        ``what`` and the name identify a call. While an earlier call for them is running, no second one starts. The
+        second counts as late. It starts when the earlier one returns, or ends with NoAnswer once the deadline of the
+        earlier one has passed. ``work`` may run on in its thread after this returns, so it must change nothing.
         """
         refused: list[Call[T, R]] = []
         late: list[Call[T, R]] = []
@@ -179,30 +182,33 @@ class FileThreads:
             else:
                 call.begin = partial(self._begin_after, earlier, partial(work, item), what)
                 late.append(call)
-        row = _Row(todo, work, enough, lambda call: self._came_back(what, cast("Call[object, object]", call)))
+        batch = _Batch(todo, work, enough, lambda call: self._came_back(what, cast("Call[object, object]", call)))
         try:
-            while row.todo and not row.ended.is_set():
+            while batch.todo and not batch.ended.is_set():
                 if not await self._room():
-                    refused += self._refuse_all(row.todo)
+                    refused += self._refuse_all(batch.todo)
                     break
-                row.start()
-                while not row.ended.is_set():
+                batch.start()
+                while not batch.ended.is_set():
                     with trio.move_on_after(self.slow_seconds):
-                        await row.ended.wait()
+                        await batch.ended.wait()
                         break
-                    slow = row.leave_behind(after_seconds=self.slow_seconds)
+                    slow = batch.abandon(after_seconds=self.slow_seconds)
                     if slow is not None:
                         self._late[what, slow.name] = cast("Call[object, object]", slow)
                         late.append(slow)
                         break
         finally:
-            left = row.leave_behind(after_seconds=0)
+            left = batch.abandon(after_seconds=0)
             if left is not None:  # the caller was cancelled
                 self._late[what, left.name] = cast("Call[object, object]", left)
-        return Calls([*refused, *row.over], late, [call.item for call in row.todo])
+        return Calls([*refused, *batch.over], late, [call.item for call in batch.todo])
 
     async def _begin_after(self, earlier: Call[object, object], work: Callable[[], R], what: str) -> R:
-        """Make a call once an earlier one of the same has returned. Raises NoAnswer if either does not return."""
+        """Make a call after an earlier one for the same name has returned.
+
+        Raises NoAnswer if either does not return.
+        """
         await earlier.until_over()
         return await self.call(work, what=what, name=earlier.name)
 
@@ -222,11 +228,11 @@ class FileThreads:
         call.is_over = True
 
     async def _room(self) -> bool:
-        """Wait until another thread may be begun. Returns False if the deadline comes first."""
+        """Wait until another thread may start. Returns False if the deadline comes first."""
         with trio.move_on_after(self.deadline_seconds):
-            while len(self._late) >= self.late_most:
+            while len(self._late) >= self.max_late:
                 await self.returned.wait_transition()
-        return len(self._late) < self.late_most
+        return len(self._late) < self.max_late
 
     def _came_back(self, what: str, call: Call[object, object]) -> None:
         if self._late.get((what, call.name)) is call:
@@ -234,8 +240,8 @@ class FileThreads:
         self.returned.value += 1
 
 
-class _Row(Generic[T, R]):
-    """Calls that follow each other on one thread, and go on in another one if that is late."""
+class _Batch(Generic[T, R]):
+    """Run calls one after the other on one thread, and on another thread after a late one."""
 
     def __init__(
         self,
@@ -254,15 +260,18 @@ class _Row(Generic[T, R]):
         self._token = trio.lowlevel.current_trio_token()
 
     def start(self) -> None:
-        """Go on in a new thread. Raises Transient if the system gives none."""
+        """Continue in a new thread. Raises Transient if the system cannot start one."""
         number = self._thread_number
         try:
             trio.lowlevel.start_thread_soon(lambda: self._run(number), lambda _: None, name="files")
         except (RuntimeError, OSError) as error:
             raise Transient(f"no thread could be started to look at files: {error}", counts_as_retry=False) from error
 
-    def leave_behind(self, *, after_seconds: float) -> Call[T, R] | None:
-        """Take the call under way from its row if it has taken so long. The thread is then its alone."""
+    def abandon(self, *, after_seconds: float) -> Call[T, R] | None:
+        """Return the running call if it has taken so long.
+
+        It then keeps its thread, and no other call waits for it.
+        """
         with self._lock:
             call = self._now
             if call is None or time.monotonic() - call.began_seconds < after_seconds:
@@ -309,9 +318,9 @@ class _Row(Generic[T, R]):
 
 
 def open_threads(*, deadline_seconds: float) -> FileThreads:
-    """Make threads for the calls of one process."""
-    most = max(MIN_LATE, min(MAX_LATE, descriptors.limits()[0] // LATE_SHARE))
-    return FileThreads(deadline_seconds=deadline_seconds, late_most=most)
+    """Return the threads for the file calls of one process."""
+    max_late = max(MIN_LATE, min(MAX_LATE, descriptors.limits()[0] // LATE_SHARE))
+    return FileThreads(deadline_seconds=deadline_seconds, max_late=max_late)
 
 
 def no_answer(name: str, seconds: float) -> NoAnswer:
@@ -342,31 +351,31 @@ def call_within(work: Callable[[], R], *, name: str, seconds: float) -> R:
 
 
 def visit_within(stack: list[str], visit: Callable[[str], Sequence[str]], *, seconds: float) -> list[str]:
-    """Visit what is on a stack and what the visits add to it, outside an event loop. Returns what did not answer.
+    """Visit what is on a stack and what the visits add to it, outside an event loop.
 
-    A visit that takes longer than ``seconds`` is left behind, and the others go on.
+    Returns what did not answer. A visit that takes longer than ``seconds`` is abandoned, and the next one starts.
     """
     lost: list[str] = []
     while stack:
-        row = _Visits(stack, visit)
-        row.run_for(seconds)
-        if row.error is not None:
-            raise row.error
-        if row.now is None:
+        batch = _Visits(stack, visit)
+        batch.run_for(seconds)
+        if batch.error is not None:
+            raise batch.error
+        if batch.now is None:
             break
-        lost.append(row.now[0])
+        lost.append(batch.now[0])
     return lost
 
 
 class _Visits:
-    """Visits that follow each other on one thread, until one hangs."""
+    """Run visits one after the other on one thread, until one hangs."""
 
     def __init__(self, stack: list[str], visit: Callable[[str], Sequence[str]]) -> None:
         self.now: tuple[str, float] | None = None
         self.error: BaseException | None = None
         self._stack, self._visit = stack, visit
         self._lock = threading.Lock()
-        self._is_left = False
+        self._is_abandoned = False
 
     def run_for(self, seconds: float) -> None:
         """Return when the stack is empty, or one visit has taken ``seconds``."""
@@ -378,7 +387,7 @@ class _Visits:
                 if not thread.is_alive():
                     return
                 if self.now is not None and time.monotonic() - self.now[1] >= seconds:
-                    self._is_left = True
+                    self._is_abandoned = True
                     return
 
     def _run(self) -> None:
@@ -394,7 +403,7 @@ class _Visits:
             except BaseException as error:  # noqa: BLE001 - raised again by who waits
                 self.error, more = error, []
             with self._lock:
-                if self._is_left:
+                if self._is_abandoned:
                     return
                 self._stack.extend(more)
                 if self.error is not None:

@@ -1,4 +1,4 @@
-"""The tree on disk: keys, fingerprints, one full scan, and consistent reads of a change."""
+"""Read the tree on disk: keys, fingerprints, one full scan, and consistent reads of a change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from everos_engine.errors import BadFile, Transient
 INDEX_DIRECTORY = ".index"
 MAIN, REFERENCES = "SKILL.md", "references"
 SKILL = "agent_skill"
-"""The kind whose changes have references. A note may be named SKILL.md too."""
+"""The kind whose changes have references. A note may also be named SKILL.md."""
 READ_TRIES = 3
 RACY_NS = 50_000_000
 COARSE_RACY_NS = 2_000_000_000
@@ -28,17 +28,17 @@ COARSE_RACY_NS = 2_000_000_000
 _ESCAPED = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 _LOOKS_ESCAPED = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
 FUTURE_NS = 86_400_000_000_000
-"""A time further ahead of ours than a day does not come from a clock that differs. A person set it, and a write ends
+"""A time more than a day in the future does not come from another clock. A program set it, and the next write resets
 it."""
 _INT64_MAX = (1 << 63) - 1
 """The largest whole number that SQLite keeps."""
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""Errors that say nothing about the directory, but about this process or machine."""
+"""Errors that come from this process or machine, not from the directory."""
 
 
 class Fingerprint(NamedTuple):
-    """What changes whenever a file does."""
+    """Hold what changes with every change of a file."""
 
     mtime_ns: int
     size: int
@@ -47,7 +47,7 @@ class Fingerprint(NamedTuple):
 
 
 class PlaceLike(Protocol):
-    """A recognised path."""
+    """Describe a recognised path."""
 
     @property
     def md_path(self) -> str:
@@ -62,7 +62,7 @@ P = TypeVar("P", bound=PlaceLike)
 
 
 class Vanished(Exception):
-    """There is no such file (any more)."""
+    """The file does not exist, or was removed."""
 
 
 class ScanAborted(Transient):
@@ -71,10 +71,10 @@ class ScanAborted(Transient):
 
 @dataclass(frozen=True, slots=True)
 class Walk(Generic[P]):
-    """What a full scan saw.
+    """Hold what a full scan saw.
 
-    It has key -> (place, fingerprint), the blind by key with the reason, and how many directories there are. Blind are
-    directories that cannot be read, and files that cannot be asked for, such as a link into a forbidden directory.
+    ``found`` is key -> (place, fingerprint), and ``blind`` is key -> reason. Blind are directories that cannot be read,
+    and files whose state cannot be read, such as a link into a forbidden directory.
     """
 
     found: Mapping[str, tuple[P, Fingerprint]]
@@ -84,7 +84,7 @@ class Walk(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The bytes of a change by key. ``racy``: a later write of the same size could leave the same fingerprint."""
+    """Hold the bytes of a change by key. It is ``racy`` if a later write could leave the same fingerprint."""
 
     sources: Mapping[str, bytes]
     fingerprint: Fingerprint
@@ -92,7 +92,7 @@ class Reading:
 
     @property
     def digest(self) -> bytes:
-        """Return 16 bytes that stand for the content of all its files."""
+        """Return a hash of 16 bytes of the content of all its files."""
         digest = hashlib.blake2b(digest_size=16)
         for key, content in sorted(self.sources.items()):
             digest.update(f"{len(key.encode('utf-8', 'surrogatepass'))}:{len(content)}:".encode())
@@ -126,10 +126,10 @@ def path_of(root: Path, key: str) -> str:
 def locate(root: Path, asked: str) -> str:
     """Return the absolute path that a person means.
 
-    It is looked up from the root, or from the working directory if only that has such a file. If neither is there, as
-    after a deletion, it is the one from the root, unless only the other's directory is there and within the root. A
-    name may be given in another Unicode form than the file's (é as one character or as two). No path holds a NUL byte.
-    One in ``asked`` is escaped, and no such file is found.
+    ``asked`` is looked up from the root, or from the working directory if only that has such a file. If neither file
+    exists, as after a deletion, the path from the root is returned, unless only the other one's directory exists and is
+    within the root. A name may have another Unicode form than the file's (é as one character or as two). A NUL byte in
+    ``asked`` is escaped, and no such file is found.
     """
     meant = _meant(root, asked.replace("\0", "\\x00"))
     return meant if os.path.lexists(meant) else in_other_form(meant) or meant
@@ -165,7 +165,7 @@ def _meant(root: Path, asked: str) -> str:
 def linked_directory(root: Path, path: str) -> str | None:
     """Return the first directory between the root and a path below it that is a link, or None.
 
-    Links to directories are not followed. What lies behind one is not part of the tree.
+    Links to directories are not followed. What is behind one is not part of the tree.
     """
     at = os.fspath(root).rstrip(os.sep)
     for part in os.path.dirname(path)[len(at) + 1 :].split(os.sep):
@@ -176,14 +176,17 @@ def linked_directory(root: Path, path: str) -> str | None:
 
 
 def without_links(root: Path, path: str) -> str:
-    """Return a path below the root by its real directories. An event may name a file by a link to its directory."""
+    """Return a path below the root with its links to directories resolved.
+
+    An event may name a file by such a link.
+    """
     if linked_directory(root, path) is None:
         return path
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _was_here(root: Path, here: str, below: str) -> bool:
-    """Return whether of two missing paths only ``here`` has a directory, within the root."""
+    """Return whether only ``here``, of two missing paths, is in an existing directory within the root."""
     if key_of(root, here) is None:
         return False
     return os.path.isdir(os.path.dirname(here)) and not os.path.isdir(os.path.dirname(below))
@@ -197,8 +200,8 @@ def _unescaped(match: re.Match[str]) -> str:
 def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> Walk[P]:
     """Look at the tree once, or at one directory ``below`` the root.
 
-    Links to directories are not followed, links to files are. A directory below the root that cannot be read is
-    *blind*: nothing is known of what it holds. So is a file of which only its name can be had.
+    Links to directories are not followed. Links to files are. A directory below the root that cannot be read is
+    *blind*: nothing is known about its content. A file is blind if only its name can be read.
     Raises ScanAborted if the root cannot be read, or nothing can.
     """
     walker = Walker(root, recognise, below=below)
@@ -210,9 +213,9 @@ def walk(root: Path, recognise: Callable[[str], P | None], *, below: str | None 
 
 @dataclass(frozen=True, slots=True)
 class Visit(Generic[P]):
-    """What one directory holds.
+    """Hold the content of one directory.
 
-    It has the directories, (key, place, fingerprint) of files, and (key, place, reason) of blind ones.
+    ``files`` are (key, place, fingerprint), and ``blind`` are (key, place, reason).
     """
 
     directory: str
@@ -223,7 +226,7 @@ class Visit(Generic[P]):
 
 
 class Walker(Generic[P]):
-    """A walk in steps. ``visit`` may run in any thread, ``add`` and ``lose`` take its results."""
+    """Walk the tree in steps. ``visit`` may run in any thread. ``add`` and ``lose`` record its results."""
 
     def __init__(self, root: Path, recognise: Callable[[str], P | None], *, below: str | None = None) -> None:
         self._recognise, self._below = recognise, below
@@ -237,7 +240,7 @@ class Walker(Generic[P]):
         self._directories = 0
 
     def visit(self, directory: str) -> Visit[P]:
-        """Look at one directory, and keep no result."""
+        """Look at one directory. This keeps no state."""
         directories: list[str] = []
         found: list[tuple[str, P, Fingerprint]] = []
         blind: list[tuple[str, P, str]] = []
@@ -268,7 +271,7 @@ class Walker(Generic[P]):
         return Visit(directory, directories, found, blind, None)
 
     def add(self, seen: Visit[P]) -> Sequence[str]:
-        """Take what a visit saw, and return the directories to go on with. Raises ScanAborted."""
+        """Record what a visit saw, and return the directories to visit next. Raises ScanAborted."""
         self._directories += 1
         error = seen.error
         if error is not None:
@@ -287,13 +290,13 @@ class Walker(Generic[P]):
         return seen.directories
 
     def lose(self, directory: str, reason: str) -> None:
-        """Record a directory of which nothing can be known. Raises ScanAborted if it is the root."""
+        """Record a directory whose content cannot be read. Raises ScanAborted if it is the root."""
         if directory in self._tops:
             raise self._aborted(directory, reason)
         self._blind[_escape(directory[self._base :])] = reason
 
     def walk(self) -> Walk[P]:
-        """Return what was seen. A change of several files with a blind one among them is blind."""
+        """Return what was seen. A change of several files is blind if one of them is."""
         for key, members in self._folded.items():
             if key not in self._blind and (self._below is not None or key in members):
                 self._found[key] = (self._places[key], _fold(members))
@@ -301,19 +304,20 @@ class Walker(Generic[P]):
 
     def _aborted(self, directory: str, reason: str) -> ScanAborted:
         return ScanAborted(
-            f"the full scan stopped at {directory!r}: {reason}. Nothing was recorded, and the next full scan tries again"
+            f"the full scan stopped at {directory!r}: {reason}. "
+            "Nothing was recorded, and the next full scan tries again"
         )
 
 
 def may_write(directory: Path) -> bool:
-    """Return whether this process may make files in a directory, or make the directory if it is not there yet."""
+    """Return whether this process may make files in a directory that exists or can be made."""
     while not directory.exists() and directory != directory.parent:
         directory = directory.parent
     return os.access(directory, os.W_OK | os.X_OK)
 
 
 def is_readonly(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path lies on a file system that is mounted read-only."""
+    """Return whether a path is on a file system that is mounted read-only."""
     try:
         return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
     except OSError:
@@ -321,12 +325,18 @@ def is_readonly(path: str | os.PathLike[str]) -> bool:
 
 
 def directories_below(directory: str) -> int:
-    """Return how many directories there are at and below one. Unreadable ones count without what they hold."""
+    """Return how many directories there are at and below one.
+
+    What is below an unreadable one does not count.
+    """
     return sum(1 for _ in os.walk(directory))
 
 
 def directories_in(directory: str) -> list[tuple[str, tuple[int, int]]]:
-    """Return the directories in one, also behind links, with (device, inode). An unreadable one has none."""
+    """Return the directories in one, and links to directories, with (device, inode).
+
+    An unreadable one has none.
+    """
     found = []
     with suppress(OSError), os.scandir(directory) as items:
         for item in items:
@@ -338,7 +348,10 @@ def directories_in(directory: str) -> list[tuple[str, tuple[int, int]]]:
 
 
 def fingerprint(root: Path, place: PlaceLike) -> Fingerprint | None:
-    """Return the fingerprint of one change now, or None if its file is gone. Raises Transient if it cannot be asked."""
+    """Return the fingerprint of one change now, or None if its file is gone.
+
+    Raises Transient if it cannot be read.
+    """
     try:
         members = {key: print_ for key, print_ in _members(root, place) if print_ is not None}
     except OSError as error:
@@ -375,13 +388,13 @@ def read(root: Path, place: PlaceLike, *, max_file_bytes: int) -> Reading:
 
 
 def is_out_of_reach(error: Transient) -> bool:
-    """Return whether a look failed because of what lies on the way to the file: no permission, a failing disk."""
+    """Return whether a look failed because of a missing permission, a failing disk or the like."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno not in _GONE | _OURS
 
 
 def _sort(place: PlaceLike, error: OSError) -> None:
-    """Return if another look is worth it. Otherwise raise what the error means."""
+    """Return if another attempt makes sense. Otherwise raise what the error means."""
     if error.errno in _GONE:
         return
     if error.errno in {errno.EACCES, errno.EPERM}:
@@ -395,9 +408,9 @@ def _sort(place: PlaceLike, error: OSError) -> None:
 
 
 def _members(root: Path, place: PlaceLike) -> Iterator[tuple[str, Fingerprint | None]]:
-    """List the files of one change by key: the one named, and a skill's references.
+    """Yield the files of one change by key: the file itself, and the references of a skill.
 
-    None lies behind a linked directory.
+    Files behind a link to a directory do not count.
     """
     path = path_of(root, place.md_path)
     linked = linked_directory(root, path) is not None
@@ -435,10 +448,7 @@ def _stat(path: str) -> Fingerprint | None:
 
 
 def fingerprint_of(found: os.stat_result) -> Fingerprint:
-    """Return the part of a stat that SQLite can keep.
-
-    It has times, size and inode, as 64 bits with a sign, on any file system.
-    """
+    """Return times, size and inode of a stat, limited to 64 bits with a sign as SQLite needs them."""
     mtime_ns, size, ctime_ns = map(_clamped, (found.st_mtime_ns, found.st_size, found.st_ctime_ns))
     return Fingerprint(mtime_ns, size, found.st_ino & _INT64_MAX, ctime_ns)
 
@@ -465,8 +475,8 @@ def _fold(members: Mapping[str, Fingerprint]) -> Fingerprint:
 def is_racy(found: Fingerprint, observed_ns: int) -> bool:
     """Return whether a later write could leave the same fingerprint.
 
-    This is git's rule: the last change is not clearly older than the look. A time far in the future says nothing,
-    because the next write sets it back to the present.
+    This is git's rule: the last change is not clearly older than the observation. A time far in the future does not
+    count, because the next write sets it back to the present.
     """
     margin = COARSE_RACY_NS if found.mtime_ns % 1_000_000_000 == 0 and found.ctime_ns % 1_000_000_000 == 0 else RACY_NS
     near = [moment for moment in (found.mtime_ns, found.ctime_ns) if moment <= observed_ns + FUTURE_NS]

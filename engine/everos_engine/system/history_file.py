@@ -1,4 +1,4 @@
-"""A file that lines are appended to, through any trouble with its disk or its path."""
+"""Append lines to a file, and survive any error of its disk or path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 @dataclass(slots=True)
 class HistoryFile:
-    """Append lines to ``path``. It is opened with the first line, and again after each failure."""
+    """Append lines to ``path``.
+
+    The first line opens the file, and the next line after a failure opens it again.
+    """
 
     path: Path
     _handle: int | None = None
@@ -20,7 +23,7 @@ class HistoryFile:
         """Append a line. Returns why that failed, or None. Nothing is raised, and nothing waits."""
         try:
             if self._handle is None:
-                # without a wait: opening a pipe without a reader would block the whole engine
+                # O_NONBLOCK: opening a pipe that has no reader would block the whole engine
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
                 self._handle = os.open(self.path, flags, 0o600)
             data = ("\n" if self._is_torn else "").encode() + line.encode("ascii", "backslashreplace") + b"\n"

@@ -14,22 +14,23 @@ from everos_engine.system.repeats import Repeats
 
 BLOCKED_SECONDS = 0.1
 LONG_SECONDS = 1.0
-"""A block that a person should see. Shorter ones are for readers of the log."""
-SAY_EVERY_SECONDS = 60.0
+"""A block this long is a warning. Shorter ones are logged as information."""
+LOG_EVERY_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
 class LoopBlocks(trio.abc.Instrument):
-    """Count task steps of more than ``BLOCKED_SECONDS``, and log each task's at most once a minute, with their count.
+    """Count task steps longer than ``BLOCKED_SECONDS``.
 
-    A task is named by its loop, and by its function if that is another one: ``work/_prepare``.
+    Log them at most once a minute for each task, with a count. A task is named by its loop, and by its function if that
+    differs: ``work/_prepare``.
     """
 
     count: int = 0
     worst_seconds: float = 0.0
     worst_task: str = ""
     _began: float = field(default_factory=time.perf_counter)
-    _repeats: Repeats = field(default_factory=lambda: Repeats(every_seconds=SAY_EVERY_SECONDS))
+    _repeats: Repeats = field(default_factory=lambda: Repeats(every_seconds=LOG_EVERY_SECONDS))
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - trio's interface
         self._began = time.perf_counter()
@@ -52,9 +53,8 @@ class LoopBlocks(trio.abc.Instrument):
 def name_of(task: trio.lowlevel.Task) -> str:
     """Return the name of the loop that a task belongs to, and of its function.
 
-    Outside of every loop it is the task's name.
-
-    The supervisor's tasks have the loops' names, which have no dots. All other tasks have those of their functions.
+    A task outside all loops keeps its name. The supervisor's tasks are named after loops, without dots. All other tasks
+    are named after their functions, with dots.
     """
     parent = task
     while "." in parent.name:
@@ -66,7 +66,7 @@ def name_of(task: trio.lowlevel.Task) -> str:
 
 @contextmanager
 def watching_the_loop() -> Iterator[LoopBlocks]:
-    """Look at every task step of this Trio run for the length of the block."""
+    """Measure every task step of this Trio run during the block."""
     blocks = LoopBlocks()
     trio.lowlevel.add_instrument(blocks)
     try:

@@ -1,6 +1,6 @@
-"""What the system allows: file descriptors, inotify watches, memory, and what the mount of a path can do.
+"""Read what the system allows: file descriptors, inotify watches, memory, and what the mount of a path can do.
 
-The parsers are pure, over the text that the kernel shows. The doors next to them read it.
+The parsers are pure functions of the kernel's text. The functions next to them read that text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LAYERED = {"overlay", "overlayfs", "aufs", "unionfs"}
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One mounted file system: ``point`` is where, ``type`` such as ``ext4``, ``source`` what was mounted."""
+    """Describe a mounted file system. Its ``type`` is for example ``ext4``."""
 
     point: str
     type: str
@@ -35,9 +35,9 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Inotify:
-    """The kernel's bounds per user, and what this user's visible processes hold of them. None if it cannot be read.
+    """Hold the kernel's bounds per user, or None, and what this user's visible processes use.
 
-    The names are the sysctls that bound: ``user.*`` of a user namespace, ``fs.inotify.*`` of the system.
+    The names are those of the sysctls: ``user.*`` of a user namespace, or ``fs.inotify.*`` of the system.
     """
 
     watches: int | None
@@ -62,7 +62,10 @@ def parse_mounts(text: str) -> list[Mount]:
 
 
 def mount_below(path: str, mounts: Iterable[Mount]) -> Mount:
-    """Return the mount of an absolute, resolved path. Of two mounts on one point, the later hides the earlier."""
+    """Return the mount of an absolute, resolved path.
+
+    Of two mounts on one point, the later hides the earlier.
+    """
     best = Mount("/", "unknown")
     for mount in mounts:
         base = mount.point.rstrip("/")
@@ -86,7 +89,10 @@ def mounts() -> list[Mount]:
 
 
 def mount_of(path: str | os.PathLike[str]) -> Mount:
-    """Return the mount of a path, links resolved. Its type is ``unknown`` if the system does not report it."""
+    """Return the mount of a path, links resolved.
+
+    Its type is ``unknown`` if the system does not report it.
+    """
     return mount_below(os.path.realpath(path), mounts())
 
 
@@ -114,7 +120,7 @@ def silence(mount: Mount) -> str | None:
 def inotify(*, usage: bool = False) -> Inotify:
     """Return the bounds of this user namespace and the system. ``usage`` also counts what is held."""
     (watches, watches_name), (instances, instances_name) = (
-        _least(f"fs.inotify.max_user_{name}", f"user.max_inotify_{name}") for name in ("watches", "instances")
+        _min_of(f"fs.inotify.max_user_{name}", f"user.max_inotify_{name}") for name in ("watches", "instances")
     )
     held = _inotify_held() if usage else (0, 0)
     return Inotify(watches, instances, *held, watches_name, instances_name)
@@ -128,8 +134,10 @@ def own_watches() -> int | None:
 
 def descriptors() -> tuple[int, int]:
     """Return the (soft, hard) limit of open file descriptors. -1 is unlimited."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return tuple(UNLIMITED if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))  # type: ignore[return-value]  # two in, two out
+    soft, hard = (
+        UNLIMITED if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    return soft, hard
 
 
 def parse_meminfo(text: str) -> dict[str, int]:
@@ -144,15 +152,18 @@ def parse_meminfo(text: str) -> dict[str, int]:
 
 
 def memory_available() -> int | None:
-    """Return the bytes that may still be used, by the system and by our control group, or None if that is unknown."""
+    """Return the bytes of memory that may still be used, or None if that is unknown.
+
+    Both the system and the control group of this process limit them.
+    """
     bounds = []
     with suppress(OSError):
         bounds.append(parse_meminfo(Path("/proc/meminfo").read_text(encoding="utf-8")).get("MemAvailable"))
-    for folder, most, used, cache in (
+    for folder, max_name, used_name, cache in (
         ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, now = _number(f"{folder}/{most}"), _number(f"{folder}/{used}")
+        limit, now = _number(f"{folder}/{max_name}"), _number(f"{folder}/{used_name}")
         if limit is not None and now is not None:
             bounds.append(max(0, limit - now + _statistic(f"{folder}/memory.stat", cache)))
     known = [bound for bound in bounds if bound is not None]
@@ -160,7 +171,7 @@ def memory_available() -> int | None:
 
 
 def _inotify_held() -> tuple[int, int]:
-    """Return (watches, instances) held by those processes of this user that we may look at."""
+    """Return (watches, instances) of those processes of this user that this process may inspect."""
     watches = instances = 0
     for process in _listed("/proc"):
         if not process.isdigit() or _owner(f"/proc/{process}") != os.getuid():
@@ -196,10 +207,10 @@ def _listed(path: str) -> list[str]:
         return []
 
 
-def _least(*sysctls: str) -> tuple[int | None, str]:
+def _min_of(*sysctls: str) -> tuple[int | None, str]:
     """Return the smallest of these bounds and its name. Of equals it is the first."""
-    told = [(_number("/proc/sys/" + name.replace(".", "/")), name) for name in sysctls]
-    known = [(number, name) for number, name in told if number is not None]
+    found = [(_number("/proc/sys/" + name.replace(".", "/")), name) for name in sysctls]
+    known = [(number, name) for number, name in found if number is not None]
     return min(known, key=lambda one: one[0]) if known else (None, "")
 
 

@@ -23,15 +23,15 @@ from everos_engine.system.private import directory_mode, file_mode
 
 LOOK_SECONDS = 0.05
 NAMELESS_SECONDS = 2.0
-"""How long to wait for a lock whose holder has not written its pid. It took the lock a moment ago, or only asks who
+"""How long to wait for a lock whose holder has not written its pid. The holder has just taken it, or only checks who
 holds it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds an engine's lock.
+    """Describe who holds an engine's lock.
 
-    It has the pid, 0 if that cannot be read, and whether the holder is a command that ends by itself.
+    ``pid`` is 0 if it cannot be read. ``ends_by_itself`` is True for a command, and False for an engine.
     """
 
     pid: int
@@ -39,9 +39,9 @@ class Holder:
 
 
 class EngineLock:
-    """Held by the one engine of a root. The kernel releases it when the process dies.
+    """Hold the lock of a root, which only one engine has. The kernel releases it when the process dies.
 
-    ``ends_by_itself`` says to other processes that its holder is a command, and that it is worth waiting for.
+    ``ends_by_itself`` shows other processes that the holder is a command, so that they may wait for it.
     """
 
     def __init__(self, path: Path, *, ends_by_itself: bool = False) -> None:
@@ -50,28 +50,29 @@ class EngineLock:
         self._handle = -1
 
     def __enter__(self) -> Self:
-        """Take it. Raises AlreadyRunning, naming the holder's pid."""
+        """Take the lock. Raises AlreadyRunning, with the holder's pid."""
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, file_mode(self._path.parent))
         if not _try(self._handle):
             holder = _holder_in(self._handle)
             os.close(self._handle)
             raise self._refusal(holder)
         facts = {"pid": os.getpid(), "started": time.time(), "ends_by_itself": self._ends_by_itself}
-        with suppress(OSError):  # on a full disk it is held all the same, and others cannot name its holder
+        with suppress(OSError):  # on a full disk the lock is held, but others cannot name its holder
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, json.dumps(facts).encode(), 0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go."""
+        """Release the lock."""
         with suppress(OSError):
             os.ftruncate(self._handle, 0)
         os.close(self._handle)
 
     async def take(self, *, wait_seconds: float) -> None:
-        """Take it. Waits at most so long for a command that holds it, which is logged. Raises AlreadyRunning.
+        """Take the lock. Raises AlreadyRunning if an engine holds it.
 
-        A process that only asks who holds it has it for a moment, without a pid. That is waited for too.
+        If a command holds it, wait at most ``wait_seconds``, and log that. A process that only checks who holds it has
+        it for a moment, without a pid. Wait for that too.
         """
         import trio
 
@@ -93,14 +94,20 @@ class EngineLock:
     def _refusal(self, holder: Holder) -> AlreadyRunning:
         root = self._path.parent.parent.parent
         if holder.ends_by_itself:
-            message = f"another command (pid {holder.pid}) still works on {root}: run this one again when it is done, or stop that one with `kill {holder.pid}`"
+            message = (
+                f"another command (pid {holder.pid}) still works on {root}: run this one again when it is done, "
+                f"or stop that one with `kill {holder.pid}`"
+            )
         else:
-            message = f"another engine (pid {holder.pid or 'unknown'}) already serves {root}: stop it first, or use `everos-engine sync`"
+            message = (
+                f"another engine (pid {holder.pid or 'unknown'}) already serves {root}: "
+                "stop it first, or use `everos-engine sync`"
+            )
         return AlreadyRunning(message, pid=holder.pid or None, ends_by_itself=holder.ends_by_itself)
 
 
 class OwnerLock:
-    """Held while an owner of claims is alive."""
+    """Hold the lock that shows that an owner of claims is alive."""
 
     def __init__(self, directory: Path, owner: str) -> None:
         self._path = directory / f"{owner}.lock"
@@ -121,7 +128,10 @@ class OwnerLock:
 
 
 def running_pid(path: Path) -> int | None:
-    """Return the pid of the engine that holds the lock file, 0 if it cannot be read, or None if it is not held."""
+    """Return the pid of the engine that holds the lock file, or None.
+
+    It is 0 if the lock is held and the pid cannot be read.
+    """
     found = holder(path)
     return None if found is None else found.pid
 
@@ -129,17 +139,22 @@ def running_pid(path: Path) -> int | None:
 def holder(path: Path) -> Holder | None:
     """Return who holds the lock file, or None."""
     try:
-        handle = _opened(path)
+        handle = _open(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return None if _try(handle, fcntl.LOCK_SH) else _holder_in(handle)  # shared: two who ask do not see each other
+        return (
+            None if _try(handle, fcntl.LOCK_SH) else _holder_in(handle)
+        )  # shared, so that two processes which check do not see each other
     finally:
         os.close(handle)
 
 
-def _opened(path: Path) -> int:
-    """Open for writing, which locks on network mounts need, or else for reading, which is enough to ask."""
+def _open(path: Path) -> int:
+    """Open the file for writing, which locks on network mounts need.
+
+    If that is refused, open it for reading.
+    """
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -169,7 +184,10 @@ def dead_owners(directory: Path, owners: Iterable[str]) -> set[str]:
 
 
 def is_dead(directory: Path, owner: str) -> bool:
-    """Return whether an owner's lock is gone or can be taken. Unlike ``dead_owners`` it leaves everything as it is."""
+    """Return whether an owner's lock is gone or can be taken.
+
+    Unlike ``dead_owners`` it leaves everything as it is.
+    """
     try:
         handle = os.open(directory / f"{owner}.lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

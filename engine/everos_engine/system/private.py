@@ -12,20 +12,23 @@ from everos_engine.errors import Fatal
 from everos_engine.settings import Settings
 
 OWNER, GROUP = 0o700, 0o750
-LINK_REMEDY = "the index is never written through links, for a copied memory root could name any file: remove the link, then start again"
+LINK_REMEDY = (
+    "the index is never written through links, since a link in a copied memory root could point to any file: "
+    "remove the link, then start again"
+)
 
 
 def mode_of(settings: Settings) -> int:
-    """Return the most that a directory of the index may allow. A file never needs to be executed."""
+    """Return the widest mode that a directory of the index may have. A file never needs to be executed."""
     return GROUP if settings.memory.index_access == "group" else OWNER
 
 
 def make(settings: Settings, *, whole: bool = False) -> None:
     """Make the engine's folder, and remove other users' permissions. Raises Fatal for a link in it.
 
-    Everything is below ``.index``, so its mode alone protects what LanceDB writes later. With ``whole``, all that is
-    below is looked through: links, and files that an earlier version or a copy left open to others. What belongs to
-    another user stays as it is.
+    Everything is below ``.index``, so its mode alone protects what LanceDB writes later. With ``whole``, check all that
+    is below it, for links and for files that an earlier version or a copy left open to others. What belongs to another
+    user does not change.
     """
     index = settings.engine_directory.parent
     mode = mode_of(settings)
@@ -49,7 +52,7 @@ def too_open(settings: Settings) -> str | None:
     allowed = mode_of(settings)
     with suppress(FileNotFoundError, NotADirectoryError):
         if not stat.S_IMODE(os.stat(index).st_mode) & 0o077 & ~allowed:
-            return None  # no other user gets any further
+            return None  # this mode keeps other users out of all that is below
         return os.fspath(index)
     return None
 
@@ -77,11 +80,11 @@ def _restrict(path: str, allowed: int) -> None:
         if wanted != mode:
             os.chmod(path, wanted)
     except (FileNotFoundError, PermissionError):
-        return  # it went, or belongs to another user: `doctor` names it
+        return  # it was removed, or belongs to another user, which `doctor` reports
 
 
 def _check_own_link(index: Path) -> None:
-    """Check ``.index``. It may be a link to another disk, but only to a folder that is empty or an index."""
+    """Check that ``.index``, if it is a link, points to a folder which is empty or an index. Raises Fatal."""
     if not index.is_symlink():
         return
     names = {entry.name for entry in _in(index)}

@@ -1,4 +1,4 @@
-"""Keep repeats out of the log. Each key is due once in a while, with the number of times it came."""
+"""Limit repeated log lines. Each key is due once in an interval, with the number of times it came."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_KEYS = 1024
 
 @dataclass(slots=True)
 class Repeats:
-    """Count how often each key comes, and say when it is due."""
+    """Count how often each key comes, and decide when it is due."""
 
     every_seconds: float
     _keys: dict[str, tuple[float, int]] = field(default_factory=dict)
@@ -20,5 +20,5 @@ class Repeats:
         due = now_seconds - at >= self.every_seconds
         self._keys[key] = (now_seconds, 0) if due else (at, times + 1)
         if len(self._keys) > MAX_KEYS:
-            del self._keys[next(iter(self._keys))]  # the one that did not come for the longest time
+            del self._keys[next(iter(self._keys))]  # the key that was seen the longest time ago
         return times + 1 if due else 0

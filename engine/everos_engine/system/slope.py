@@ -1,4 +1,4 @@
-"""Learn how many index descriptors one MiB of a Session's caches pins, with an interval, from counted pairs."""
+"""Estimate how many index descriptors one MiB of a Session's caches pins, with an interval, from counted pairs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ MIB = 1 << 20
 MAX_POINTS = 64
 MIN_POINTS = 8
 MIN_STEP_BYTES = 64 << 10
-"""Points closer together say the same twice."""
+"""Two points that are closer together count as one."""
 TAIL = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Slope:
-    """Descriptors for each MiB: the estimate, and the bounds between which nine tenths of the observations lie."""
+    """Hold the estimated descriptors for each MiB, and its bounds.
+
+    Nine tenths of the observations are between ``low`` and ``high``.
+    """
 
     per_mebibyte: float
     low: float
@@ -25,7 +28,7 @@ class Slope:
     points: int
 
     def as_text(self) -> str:
-        """Return a form to keep."""
+        """Return the slope as text, which ``kept`` reads."""
         return json.dumps(asdict(self))
 
 
@@ -39,12 +42,12 @@ def kept(text: str | None) -> Slope | None:
 
 @dataclass(slots=True)
 class Learner:
-    """Pairs of (bytes of a Session, index descriptors pinned), the last ``MAX_POINTS`` that differ."""
+    """Hold the last ``MAX_POINTS`` different pairs of (bytes of a Session, index descriptors pinned)."""
 
     _points: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=MAX_POINTS))
 
     def see(self, session: int, session_bytes: int, pinned: int) -> None:
-        """Keep a pair of the Session of this number, if it says something new. Nothing pinned says nothing."""
+        """Keep a pair of the Session with this number, unless it repeats the last one or nothing is pinned."""
         if not pinned or not session_bytes:
             return
         if self._points:
@@ -54,16 +57,16 @@ class Learner:
         self._points.append((session, session_bytes, pinned))
 
     def forget(self) -> None:
-        """Start again, for a cap that makes for another share of indexes in a Session."""
+        """Forget all pairs, since another cap changes the share of indexes in a Session."""
         self._points.clear()
 
     def slope(self) -> Slope | None:
         """Return the slope of the pairs, or None while there are too few.
 
-        Each pair has a separate slope, since an empty Session pins nothing. The estimate is their median, which a few
-        wrong ones cannot move, and the bounds are the twentieth parts at both ends. The next pair lies between them in
-        nine of ten cases, for any distribution. A Session's bytes include metadata, which pins nothing, so a MiB of
-        them pins less than one of the index cache alone.
+        Each pair gives a slope, since an empty Session pins nothing. The estimate is their median, which a few wrong
+        pairs do not change. The bounds cut off a twentieth at each end, so the next pair is between them in nine of ten
+        cases, for any distribution. A Session's bytes include metadata, which pins nothing. So one MiB of them pins
+        less than one MiB of the index cache alone.
         """
         ratios = sorted(pinned / held * MIB for _, held, pinned in self._points)
         if len(ratios) < MIN_POINTS:

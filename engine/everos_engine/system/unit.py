@@ -1,4 +1,4 @@
-"""The boundary of one unit of a loop's work. An unexpected error costs that unit, and the loop goes on."""
+"""Limit an unexpected error to one unit of a loop's work. The loop continues with the next unit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everos_engine.errors import Damaged, EngineError, Fatal, SettingsError, exh
 
 @dataclass(slots=True)
 class Unit:
-    """One unit of work. ``error`` is why it failed, or None."""
+    """Hold the result of one unit of work. ``error`` is why it failed, or None."""
 
     error: BaseException | None = None
 
@@ -22,9 +22,9 @@ class Unit:
 def unit(loop: str, what: str) -> Iterator[Unit]:
     """Catch an unexpected error of the block, and log it once with its traceback.
 
-    What the doors raise (EngineError) and a lack of descriptors pass through, because the loop knows what they mean. A
-    group of errors is unexpected if one of its members is, unless another member decides what happens. Cancellation
-    passes through too.
+    What the doors raise (EngineError) and a lack of descriptors pass through, because the loop handles them. So does
+    cancellation. A group of errors is unexpected if one of its members is, unless it also has a Fatal, SettingsError or
+    Damaged.
     """
     done = Unit()
     try:

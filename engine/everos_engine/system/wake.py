@@ -14,7 +14,7 @@ from everos_engine.system.control import short_address
 
 
 class Wake:
-    """Wake-ups as they come. None ever come if the file system takes no sockets."""
+    """Receive wake-ups. None ever come if the file system does not support sockets."""
 
     def __init__(self, sock: trio.socket.SocketType | None) -> None:
         self._sock = sock

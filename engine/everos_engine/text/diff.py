@@ -10,7 +10,7 @@ from everos_engine.text.entries import Document, Entry
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Rows to write and ids to delete."""
+    """Hold the rows to write and the ids to delete."""
 
     upserts: tuple[Entry, ...]
     deletes: tuple[str, ...]
@@ -20,7 +20,7 @@ class Plan:
 def plan(document: Document, known: Mapping[str, bytes]) -> Plan:
     """Return the smallest plan that makes the index hold ``document``.
 
-    ``known`` is entry id -> content hash, ``b""`` unknown. A bad entry keeps the row it has.
+    ``known`` is entry id -> content hash, or ``b""`` if the hash is unknown. A bad entry keeps its row.
     """
     upserts = tuple(entry for entry in document.entries if known.get(entry.entry_id) != entry.content_hash)
     said = {entry.entry_id for entry in document.entries} | {problem.entry_id for problem in document.problems}

@@ -1,4 +1,4 @@
-"""What markdown becomes: places, entries, problems, documents."""
+"""Define what markdown becomes: places, entries, problems, documents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ FORMAT_VERSION = 1
 
 
 class Place(NamedTuple):
-    """What a path says. ``md_path`` is the change's key. For a skill's reference it is that of its SKILL.md."""
+    """Describe a path.
+
+    ``md_path`` is the key of the change. For a reference of a skill it is that of its SKILL.md.
+    """
 
     md_path: str
     kind: str
@@ -25,7 +28,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One bad entry. Its file is listed as failed, and its neighbours are indexed. ``line`` is 1-based."""
+    """Describe a bad entry.
+
+    Its file is listed as failed, and its neighbours are indexed. ``line`` is 1-based.
+    """
 
     entry_id: str
     message: str
@@ -36,7 +42,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row to write. ``values`` has every column of the kind. An empty ``embed_text`` means no vector."""
+    """Hold one row to write.
+
+    ``values`` has every column of the kind. An empty ``embed_text`` means no vector.
+    """
 
     entry_id: str
     line: int
@@ -47,9 +56,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """All that one file holds.
+    """Hold the content of one file.
 
-    ``warnings`` name what is indexed all the same. An empty entry id means the whole file.
+    What a warning names is indexed nevertheless. An empty entry id means the whole file.
     """
 
     entries: tuple[Entry, ...]
@@ -60,7 +69,7 @@ class Document:
 def entry(entry_id: str, *, line: int, values: Mapping[str, object], embed_text: str) -> Entry:
     """Return an Entry with its content hash.
 
-    Hashes are equal exactly if the rows would be equal. The line is not covered.
+    Two hashes are equal exactly if the two rows are equal. The line number is not part of the hash.
     """
     facts = json.dumps([FORMAT_VERSION, sorted(values.items()), embed_text], default=_tagged, ensure_ascii=True)
     return Entry(entry_id, line, values, embed_text, hashlib.blake2b(facts.encode(), digest_size=16).digest())

@@ -1,6 +1,6 @@
-"""YAML frontmatter, by our own builder on PyYAML's event stream: no aliases, tags, repeated keys or deep nesting.
+"""Read YAML frontmatter with our own builder, which refuses aliases, tags, repeated keys and deep nesting.
 
-The C loader's constructor recurses and crashes the interpreter on deep nesting. Events do not.
+It reads PyYAML's event stream, because the C loader's constructor recurses, and deep nesting crashes the interpreter.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ REMEDY = "correct the frontmatter and save"
 
 @dataclass(frozen=True, slots=True)
 class Frontmatter:
-    """``values`` by key, each value's 1-based line and column, and the lines that follow.
+    """Hold the values of a frontmatter by key, and the lines after it.
 
-    ``first_line`` is the number of the first of those lines.
+    ``places`` are the 1-based line and column of each value. ``first_line`` is the number of the first line of
+    ``body``.
     """
 
     values: dict[str, object]
@@ -43,9 +44,10 @@ class Frontmatter:
 
 
 def split(lines: list[str]) -> Frontmatter:
-    """Split ``lines`` of a file into frontmatter and body. Raises BadFile with the line and column in the file.
+    """Split ``lines`` of a file into frontmatter and body.
 
-    Scalars are null, booleans, integers, floats or strings as in YAML 1.2's core schema. Timestamps stay strings.
+    Raises BadFile with the line and column in the file. Scalars are null, booleans, integers, floats or strings as in
+    YAML 1.2's core schema. Timestamps stay strings.
     """
     if not lines or lines[0].rstrip() != "---":
         return Frontmatter({}, {}, lines, 1, present=False)
@@ -80,7 +82,7 @@ def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
         at = _place(text, mark.index) if mark else (1, 1)
         message = f"malformed YAML: {error.problem or error.context}"
         begun = _place(text, error.context_mark.index)[0] if error.problem and error.context_mark else at[0]
-        if begun != at[0]:  # where the trouble shows is not where it was made
+        if begun != at[0]:  # the mistake is in an earlier line than the error
             message += f" {error.context} that begins in line {begun}"
         raise BadFile(message, remedy=REMEDY, line=at[0], column=at[1]) from None
     except yaml.YAMLError as error:
@@ -90,9 +92,9 @@ def _parse(text: str) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
 
 
 def _place(text: str, index: int) -> tuple[int, int]:
-    """Return the line and column in the file, 1-based, of an index into its frontmatter.
+    """Return the 1-based line and column in the file of an index into its frontmatter.
 
-    YAML counts more characters as line ends.
+    The marks of YAML are not used, since YAML counts more characters as line ends.
     """
     return text.count("\n", 0, index) + 2, index - text.rfind("\n", 0, index)
 

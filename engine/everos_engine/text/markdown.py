@@ -1,4 +1,4 @@
-"""Lines of markdown: decoding, code fences, entry markers, sections."""
+"""Split markdown into lines, code fences, entries, and sections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from everos_engine.errors import BadFile, quoted
 
 MAX_ID_CHARACTERS = 200
 MAX_ENTRIES = 20_000
-"""Entries of one file. Each becomes a row, which takes many times the few bytes that an entry needs."""
+"""The most entries of one file. A row takes many times the few bytes that an entry needs."""
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 _INLINE = re.compile(r"\*\*([A-Za-z_][A-Za-z0-9_]*)\*\*:[ \t]*(.*)\Z")
 _HEADING = re.compile(r" {0,3}(#{1,6})(?=[ \t]|\Z)")
@@ -21,7 +21,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The text between an entry's markers. ``line`` is the opening marker's, 1-based."""
+    """Hold the text between the markers of an entry. ``line`` is the 1-based line of the opening marker."""
 
     entry_id: str
     line: int
@@ -30,7 +30,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """An entry's inline values and sections, with the line and column each starts at."""
+    """Hold the inline values and the sections of an entry, each with the line and column of its start."""
 
     inline: dict[str, tuple[str, int, int]]
     sections: dict[str, tuple[str, int, int]]
@@ -45,7 +45,7 @@ def decode(data: bytes) -> list[str]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line, column = _place(error.object[: error.start])  # the object has no BOM any more
+        line, column = _place(error.object[: error.start])  # `error.object` has no BOM
         raise BadFile(
             f"byte 0x{error.object[error.start]:02x} is not UTF-8",
             remedy="save the file as UTF-8",
@@ -62,7 +62,10 @@ def decode(data: bytes) -> list[str]:
 
 
 def outside_fences(lines: list[str], first_line: int) -> Iterator[tuple[int, str, int]]:
-    """Yield (line number, line, number of the fence line it is inside of or 0) for each line, by CommonMark's rules."""
+    """Yield (line number, line, line number of its code fence or 0) for each line.
+
+    Fences follow CommonMark's rules.
+    """
     fence, opened = "", 0
     for number, line in enumerate(lines, start=first_line):
         match = _FENCE.match(line)
@@ -103,9 +106,11 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
                     line=number,
                 )
             if not entry_id or len(entry_id) > MAX_ID_CHARACTERS or not entry_id.isprintable():
-                message = "the entry marker has no usable id"
-                remedy = f"give it 1 to {MAX_ID_CHARACTERS} printable characters"
-                raise BadFile(message, remedy=remedy, line=number)
+                raise BadFile(
+                    "the entry marker has no usable id",
+                    remedy=f"give it 1 to {MAX_ID_CHARACTERS} printable characters",
+                    line=number,
+                )
             current = Block(entry_id, number, [])
         elif current is None or current.entry_id != entry_id:
             inside = (
@@ -127,16 +132,18 @@ def blocks(lines: list[str], first_line: int) -> list[Block]:
             current = None
     if current is not None:
         hint = f" (the code fence of line {fence_inside} is never closed)" if fence_inside else ""
-        message = f"entry {quoted(current.entry_id)} is never closed{hint}"
-        remedy = f"add `<!-- /entry:{current.entry_id} -->`" if not fence_inside else "close the code fence"
-        raise BadFile(message, remedy=remedy, line=current.line)
+        raise BadFile(
+            f"entry {quoted(current.entry_id)} is never closed{hint}",
+            remedy="close the code fence" if fence_inside else f"add `<!-- /entry:{current.entry_id} -->`",
+            line=current.line,
+        )
     return found
 
 
 def _marker(line: str) -> tuple[bool, str] | None:
-    """Return (whether it closes, entry id) of an entry marker on a separate line.
+    """Return (whether it closes, entry id) of an entry marker that stands alone on a line, or None.
 
-    It is linear in the line, which a regex is not.
+    The time is linear in the length of the line, which a regular expression would not guarantee.
     """
     text = line.strip(" \t")
     if not (text.startswith("<!--") and text.endswith("-->") and len(text) >= 7):

@@ -1,6 +1,6 @@
-"""The words inside identifiers.
+"""Find the words inside identifiers.
 
-`run_standup` and `parseHTML` are one word to a tokenizer, and two to a person who searches.
+A tokenizer sees `run_standup` and `parseHTML` as one word each, but a person may search for a part of them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ _JOINT = re.compile(r"[_.:]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 def terms(texts: Iterable[str]) -> str | None:
     """Return the parts of every compound identifier in ``texts``, each once, in order, joined by spaces.
 
-    None if there is none.
-
-    Compounds are joined by ``_``, ``.`` or ``:``, or by a change from small to capital letters. At most 4096
-    characters.
+    Parts are joined by ``_``, ``.`` or ``:``, or by a change from small to capital letters. The result has at most
+    4096 characters, and is None if there is no compound.
     """
     found: dict[str, None] = {}
     for text in texts:

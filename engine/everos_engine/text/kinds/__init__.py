@@ -1,4 +1,4 @@
-"""The kinds, as data: how a path is recognised, split, typed and indexed."""
+"""Recognise the kind of a path, and parse its file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from everos_engine.text.markdown import decode
 
 _PATH = re.compile(
     r"(?:(?P<app>[^/]+)/(?P<project>[^/]+)/)?"
-    r"(?:users/(?P<user>[^/]+)/(?:(?P<profile>user\.md)|(?P<daily>episodes|\.atomic_facts|\.foresights)/(?P<name>[^/]+\.md))"
+    r"(?:users/(?P<user>[^/]+)/(?:(?P<profile>user\.md)"
+    r"|(?P<daily>episodes|\.atomic_facts|\.foresights)/(?P<name>[^/]+\.md))"
     r"|agents/(?P<agent>[^/]+)/(?:\.cases/(?P<case>[^/]+\.md)"
     r"|skills/(?P<skill>[^/]+)/(?:SKILL\.md|references/(?P<reference>[^/]+\.md))))",
     re.DOTALL,
@@ -40,7 +41,7 @@ def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
         return _note(path, note_globs)
     app, project, user, profile, daily, _, agent, case, _, reference = match.groups()
     if app is not None and (app[0] == "." or project[0] == "."):
-        return None  # a trash, a version store: not written for us
+        return None  # for example a trash folder, or one of a version control system
     app_id, project_id = _DEFAULTS.get(app or "default_app", app), _DEFAULTS.get(project or "default_project", project)
     if user is not None:
         return Place(path, "user_profile" if profile else _DAILY[daily], app_id, project_id, "user", user)
@@ -52,9 +53,10 @@ def recognise(path: str, *, note_globs: tuple[str, ...] = ()) -> Place | None:
 
 
 def parse(place: Place, sources: Mapping[str, bytes]) -> Document:
-    """Return the entries of one change. ``sources`` is path -> bytes of the file and, for a skill, of its references.
+    """Return the entries of one change.
 
-    Raises BadFile if the structure is damaged. A bad entry is a Problem of the document.
+    ``sources`` is path -> bytes of the file and, for a skill, of its references. Raises BadFile if the structure is
+    damaged. A bad entry is a Problem of the document.
     """
     lines = decode(sources[place.md_path])
     if not any(line.strip() for line in lines):

@@ -1,4 +1,4 @@
-"""The layout in words, and which part of it is nearest to a path that no kind matches."""
+"""Describe the layout of a root, and find the part of it that is nearest to a path that no kind matches."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ PLACES = {
     "agents/<owner>/skills/<skill>/SKILL.md": "agent_skill",
     "agents/<owner>/skills/<skill>/references/<name>.md": "agent_skill",
 }
-"""Where a file of a built-in kind stands -> its kind."""
+"""Pattern of a path of a built-in kind -> the kind."""
 LAYOUTS = tuple(prefix + place for prefix, place in product(("", "<app>/<project>/"), PLACES))
-"""Every place a file of a built-in kind may stand at, relative to the root."""
+"""All patterns of paths of the built-in kinds, relative to the root."""
 _DEFAULTS = {"<app>": "default_app", "<project>": "default_project"}
 _MAX_PATH_CHARACTERS = 4096
 """No system opens a longer path."""
 _GAP, _OTHER, _FAR = 1.0, 1.6, 2.2
 _DEFAULT_GAP = {"<app>": 0.95, "<project>": 0.9}
 _ALIKE, _ALIKE_FILES = 0.6, 0.8
-"""The minimum likeness of a folder's name, and of a file's name, since all of those end alike."""
+"""The minimum likeness of a folder's name, and of a file's name, which is higher since all of them end in `.md`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """The layout that is nearest to a path, and where the file would stand under it."""
+    """Hold the layout that is nearest to a path, and the path that the file would have in it."""
 
     layout: str
     path: str
@@ -38,7 +38,7 @@ class Nearest:
 def nearest(path: str) -> Nearest | None:
     """Return what the writer of ``path`` most likely meant, or None if nothing in the layout is near.
 
-    ``path`` is relative to the root, with ``/``. The path given back is always one the layout has room for.
+    ``path`` is relative to the root, with ``/``. The returned path always matches a kind.
     """
     if len(path) > _MAX_PATH_CHARACTERS:
         return None
@@ -47,7 +47,7 @@ def nearest(path: str) -> Nearest | None:
     for layout in LAYOUTS:
         wanted = layout.split("/")
         if not any(_alike(part, literal) for part in parts for literal in wanted if literal[0] != "<"):
-            continue  # nothing of it was meant
+            continue  # the path has nothing in common with this layout
         cost, filled = _align(parts, wanted)
         if filled is not None and not _is_hidden(filled) and (best is None or cost < best[0]):
             best = cost, Nearest(layout, "/".join(filled))
@@ -55,14 +55,14 @@ def nearest(path: str) -> Nearest | None:
 
 
 def _is_hidden(filled: list[str]) -> bool:
-    """Return whether a path lies in the index, or in a hidden app or project. No kind matches anything there."""
+    """Return whether a path is in the index, or in a hidden app or project, which no kind matches."""
     return filled[0].startswith(".") or (filled[0] not in {"users", "agents"} and filled[1].startswith("."))
 
 
 def _align(parts: list[str], layout: list[str]) -> tuple[float, list[str] | None]:
-    """Return the cheapest way to turn path parts into a layout's, part by part.
+    """Return the lowest cost of turning path parts into those of a layout, and what fills each part.
 
-    It comes with what fills each part, None if something is missing.
+    The second value is None if a part cannot be filled.
     """
     width = len(layout) + 1
     table: list[list[tuple[float, list[str] | None]]] = [[(0.0, [])] + [(0.0, None)] * (width - 1)]
@@ -83,7 +83,7 @@ def _align(parts: list[str], layout: list[str]) -> tuple[float, list[str] | None
 
 
 def _fit(part: str, wanted: str) -> tuple[float, str | None]:
-    """Return what it costs to let ``part`` stand for ``wanted``, and what then stands there."""
+    """Return the cost of using ``part`` for ``wanted``, and the resulting part, None if it does not fit."""
     if wanted == "<name>.md":
         name = _markdown_name(part)
         return (0.0 if name == part else 0.3), name
@@ -107,7 +107,7 @@ def _gap(wanted: str) -> float:
 
 
 def _made(wanted: str) -> str | None:
-    """Return what may stand at a place for which the path has nothing."""
+    """Return what fills a part that the path does not have, or None."""
     return _DEFAULTS.get(wanted) if wanted.startswith("<") else wanted
 
 

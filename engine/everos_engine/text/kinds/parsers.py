@@ -17,21 +17,20 @@ from everos_engine.text.markdown import MAX_ENTRIES, Block, blocks, fields, head
 from everos_engine.text.terms import terms
 
 _INT64 = 1 << 63
-_OWNER_MAX = 255
-"""The maximum length of a folder's name, which stands in every row."""
+_MAX_OWNER_CHARACTERS = 255
+"""The maximum length of the name of a folder. It is repeated in every row."""
 _NULL = {"null", "None", "~"}
 _WHOLE = re.compile(r"[-+]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _MAX_NUMBER_CHARACTERS = 400
 """The greatest float has 309 digits before its point."""
 _ITEM = re.compile(
-    r"""[ \t]*(?:"(?P<double>[^"\\]*(?:\\.[^"\\]*)*)"|'(?P<single>[^'\\]*(?:\\.[^'\\]*)*)'|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
+    r"""[ \t]*(?:"(?P<double>[^"\\]*(?:\\.[^"\\]*)*)"|'(?P<single>[^'\\]*(?:\\.[^'\\]*)*)'"""
+    r"""|(?P<plain>(?!["'])[^,]*))[ \t]*(?:,|\Z)"""
 )
 _ESCAPE = re.compile(r"\\(.)")
 _MAX_MILLISECOND = 253_402_300_799_999
-"""The last millisecond of the year 9999, the last a datetime holds."""
-
-
+"""The last millisecond of the year 9999, the last that a datetime can hold."""
 _MAX_LINES = 5
 _SHORT_CHARACTERS = 120
 
@@ -50,7 +49,10 @@ class _BadValue(Exception):
 
 
 def daily(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """Return the entries between markers. A repeated id is a problem of that id, and none of its entries is indexed."""
+    """Return the entries between markers.
+
+    A repeated id is a problem of that id, and none of its entries is indexed.
+    """
     found = blocks(front.body, front.first_line)
     warnings: list[Problem] = []
     folder, place = place.owner_id, _owned(place, front, warnings)
@@ -79,7 +81,7 @@ def _daily_entry(place: Place, block: Block, warnings: list[Problem], *, folder:
     said = fields(block)
     owner, *at = said.inline.get("owner_id", ("", block.line, 1))
     is_named = bool(owner.strip()) and owner not in _NULL
-    if is_named and len(owner) <= _OWNER_MAX:
+    if is_named and len(owner) <= _MAX_OWNER_CHARACTERS:
         place = place._replace(owner_id=owner)
     values = _common(place, block.entry_id)
     for field in (*INLINE, *kind.inline):
@@ -126,15 +128,16 @@ def profile(place: Place, front: Frontmatter, _references: Mapping[str, str]) ->
 
 
 def note(place: Place, front: Frontmatter, _references: Mapping[str, str]) -> Document:
-    """Return one row per heading section, named by its heading path. Text before the first heading is ``intro``.
+    """Return one row per heading section, named by its heading path.
 
-    A row has its own heading in full and the ones above it in short, so that a long heading is not repeated with each
-    heading below. Once there are MAX_ENTRIES rows, further headings are text of the last one.
+    Text before the first heading is ``intro``. A row has its own heading in full and the ones above it in short, so
+    that a long heading is not repeated with each heading below. After MAX_ENTRIES rows, further headings become text of
+    the last row.
     """
     title = front.values.get("title")
     if not isinstance(title, str):
         title = place.md_path.rsplit("/", 1)[-1].removesuffix(".md")
-    title = _short(title)  # every row has it
+    title = _short(title)  # it is repeated in every row
     used: dict[str, int] = {}
     entries: list[Entry] = []
     path: list[_Heading] = []
@@ -207,20 +210,18 @@ def _one_problem(entry_id: str, error: _BadValue) -> Document:
 
 
 def _owned(place: Place, front: Frontmatter, warnings: list[Problem]) -> Place:
-    """Return the place with the owner that the frontmatter names, if it does.
-
-    What a file says goes before its folder.
-    """
+    """Return the place with the owner that the frontmatter names, or else with that of the folder."""
     name = f"{place.owner_type}_id"
     said, at = front.values.get(name), front.places.get(name, (1, 1))
     if said is None or (isinstance(said, str) and not said.strip()):
         return place
     if isinstance(said, bool) or not isinstance(said, (str, int)):
-        message = f"{name} must be text, not {json.dumps(said, ensure_ascii=False, default=str)[:80]}: the owner is the folder's, {place.owner_id!r}"
+        shown = json.dumps(said, ensure_ascii=False, default=str)[:80]
+        message = f"{name} must be text, not {shown}: the owner is the folder's, {place.owner_id!r}"
         warnings.append(Problem("", message, f"write `{name}: {place.owner_id}`", *at))
         return place
     folder, owner = place.owner_id, str(said)
-    if len(owner) <= _OWNER_MAX:
+    if len(owner) <= _MAX_OWNER_CHARACTERS:
         place = place._replace(owner_id=owner)
     if owner != folder:
         warnings.append(_mismatch(place, name, owner, folder=folder, entry_id="", at=at))
@@ -228,9 +229,14 @@ def _owned(place: Place, front: Frontmatter, warnings: list[Problem]) -> Place:
 
 
 def _mismatch(place: Place, field: str, owner: str, *, folder: str, entry_id: str, at: tuple[int, int]) -> Problem:
-    message = f"{field} {quoted(owner)} is not the folder's owner, {quoted(folder)}: it is indexed under {quoted(place.owner_id)}"
-    remedy = f"if the folder was renamed, write {quoted(folder)} here; if the file is in the wrong folder, move it to the owner's"
-    return Problem(entry_id, message, remedy, *at)
+    return Problem(
+        entry_id,
+        f"{field} {quoted(owner)} is not the folder's owner, {quoted(folder)}: "
+        f"it is indexed under {quoted(place.owner_id)}",
+        f"if the folder was renamed, write {quoted(folder)} here. "
+        "If the file is in the wrong folder, move it to the owner's",
+        *at,
+    )
 
 
 def _from_front(place: Place, front: Frontmatter, values: dict[str, object]) -> None:

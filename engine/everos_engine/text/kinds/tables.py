@@ -1,4 +1,4 @@
-"""The columns of each kind."""
+"""Define the columns of each kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _COMMON: dict[str, ColumnType] = {
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One typed value of an entry: its place (``**inline**``, ``### Section`` or a frontmatter key) and its column."""
+    """Describe a typed value of an entry.
+
+    ``source`` is the name of an inline value, a section or a frontmatter key.
+    """
 
     source: str
     column: str
@@ -34,7 +37,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind: ``columns`` in table order, those whose text is searched, and those whose text is embedded."""
+    """Describe a kind: its columns in table order, and those whose text is searched or embedded."""
 
     name: str
     own: tuple[Field, ...]
