@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from everos_engine.system.file_threads import FileThreads, NoAnswer, call_within, visit_within
+from everos_engine.system.file_threads import Call, FileThreads, NoAnswer, call_within, visit_within
 from hanging import library
 from patience import HANG_SECONDS, heard, until
 from writer import put
@@ -194,6 +194,26 @@ async def test_a_caller_that_gives_up_at_any_moment_leaves_no_call_behind() -> N
             with trio.move_on_after(number % 30 / 10_000):
                 await threads.all(["a", "b"], lambda name: time.sleep(0.0005) or name, what="read", name=name_of)
             assert await threads.call(lambda: 1, what="read", name="a") == 1
+
+
+async def test_a_call_waits_until_a_same_one_that_just_returned_is_forgotten() -> None:
+    """Its thread says that it is over a moment before the event loop knows, and the loop must go on in that moment."""
+    threads = FileThreads(deadline_seconds=HANG_SECONDS)
+    earlier: Call[object, object] = Call("a", "a", HANG_SECONDS, is_over=True)
+    threads._late["read", "a"] = earlier
+    found: list[int] = []
+
+    async def call() -> None:
+        found.append(await threads.call(lambda: 1, what="read", name="a"))
+
+    with trio.fail_after(HANG_SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not found
+            earlier.over.set()
+            threads._came_back("read", earlier)
+    assert found == [1]
 
 
 def test_a_directory_that_hangs_hides_no_other_outside_the_loop() -> None:

@@ -75,8 +75,7 @@ class Call(Generic[T, R]):
     async def until_over(self) -> None:
         """Wait until a running call is over, with any result. Raises NoAnswer at the deadline."""
         with trio.move_on_after(max(0.0, self.began_seconds + self.deadline_seconds - time.monotonic())):
-            if not self.is_over:
-                await self.over.wait()
+            await self.over.wait()  # not is_over, which a thread sets a moment before the call is forgotten
         if not self.is_over:
             raise no_answer(self.name, self.deadline_seconds)
 
