@@ -91,17 +91,17 @@ def surroundings(session: nox.Session) -> None:
 @nox.session
 def fuzz(session: nox.Session) -> None:
     session.install("-q", "-e", ".[test]")
-    session.run("python", "fuzz/run.py", *session.posargs)
+    session.run("python", "-m", "fuzz", *session.posargs)
 
 
 @nox.session
 def stress(session: nox.Session) -> None:
     """Count file descriptors under load. `nox -s stress -- --minutes 10` is the long run, with every limit."""
     session.install("-q", "-e", ".[test,plots]")
-    session.run("python", "-m", "pytest", "-q", "fuzz/test_slope.py", "fuzz/test_planted.py")
+    session.run("python", "-m", "pytest", "-q", "fuzz/soak/test_slope.py", "fuzz/descriptors/test_planted.py")
     if session.posargs:
-        session.run("python", "-m", "pytest", "-q", "fuzz/test_soak.py")
-    session.run("python", "fuzz/stress.py", *session.posargs)
+        session.run("python", "-m", "pytest", "-q", "fuzz/soak/test_soak.py")
+    session.run("python", "-m", "fuzz.stress", *session.posargs)
 
 
 @nox.session

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fuzz import REPOSITORY
+
 WRITING = threading.Lock()
 """pyplot keeps its figures in one place for all threads."""
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = REPOSITORY / "results"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the index holds, and what the tree says it should."""
+"""Read what the index holds, and derive what it should hold from the files alone. Tests and fuzz suites use it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from patience import HANG_SECONDS
 
 
 async def indexed(engine: Engine) -> dict[tuple[str, str], str]:
-    """Key -> content hash of every row; no key twice."""
+    """Return key -> content hash of every row. Raises AssertionError if two rows have one key."""
     found = {}
     for kind in engine.context.index.open_kinds():
-        rows = await engine.context.index.rows(kind)
-        keys = [(str(row["md_path"]), str(row["entry_id"])) for row in rows]
-        assert len(set(keys)) == len(keys)
-        found.update(dict(zip(keys, (str(row["content_hash"]) for row in rows), strict=True)))
+        rows, twice = await engine.context.index.keys(kind)
+        assert not twice, twice
+        found |= {key: content_hash.hex() for key, content_hash in rows.items()}
     return found
 
 
 def described(settings: Settings) -> dict[tuple[str, str], str]:
-    """What the tree says, derived without the engine's queue, ledger or index."""
+    """Return key -> content hash of every entry in the files, without the engine's queue, ledger or index."""
     found = {}
     swept = files.walk(settings.root, lambda key: kinds.recognise(key, note_globs=settings.note.globs))
     for key, (place, _) in swept.found.items():

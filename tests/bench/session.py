@@ -17,8 +17,8 @@ from everos_engine.settings import Settings, load
 from everos_engine.stores.index import Index, open_index
 from everos_engine.testing import FakeEmbedder
 
-sys.path.append(str(REPOSITORY / "fuzz"))
-from realistic import Memory
+sys.path.append(str(REPOSITORY))
+from fuzz.realistic import Memory
 
 MIB = 1 << 20
 SIZES_MIB = (8, 32)

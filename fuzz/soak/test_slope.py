@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from slope import crest, slope
+
+from fuzz.soak.slope import crest, slope
 
 SECONDS = np.arange(0.0, 600.0, 0.2)
 

@@ -1,6 +1,6 @@
 """The descriptor laws under property-based stress: a state machine over real LanceDB through the engine's own Index.
 
-    python fuzz/descriptors.py --minutes 5
+    python -m fuzz.descriptors --minutes 5
 
 Each example opens one Index with a random mode, cap and tables and runs random operations on it; after every step the
 process' descriptors are listed and held against the laws in docs/descriptors.md. A failure shrinks to a short script.
@@ -32,9 +32,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from meter import Census, Meter, census
-from results import Run, write_result
-from threaded import Threaded
 
 from everos_engine.search import fuse
 from everos_engine.settings import DescriptorMode, LanceDBSettings
@@ -44,6 +41,9 @@ from everos_engine.stores.session_pool import PooledSession
 from everos_engine.system.slope import Learner
 from everos_engine.text.kinds import Kind
 from everos_engine.text.kinds.tables import Field
+from fuzz.descriptors.threaded import Threaded
+from fuzz.meter import Census, Meter, census
+from fuzz.results import Run, write_result
 
 MIB = 1 << 20
 DEFAULT_CAP_BYTES = 16 * MIB
@@ -407,7 +407,9 @@ def limited(limit: int) -> Iterator[None]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run, and leave a result; exit status 1 with the shrunk script on a failure."""
-    parser = argparse.ArgumentParser(description="Descriptor laws under property-based stress.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz.descriptors", description="Descriptor laws under property-based stress."
+    )
     parser.add_argument("--minutes", type=float, default=5.0)
     minutes = parser.parse_args(arguments).minutes
     meter = Meter().start()
@@ -424,7 +426,3 @@ def main(arguments: Sequence[str]) -> int:
         )
     assert meter.peak < LIMIT, f"{meter.peak} descriptors: at the limit of {LIMIT}"
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
 """The whole engine under a low `ulimit -n`, with ingest, edits and queries at once: no leak, no loss, never at the limit.
 
-    python fuzz/soak.py --minutes 10               # 64, 128, 256 and 1024 in mode reopen, 256 in mode pinned
-    python fuzz/soak.py --minutes 0.5 --limit 64
-    python fuzz/soak.py --defaults --minutes 60    # see soak_defaults.py
+    python -m fuzz.soak --minutes 10               # 64, 128, 256 and 1024 in mode reopen, 256 in mode pinned
+    python -m fuzz.soak --minutes 0.5 --limit 64
+    python -m fuzz.soak --defaults --minutes 60    # see defaults.py
 
 The tree keeps its size while its content changes without pause, so whatever grows in the second half is a leak.
 """
@@ -24,14 +24,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import realistic
-import soak_defaults
-from meter import Meter
-from results import RESULTS, Run, write_result
-from slope import NEEDS_SECONDS, Slope, crest, slope
-from soak_engine import WORDS
+from fuzz import REPOSITORY, realistic
+from fuzz.meter import Meter
+from fuzz.results import RESULTS, Run, write_result
+from fuzz.soak import defaults
+from fuzz.soak.engine import WORDS
+from fuzz.soak.slope import NEEDS_SECONDS, Slope, crest, slope
 
-CHILD = Path(__file__).with_name("soak_engine.py")
+CHILD = ("-m", "fuzz.soak.engine")
+"""Options of Python, run in the repository."""
 PLAN = ((64, "reopen"), (128, "reopen"), (256, "reopen"), (1024, "reopen"), (256, "pinned"))
 FILES, ENTRIES = 60, 5
 AT_ONCE = 5
@@ -146,13 +147,13 @@ def soak(
     mode: str,
     minutes: float,
     *,
-    child: Sequence[str] = (str(CHILD),),
+    child: Sequence[str] = CHILD,
     flags: Mapping[str, object] | None = None,
     folder: Path = RESULTS,
 ) -> Verdict:
     """Run one engine under ``ulimit -n limit``, judge it, and leave a plot and a JSON line in ``folder``.
 
-    ``child`` is the script and its arguments, ``flags`` are settings beside those of every soak.
+    ``child`` are the options of Python that start the engine. ``flags`` are settings that not every soak has.
     """
     with tempfile.TemporaryDirectory(prefix="everos-soak-") as place:
         forest, history = Forest(Path(place, "memory").resolve(), random.Random(1)), Path(place, "history.jsonl")
@@ -202,7 +203,9 @@ def _live(
     command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", sys.executable, *child, json.dumps(flags)]
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=REPOSITORY
+        ) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None
@@ -277,7 +280,9 @@ def _faults(told: Mapping[str, object], peak: int, limit: int, log: str, *, slop
 
 def main(arguments: Sequence[str]) -> int:
     """Soak under each limit in turn; exit status 1 where one fails."""
-    parser = argparse.ArgumentParser(description="Soak the engine under low descriptor limits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz.soak", description="Soak the engine under low descriptor limits."
+    )
     parser.add_argument(
         "--minutes", type=float, default=5.0, help="how long each soak lasts; slopes are judged from 7.5 on"
     )
@@ -304,10 +309,10 @@ def _soak_defaults(chosen: argparse.Namespace) -> int:
     flags = dict(setting.split("=", 1) for setting in chosen.set)
     rest = chosen.rest_minutes
     if rest is None:
-        rest = soak_defaults.REST_SECONDS / 60 if chosen.minutes >= soak_defaults.REST_FROM_MINUTES else 0.0
+        rest = defaults.REST_SECONDS / 60 if chosen.minutes >= defaults.REST_FROM_MINUTES else 0.0
     failed = False
     for limit in chosen.limit or [None]:
-        verdict = soak_defaults.soak(limit, chosen.minutes, rest_seconds=60 * rest, rows=chosen.rows, flags=flags)
+        verdict = defaults.soak(limit, chosen.minutes, rest_seconds=60 * rest, rows=chosen.rows, flags=flags)
         print(verdict.line(), flush=True)
         failed = failed or bool(verdict.faults)
     return int(failed)
@@ -321,7 +326,3 @@ def run_plan(plan: Sequence[tuple[int, str]], minutes: float) -> int:
             print(verdict.line(), flush=True)
             failed = failed or bool(verdict.faults)
     return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

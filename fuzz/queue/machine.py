@@ -13,11 +13,11 @@ from typing import TypeVar, get_args
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from scratch import SCRATCH
 
 from everos_engine.stores import full_scan, queue, reports
 from everos_engine.stores.database import Database
 from everos_engine.stores.queue import Claim, Fingerprint4, Observation
+from fuzz.scratch import SCRATCH
 
 T = TypeVar("T")
 PATHS = [f"p{number}.md" for number in range(3)]

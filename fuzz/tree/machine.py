@@ -1,6 +1,6 @@
 """The whole engine over a real tree under random operations: whenever it has settled, the index is what the writer remembers.
 
-    python fuzz/tree_machine.py --operations 1000 --seed 1 [--shrink]
+    python -m fuzz.tree --operations 1000 --seed 1 [--shrink]
 
 The operations are drawn first, from the seed and the writer's model alone; each one that does not apply is skipped.
 That is why a failing run can be shrunk by leaving operations out.
@@ -21,12 +21,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import trio
-from tree_model import FOLDER, GONE, SECTIONS, Account, Content, Link, Row, Said, Tree, kind_of, replace
 
 from everos_engine.engine import Engine, open_engine
 from everos_engine.settings import Settings, load
 from everos_engine.testing import FakeEmbedder
 from everos_engine.text import kinds
+from fuzz.tree.model import FOLDER, GONE, SECTIONS, Account, Content, Link, Row, Said, Tree, kind_of, replace
 
 Operation = tuple[str, tuple[str, ...], int]
 """Its name, the keys or directories it is about, and the seed of everything else."""
@@ -545,7 +545,9 @@ def _fails(operations: list[Operation], seed: int) -> str | None:
 
 def main() -> int:
     """Run it; exit status 1 on a mismatch, with the way to see it again."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m fuzz.tree", description=__doc__.split("\n", 1)[0] if __doc__ else ""
+    )
     parser.add_argument("--operations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--shrink", action="store_true")
@@ -556,7 +558,7 @@ def main() -> int:
         checks = trio.run(run, operations, arguments.seed)
     except Mismatch as error:
         print(f"seed {arguments.seed}: {error}", file=sys.stderr)
-        print(f"again: python fuzz/tree_machine.py --operations {len(operations)} --seed {arguments.seed} --shrink")
+        print(f"again: python -m fuzz.tree --operations {len(operations)} --seed {arguments.seed} --shrink")
         if arguments.shrink:
             for operation in shrink(operations, arguments.seed):
                 print(json.dumps(operation))
@@ -566,10 +568,3 @@ def main() -> int:
         f"tree_machine: seed {arguments.seed}: {len(operations)} operations, {checks} checks, {seconds:.0f} s: in step"
     )
     return 0
-
-
-if __name__ == "__main__":
-    from loguru import logger
-
-    logger.remove()
-    sys.exit(main())

@@ -1,14 +1,13 @@
-"""The soak's child with one of the planted leaks: ``planted_engine.py LEAK FLAGS``."""
+"""The soak's child with one of the planted leaks: ``python -m fuzz.soak.planted_engine LEAK FLAGS``."""
 
 from __future__ import annotations
 
 import sys
 
-import soak_engine
-from planted import LEAKS
-
 from everos_engine import engine
 from everos_engine.stores.index import Index, open_index
+from fuzz.descriptors.planted import LEAKS
+from fuzz.soak import engine as child
 
 
 def main(arguments: list[str]) -> None:
@@ -19,8 +18,8 @@ def main(arguments: list[str]) -> None:
         return leak(whole.bridge, whole.settings, whole.kinds, whole.directory, whole.cap_bytes)
 
     engine.open_index = opened  # type: ignore[assignment]
-    soak_engine.SETTLE_SECONDS = 20.0  # it will not, for want of descriptors
-    soak_engine.main(arguments)
+    child.SETTLE_SECONDS = 20.0  # it will not, for want of descriptors
+    child.main(arguments)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import trio
-from realistic import Memory
 
+from derived import described, indexed
 from everos_engine import load, open_engine
 from everos_engine.engine import Engine
 from everos_engine.errors import Transient
 from everos_engine.search import Mode
 from everos_engine.settings import Settings
 from everos_engine.stores import reports
-from everos_engine.system import files, memory
+from everos_engine.system import memory
 from everos_engine.testing import FakeEmbedder
-from everos_engine.text import kinds
+from fuzz.realistic import Memory
 
 SEARCHERS, SHOWN = 3, 5
 PAUSE_SECONDS = 0.05
@@ -107,23 +107,21 @@ async def account(settings: Settings, engine: Engine, tally: Tally) -> dict[str,
         await engine.settle()
     status = await engine.status()
     failed = await engine.context.database.aread(reports.failed)
-    indexed: dict[tuple[str, str], str] = {}
-    described: dict[tuple[str, str], str] = {}
+    rows: dict[tuple[str, str], str] = {}
+    entries: dict[tuple[str, str], str] = {}
     try:
-        indexed, described = await rows_of(engine), tree_of(settings)
-    except Transient as error:  # a leak took every descriptor: the engine still tells what is pending
+        rows, entries = await indexed(engine), described(settings)
+    except (Transient, AssertionError) as error:  # a leak took every descriptor: the engine still tells what is pending
         tally.errors.append(repr(error)[:300])
     return {
         "searches": tally.searches,
         "search_errors": tally.errors[:SHOWN],
         "failed": [f"{outcome.md_path}: {outcome.error}" for outcome in failed],
         "pending": status.counts.pending + status.counts.processing,
-        "rows": len(indexed),
-        "lost": sorted(map(str, described.keys() - indexed.keys()))[:SHOWN],
-        "left_over": sorted(map(str, indexed.keys() - described.keys()))[:SHOWN],
-        "stale": sorted(str(key) for key in indexed.keys() & described.keys() if indexed[key] != described[key])[
-            :SHOWN
-        ],
+        "rows": len(rows),
+        "lost": sorted(map(str, entries.keys() - rows.keys()))[:SHOWN],
+        "left_over": sorted(map(str, rows.keys() - entries.keys()))[:SHOWN],
+        "stale": sorted(str(key) for key in rows.keys() & entries.keys() if rows[key] != entries[key])[:SHOWN],
         "changes": status.counts.lsn_max,
         "fds": engine.context.fds,
         "notes": [note.code for note in engine.context.conditions.now.values()],
@@ -151,26 +149,6 @@ async def search(engine: Engine, tally: Tally, chance: random.Random) -> None:
             tally.errors.append(repr(error)[:300])
         tally.searches += 1
         await trio.sleep(PAUSE_SECONDS)
-
-
-async def rows_of(engine: Engine) -> dict[tuple[str, str], str]:
-    """Key -> content hash of every row there is."""
-    found = {}
-    for kind in engine.context.index.open_kinds():
-        rows, twice = await engine.context.index.keys(kind)
-        found |= {key: "twice" if key in twice else content_hash.hex() for key, content_hash in rows.items()}
-    return found
-
-
-def tree_of(settings: Settings) -> dict[tuple[str, str], str]:
-    """Key -> content hash of every entry in the files, derived without queue, ledger or index."""
-    found = {}
-    swept = files.walk(settings.root, lambda key: kinds.recognise(key, note_globs=settings.note.globs))
-    for key, (place, _) in swept.found.items():
-        reading = files.read(settings.root, place, max_file_bytes=settings.max_file_bytes)
-        for entry in kinds.parse(place, reading.sources).entries:
-            found[key, entry.entry_id] = entry.content_hash.hex()
-    return found
 
 
 def main(arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Real processes claim and mark from one queue while others record into it: no double claim, no lost edit, no lsn twice.
 
-    python fuzz/two_claimers.py --seconds 30 [--claimers 2] [--recorders 2]
+    python -m fuzz.claimers --seconds 30 [--claimers 2] [--recorders 2]
 
 A shared array of versions stands for the disk: a recorder raises a path's version, then records it; a claimer reads the
 version of what it holds, as a worker reads a file, and marks what it read.
@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import random
 import struct
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -165,7 +164,7 @@ def verdict(directory: Path) -> dict[str, int]:
 
 def main() -> int:
     """Run it; exit status 1 where anything was claimed twice, lost or numbered twice."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m fuzz.claimers", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--claimers", type=int, default=2)
     parser.add_argument("--recorders", type=int, default=2)
@@ -191,7 +190,3 @@ def main() -> int:
     print(f"two_claimers: {arguments.seconds:g} s: {json.dumps(figures)}")
     bad = figures["double_claims"] + figures["lost_edits"] + figures["duplicate_lsns"] + died
     return 1 if bad or not figures["claimed"] or not figures["recorded"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from scratch import SCRATCH
 
 from everos_engine import settings as module
 from everos_engine.errors import SettingsError
 from everos_engine.settings import Settings, describe, load
+from fuzz.scratch import SCRATCH
 
 TABLE = module.table()
 NAMES = st.sampled_from([name for name, *_ in TABLE]) | st.text(max_size=10)

@@ -1,6 +1,6 @@
 """Damages every file below .index, and checks that the engine brings the index back in step with the tree by itself.
 
-    python fuzz/damage.py [--cases N] [--seed N] [--only WORD] [--at STATE/WAY/PATH]
+    python -m fuzz.damage [--cases N] [--seed N] [--only WORD] [--at STATE/WAY/PATH]
 
 Each file in turn is zeroed, cut in half, flipped in its middle, emptied or removed, before the engine starts or while it runs.
 Without --cases all are tried. A flip that no read notices is listed, and is not a failure.
@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 from loguru import logger
-from scratch import SCRATCH
-from tree_machine import Mismatch
 
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Transient
 from everos_engine.settings import Settings, load
 from everos_engine.testing import FakeEmbedder
+from fuzz import REPOSITORY
+from fuzz.scratch import SCRATCH
+from fuzz.tree.machine import Mismatch
 
 if TYPE_CHECKING:
     from loguru import Message
@@ -270,8 +271,10 @@ def _role(path: str) -> str:
 
 def _in_a_process(template: Path, case: Facts) -> str:
     """Run a case in a process of its own. Returns what it printed; a SIGBUS is accepted if a new process gets in step."""
-    command = [sys.executable, __file__, "--at", str(case), "--template", str(template)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * SETTLE_SECONDS)
+    command = [sys.executable, "-m", "fuzz.damage", "--at", str(case), "--template", str(template)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=2 * SETTLE_SECONDS, cwd=REPOSITORY
+    )
     if done.returncode == -signal.SIGBUS and case.path.endswith("-shm"):
         return "ended by SIGBUS\n"
     if done.returncode:
@@ -290,7 +293,7 @@ def _say(case: Facts, outcome: Outcome) -> str:
 
 def main() -> int:
     """Run the cases; exit status 1 if one leaves the index out of step."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m fuzz.damage", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--cases", type=int, default=0, help="only so many, spread over folders and ways")
     parser.add_argument("--seed", type=int, default=1, help="which of them")
     parser.add_argument("--only", default="", help="only cases with this word, such as stopped, zeroed or lancedb")
@@ -317,7 +320,7 @@ def main() -> int:
                     said = _say(case, trio.run(once, template, expected, case))
             except Exception as error:
                 print(f"damage: {case}: {error!r}", file=sys.stderr)
-                print(f"again: python fuzz/damage.py --at {str(case)!r}", file=sys.stderr, flush=True)
+                print(f"again: python -m fuzz.damage --at {str(case)!r}", file=sys.stderr, flush=True)
                 failed += 1
                 continue
             if arguments.template:
@@ -344,8 +347,3 @@ def _expected(template: Path) -> Rows:
 
     found: Rows = ast.literal_eval((template / "expected.txt").read_text(encoding="utf-8"))
     return found
-
-
-if __name__ == "__main__":
-    logger.remove()
-    sys.exit(main())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from soak import soak
 
-PLANTED = Path(__file__).with_name("planted_engine.py")
+from fuzz.soak.driver import soak
+
+PLANTED = ("-m", "fuzz.soak.planted_engine")
 MUCH = {
     "lancedb.index_cache_size_bytes": 12 << 20,
     "lancedb.concurrent_reads": 2,
@@ -34,5 +35,5 @@ def test_an_engine_whose_cap_pins_more_than_it_says_is_kept_under_its_limit(tmp_
     ],
 )
 def test_the_soak_finds_a_planted_leak(tmp_path: Path, leak: str, mode: str, complaint: str) -> None:
-    verdict = soak(128, mode, SECONDS / 60, child=[str(PLANTED), leak], flags=MUCH, folder=tmp_path)
+    verdict = soak(128, mode, SECONDS / 60, child=[*PLANTED, leak], flags=MUCH, folder=tmp_path)
     assert complaint in "; ".join(verdict.faults)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from scratch import SCRATCH
 
 from everos_engine.system import files
 from everos_engine.text import kinds
+from fuzz.scratch import SCRATCH
 
 PARTS = st.sampled_from(
     ["users", "agents", "u1", "episodes", ".atomic_facts", ".foresights", ".cases", "skills", "references", "SKILL.md",

@@ -1,6 +1,6 @@
 """Raises what each outside library can raise, at the calls of its door: the engine lives, says so, and converges.
 
-    python fuzz/doors.py [door...] [--most N] [--seconds S] [--all-calls]
+    python -m fuzz.doors [door...] [--most N] [--seconds S] [--all-calls]
 
 Doors: sqlite (apsw), lance (LanceDB and Arrow), watch (watchfiles), system (calls about the tree), http (httpx) and embedder
 (one given to ``open_engine``). First each type is raised once, at one call: the next type at the next call, and with
@@ -23,14 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import apsw
-import foreign
 import httpx
 import numpy as np
 import trio
 from loguru import logger
-from scratch import SCRATCH
-from tree_machine import Mismatch, Operation, Writer, rows_of
-from tree_model import Account
 
 from everos_engine import supervise
 from everos_engine.embed.http import open_http_embedder
@@ -40,6 +36,10 @@ from everos_engine.loops import recovery, watcher
 from everos_engine.settings import EmbedderSettings, load
 from everos_engine.system.asyncio_thread import AsyncioThread
 from everos_engine.testing import FakeEmbedder
+from fuzz.doors import foreign
+from fuzz.scratch import SCRATCH
+from fuzz.tree.machine import Mismatch, Operation, Writer, rows_of
+from fuzz.tree.model import Account
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -432,7 +432,7 @@ def chosen(types: dict[str, foreign.Make], most: int) -> dict[str, foreign.Make]
 
 def main() -> int:
     """Run it; exit status 1 where an error stopped the engine or cost anything."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m fuzz.doors", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("door", nargs="*", help=f"of {', '.join(DOORS)}")
     parser.add_argument("--most", type=int, default=0, help="at most so many types a door; 0: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long every call fails at the end")
@@ -451,12 +451,7 @@ def main() -> int:
         except Exception as error:
             shown = unwrap(error)
             print(f"doors: {door}: {shown}", file=sys.stderr)
-            print(f"again: python fuzz/doors.py {door} --most {arguments.most}", file=sys.stderr)
+            print(f"again: python -m fuzz.doors {door} --most {arguments.most}", file=sys.stderr)
             return 1
         print(f"doors: {door}: {told}, in {time.monotonic() - started:.0f} s", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    logger.remove()
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """The engine as a user gets it: default settings, the local model, a realistic memory, an edit and three searches every two seconds.
 
-    python fuzz/soak.py --defaults --minutes 60               # the limit of the shell
-    python fuzz/soak.py --defaults --minutes 60 --limit 64
+    python -m fuzz.soak --defaults --minutes 60               # the limit of the shell
+    python -m fuzz.soak --defaults --minutes 60 --limit 64
 
 A run of 30 minutes or more ends with a rest: once old versions may go, the index must be within twice the size of a fresh one.
 """
@@ -23,15 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from meter import Meter
-from realistic import Memory
-from results import RESULTS, Run, write_result
-from slope import NEEDS_SECONDS, Slope, crest, slope
-
 from everos_engine.settings import LanceDBSettings
 from everos_engine.system import descriptors
+from fuzz import REPOSITORY
+from fuzz.meter import Meter
+from fuzz.realistic import Memory
+from fuzz.results import RESULTS, Run, write_result
+from fuzz.soak.slope import NEEDS_SECONDS, Slope, crest, slope
 
-CHILD = Path(__file__).with_name("soak_engine.py")
+CHILD = ("-m", "fuzz.soak.engine", "--defaults")
 BEAT_SECONDS = 2.0
 READY_SECONDS, END_SECONDS = 900.0, 300.0
 """A first index embeds every text; the slowest machine may take minutes."""
@@ -128,10 +128,12 @@ def soak(
 def _live(memory: Memory, limit: int | None, flags: Mapping[str, object], minutes: float, rest_seconds: float) -> Seen:
     """Run the child, edit the memory under it, let it rest."""
     bound = "" if limit is None else f"ulimit -n {limit} && "
-    command = ["sh", "-c", f'{bound}exec "$@"', "sh", sys.executable, str(CHILD), "--defaults", json.dumps(flags)]
+    command = ["sh", "-c", f'{bound}exec "$@"', "sh", sys.executable, *CHILD, json.dumps(flags)]
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=REPOSITORY
+        ) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None

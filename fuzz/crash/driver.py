@@ -1,6 +1,6 @@
 """Kills a real engine at random moments, again and again: at the end the index is the tree and little was embedded twice.
 
-    python fuzz/crash_driver.py --files 1000 --kills 10 [--edits 300] [--seed N]
+    python -m fuzz.crash --files 1000 --kills 10 [--edits 300] [--seed N]
 
 First `kill -9` during a first index, then under edits. A loopback embedding service here counts every text it is sent.
 """
@@ -28,11 +28,11 @@ from pathlib import Path
 
 import lancedb
 import numpy as np
-from tree_machine import Writer, drawn
-from tree_model import Account, Content, Row, Said
 
 from everos_engine.embed.protocol import PROBE_SENTENCE
 from everos_engine.system.control import ask
+from fuzz.tree.machine import Writer, drawn
+from fuzz.tree.model import Account, Content, Row, Said
 
 DIMENSION = 16
 BATCH = 64
@@ -219,7 +219,7 @@ class Driver:
 
 def main() -> int:
     """Run it; exit status 1 where the index is not the tree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m fuzz.crash", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--edits", type=int, default=300)
@@ -246,7 +246,3 @@ def main() -> int:
         print(f"crash_driver: {line}", file=sys.stderr)
     print("crash_driver: WRONG" if wrong else "crash_driver: in step")
     return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

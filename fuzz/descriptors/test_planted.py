@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from descriptors import LIMIT, DescriptorMachine, limited, profile
 from hypothesis import Phase
 from hypothesis.stateful import run_state_machine_as_test
-from planted import KEPT, LEAKS
 
 from everos_engine.system.slope import Learner
+from fuzz.descriptors.machine import LIMIT, DescriptorMachine, limited, profile
+from fuzz.descriptors.planted import KEPT, LEAKS
 
 EXAMPLES = 60
 """Each leak shows within a few; a run stops at the first."""

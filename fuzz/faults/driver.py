@@ -1,6 +1,6 @@
 """Fails the n-th call of each door until a run needs none more, and checks after each that nothing is lost.
 
-    python fuzz/faults.py [door...] [--most N]
+    python -m fuzz.faults [door...] [--most N]
 
 Doors: writes and syncs of SQLite's files (through a VFS), every statement of SQLite with each error that it may raise (for as long
 as a transaction is retried), the wall clock (set by a day in either direction, and back), LanceDB commits (before, and after they took effect), reads of
@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING
 
 import apsw
 import trio
-from scratch import SCRATCH
-from tree_machine import Mismatch, Operation, Writer, rows_of
-from tree_model import Account
 
 from everos_engine.engine import Engine, open_engine
 from everos_engine.errors import Transient
 from everos_engine.settings import load
 from everos_engine.stores import database
 from everos_engine.testing import FakeEmbedder
+from fuzz.scratch import SCRATCH
+from fuzz.tree.machine import Mismatch, Operation, Writer, rows_of
+from fuzz.tree.model import Account
 
 if TYPE_CHECKING:
     import numpy as np
@@ -314,7 +314,7 @@ async def _settled(engine: Engine) -> None:
 
 def main() -> int:
     """Run it; exit status 1 where a fault cost anything."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m fuzz.faults", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("door", nargs="*", help=f"of {', '.join(DOORS)}")
     parser.add_argument(
         "--most", type=int, default=0, help="at most so many faults a door, spread; 0: each of the first 300"
@@ -331,7 +331,7 @@ def main() -> int:
                 sprung = trio.run(once, door, at)
             except Exception as error:
                 print(f"faults: {door}: the {at}. call: {error!r}", file=sys.stderr)
-                print(f"again: python fuzz/faults.py {door} --at {at}", file=sys.stderr)
+                print(f"again: python -m fuzz.faults {door} --at {at}", file=sys.stderr)
                 return 1
             if not sprung or arguments.at:
                 break
@@ -339,10 +339,3 @@ def main() -> int:
             at += 1 if not arguments.most else max(1, at * 2 // arguments.most)
         print(f"faults: {door}: {faults} faults, up to the {at - 1}. call: nothing lost", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    from loguru import logger
-
-    logger.remove()
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Let several processes claim and record in one queue."""

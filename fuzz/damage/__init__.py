@@ -1,0 +1,1 @@
+"""Damage each file below `.index` and compare the index with the tree."""

@@ -1,0 +1,13 @@
+"""Run the suite: `python -m fuzz.damage --help`."""
+
+from __future__ import annotations
+
+import sys
+
+from loguru import logger
+
+from fuzz.damage.driver import main
+
+if __name__ == "__main__":
+    logger.remove()
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Count file descriptors under random operations over real LanceDB."""

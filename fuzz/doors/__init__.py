@@ -1,0 +1,1 @@
+"""Raise what each outside library can raise, at the calls of its door."""

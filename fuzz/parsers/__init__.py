@@ -1,0 +1,1 @@
+"""Feed random bytes to the parsers, the settings and the search."""

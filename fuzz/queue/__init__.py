@@ -1,0 +1,1 @@
+"""Drive the change queue over real SQLite against a model."""

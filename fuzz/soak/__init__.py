@@ -1,0 +1,1 @@
+"""Run the whole engine under a low descriptor limit for minutes or hours."""
