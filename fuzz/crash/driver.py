@@ -8,9 +8,6 @@ First `kill -9` during a first index, then under edits. A loopback embedding ser
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
-import json
 import os
 import random
 import signal
@@ -22,92 +19,60 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lancedb
-import numpy as np
 
+from embedding_server import Handler, Service, serving
 from everos_engine.embed.protocol import PROBE_SENTENCE
 from everos_engine.system.control import ask
 from fuzz.tree.machine import Writer, drawn
 from fuzz.tree.model import Account, Content, Row, Said
 
-DIMENSION = 16
 BATCH = 64
 PATIENCE_SECONDS = 300
 """What takes longer hangs."""
 
 
-class Service:
-    """An OpenAI-compatible embedding service on loopback that remembers what it was asked, by engine life."""
+class Asked:
+    """Count the texts that an embedding service is asked for, by session of the engine."""
 
-    def __init__(self, delay_seconds: float) -> None:
+    def __init__(self, server: Service, delay_seconds: float) -> None:
+        self.url = server.url
         self.delay_seconds = delay_seconds
-        self.epoch = 0
-        self.asked: dict[str, int] = {}
-        """Text -> the engine's life that asked for it last."""
+        self.session = 0
+        self.texts: dict[str, int] = {}
+        """Text -> the session that asked for it last."""
         self.lost: Counter[int] = Counter()
-        """Life -> texts it had asked for and another had to ask for again."""
+        """Session -> texts it had asked for and a later one had to ask for again."""
         self.moved = threading.Condition()
-        service = self
+        server.misbehave = self._count
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"]
-                service.note(texts)
-                time.sleep(service.delay_seconds)
-                data = [{"index": at, "embedding": encoded(text)} for at, text in enumerate(texts)]
-                body = json.dumps({"data": data}).encode()
-                try:
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-                except ConnectionError:
-                    self.close_connection = True  # the engine was killed
-
-            def handle(self) -> None:
-                with suppress(ConnectionError):
-                    super().handle()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def note(self, texts: list[str]) -> None:
-        """A call came."""
+    def _count(self, _: Handler, body: dict[str, Any]) -> bool:
+        """Count a call and wait. The service then answers as usual."""
         with self.moved:
-            for text in texts:
+            for text in body["input"]:
                 if text != PROBE_SENTENCE:
-                    if text in self.asked:
-                        self.lost[self.asked[text]] += 1
-                    self.asked[text] = self.epoch
+                    if text in self.texts:
+                        self.lost[self.texts[text]] += 1
+                    self.texts[text] = self.session
             self.moved.notify_all()
+        time.sleep(self.delay_seconds)
+        return False
 
     def wait_for(self, texts: int) -> bool:
-        """Wait until so many different texts were asked for; False when that takes too long."""
+        """Wait until so many different texts were asked for. Return False if that takes too long."""
         with self.moved:
-            return self.moved.wait_for(lambda: len(self.asked) >= texts, PATIENCE_SECONDS)
-
-
-def encoded(text: str) -> str:
-    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-    return base64.b64encode(np.random.default_rng(seed).standard_normal(DIMENSION).astype("<f4").tobytes()).decode()
+            return self.moved.wait_for(lambda: len(self.texts) >= texts, PATIENCE_SECONDS)
 
 
 class Driver:
-    def __init__(self, directory: Path, chance: random.Random, service: Service, concurrency: int) -> None:
+    def __init__(self, directory: Path, chance: random.Random, asked: Asked, concurrency: int) -> None:
         self.root, self.log = directory / "root", directory / "engine.log"
         self.root.mkdir()
-        self.chance, self.service = chance, service
+        self.chance, self.asked = chance, asked
         self.account, self.writer = Account(), Writer(self.root)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("EVEROS_")},
@@ -115,7 +80,7 @@ class Driver:
             "EVEROS_ROOT": str(self.root),
             "EVEROS_NOTE__GLOBS": os.pathsep.join(["notes/**/*.md", "notes/*.md"]),
             "EVEROS_EMBEDDER__KIND": "http",
-            "EVEROS_EMBEDDER__URL": service.url,
+            "EVEROS_EMBEDDER__URL": asked.url,
             "EVEROS_EMBEDDER__MODEL": "fuzz",
             "EVEROS_EMBEDDER__BATCH_SIZE": str(BATCH),
             "EVEROS_EMBEDDER__CONCURRENCY": str(concurrency),
@@ -141,7 +106,7 @@ class Driver:
 
     @contextmanager
     def engine(self, *, may_end: bool = False) -> Iterator[subprocess.Popen[bytes]]:
-        """An engine of its own life; killed at the end of the block if it still runs."""
+        """Run an engine, a session of its own, and kill it at the end of the block if it still runs."""
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "everos_engine", "run", "--log-format", "json"]
             process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
@@ -153,21 +118,21 @@ class Driver:
         finally:
             process.kill()
             process.wait()
-            with self.service.moved:
-                self.service.epoch += 1
+            with self.asked.moved:
+                self.asked.session += 1
 
     def first_index(self, files: int, kills: int) -> None:
         texts = 2 * files
         for nth in range(kills):
             with self.engine():
-                seen = len(self.service.asked)
+                seen = len(self.asked.texts)
                 if seen == texts:
                     time.sleep(self.chance.random() * 4)
-                elif not self.service.wait_for(seen + self.chance.randint(1, max(1, (texts - seen) // (kills - nth)))):
+                elif not self.asked.wait_for(seen + self.chance.randint(1, max(1, (texts - seen) // (kills - nth)))):
                     message = f"nothing was embedded within {PATIENCE_SECONDS} s: {self.log.read_text()[-3000:]}"
                     raise AssertionError(message)
-                time.sleep(self.chance.random() * self.service.delay_seconds)
-            print(f"  kill {nth + 1}: {len(self.service.asked)} of {texts} texts embedded", flush=True)
+                time.sleep(self.chance.random() * self.asked.delay_seconds)
+            print(f"  kill {nth + 1}: {len(self.asked.texts)} of {texts} texts embedded", flush=True)
 
     def under_edits(self, edits: int, kills: int) -> None:
         operations = [op for op in drawn(self.chance.randrange(10**6), edits) if op[0] != "rename_directory"]
@@ -181,7 +146,7 @@ class Driver:
                 time.sleep(self.chance.random())
 
     def verdict(self) -> list[str]:
-        """A last life: in step, stopped by a signal; what is wrong then."""
+        """Run a last session: it gets in step, and a signal stops it. Return what is wrong then."""
         wrong = []
         with self.engine(may_end=True) as process:
             socket = self.root / ".index" / "engine" / "control.sock"
@@ -226,22 +191,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--concurrency", type=int, default=1, help="embedding calls in flight")
     arguments = parser.parse_args()
-    chance, service = random.Random(arguments.seed), Service(delay_seconds=0.1)
+    chance = random.Random(arguments.seed)
     print(f"crash_driver: seed {arguments.seed}")
-    with tempfile.TemporaryDirectory(prefix="everos-crash-") as name:
-        driver = Driver(Path(name), chance, service, arguments.concurrency)
+    with tempfile.TemporaryDirectory(prefix="everos-crash-") as name, serving() as server:
+        asked = Asked(server, delay_seconds=0.1)
+        driver = Driver(Path(name), chance, asked, arguments.concurrency)
         driver.write_tree(arguments.files)
         driver.first_index(arguments.files, arguments.kills)
         wrong = driver.verdict()
-        again = [service.lost[epoch] for epoch in range(service.epoch)]
-        print(f"crash_driver: first index of {len(service.asked)} texts; of each life embedded again: {again}")
+        again = [asked.lost[session] for session in range(asked.session)]
+        print(f"crash_driver: first index of {len(asked.texts)} texts. Embedded again, by session: {again}")
         if arguments.edits and not wrong:
             driver.under_edits(arguments.edits, arguments.kills)
             wrong = driver.verdict()
             print(f"crash_driver: {arguments.edits} edits under {arguments.kills} kills")
     most = arguments.concurrency * BATCH
     if max(again) > most:
-        wrong.append(f"{max(again)} texts of one life were embedded again, {most} can be in flight")
+        wrong.append(f"{max(again)} texts of one session were embedded again, {most} can be in flight")
     for line in wrong[:20]:
         print(f"crash_driver: {line}", file=sys.stderr)
     print("crash_driver: WRONG" if wrong else "crash_driver: in step")
