@@ -17,10 +17,11 @@ from typing import Any
 
 import trio
 
+from derived import described, indexed
 from everos_engine.engine import Engine, open_engine
 from everos_engine.settings import load
 from everos_engine.testing import FakeEmbedder
-from test_engine import described, failures, indexed
+from test_engine import failures
 
 QUESTIONS = ["heron", "otter", "the", "user", "meeting", "memory", "project", "plan", "coffee", "test", "python"]
 

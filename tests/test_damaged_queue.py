@@ -19,7 +19,7 @@ from everos_engine.settings import Settings, load
 from everos_engine.stores import database as door
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
-from test_cache import HOWS, damage
+from test_embeddings import HOWS, damage
 from trapped_disk import trapped_disk
 from writer import fact, facts, put
 

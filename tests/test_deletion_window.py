@@ -24,8 +24,8 @@ from everos_engine.stores import held, queue
 from everos_engine.stores.held import Passed
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
-from test_brake import held as held_by
-from test_brake import plant, quiet
+from test_deletion_guard import held as held_by
+from test_deletion_guard import plant, quiet
 from writer import fact, facts, put
 
 if TYPE_CHECKING:

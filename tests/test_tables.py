@@ -22,7 +22,7 @@ from everos_engine.stores import ledger, meta
 from everos_engine.stores.lance import TableDamaged
 from everos_engine.testing import FakeEmbedder
 from patience import HANG_SECONDS
-from test_damage import garble_data, quiet, remove_indexes
+from test_damaged_index import garble_data, quiet, remove_indexes
 from writer import fact, facts, put
 
 FILES = 5

@@ -189,3 +189,9 @@ def test_many_lines_take_time_in_proportion() -> None:
 
     seconds(1_000)
     assert min(seconds(20_000) for _ in range(3)) < 40 * min(seconds(2_000) for _ in range(3)) + 0.1
+
+
+def test_the_place_of_a_bad_byte_is_right_behind_a_byte_order_mark() -> None:
+    with pytest.raises(BadFile) as refused:
+        decode(b"\xef\xbb\xbfone\ntwo \xfe")
+    assert str(refused.value).startswith("line 2, column 5: byte 0xfe")
