@@ -37,10 +37,10 @@ from patience import HANG_SECONDS, until
 from writer import fact, facts, put
 
 HERE = Path(__file__).parent
-CORPUS = HERE.parents[1] / "shared" / "corpus" / "memory"
-HOARD_SECONDS = float(os.environ.get("EVEROS_TEST_HOARD_SECONDS", "2"))
+EXAMPLE = HERE.parent / "examples" / "memory"
+HOARD_SECONDS = 2.0
 MAX_ROUNDS = 20
-SEARCHES = int(os.environ.get("EVEROS_TEST_SEARCHES", "100"))
+SEARCHES = 100
 WORDS = [f"word{number}" for number in range(20_000)]
 
 
@@ -135,8 +135,7 @@ def test_without_any_descriptor_for_a_while_nothing_is_lost_and_nothing_fails(
 
 
 def test_at_a_limit_of_64_all_is_indexed_and_searched_under_edits_below_48_descriptors(root: Path) -> None:
-    if CORPUS.exists():
-        shutil.copytree(CORPUS, root, dirs_exist_ok=True)
+    shutil.copytree(EXAMPLE, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".index"))
     for number in range(1, 21):
         put(root, day(number), facts(*(fact(entry, f"the user met heron {entry}") for entry in range(30))))
     with starving(root, limit=64) as engine:
