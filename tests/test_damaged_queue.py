@@ -71,7 +71,7 @@ async def test_damage_under_a_running_engine_opens_the_stores_again(how: str, ro
             await engine.settle()
             first = engine.context
             first.database.checkpoint()
-            first.database._connection.execute("PRAGMA shrink_memory")
+            first.database.read(lambda tx: door.drain(tx.execute("PRAGMA shrink_memory")))
             damage(path, how)
             put(root, "users/u1/.atomic_facts/new.md", facts(fact(1, "after")))
             while engine.context is first or "database_recreated" not in engine.context.conditions.now:

@@ -68,7 +68,7 @@ def test_a_disk_without_room_is_named_and_never_called_damaged(
 def test_a_lock_that_another_process_keeps_is_named(tmp_path: Path) -> None:
     path = tmp_path / "engine.db"
     database = Database(path, schema=queue.SCHEMA)
-    database._connection.set_busy_timeout(1)
+    database.read(lambda tx: door.drain(tx.execute("PRAGMA busy_timeout=1")))
     other = apsw.Connection(str(path))
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(Transient, match="stayed locked"):
@@ -123,7 +123,7 @@ def test_a_damaged_database_is_set_aside_at_the_start_and_its_newest_copy_kept(h
 def test_damage_done_under_an_open_database_is_proven_by_a_statement_and_replaced(how: str, tmp_path: Path) -> None:
     path = tmp_path / "engine.db"
     database = filled(path)
-    database._connection.execute("PRAGMA shrink_memory")
+    database.read(lambda tx: door.drain(tx.execute("PRAGMA shrink_memory")))
     damage(path, how)
     with pytest.raises(Damaged, match=r"`everos-engine run`"):
         database.write(lambda tx: queue.requeue_kind(tx, "note", now_milliseconds=2))

@@ -38,6 +38,7 @@ from everos_engine.system.asyncio_thread import AsyncioThread
 from everos_engine.testing import FakeEmbedder
 from fuzz.doors import foreign
 from fuzz.scratch import SCRATCH
+from fuzz.system_calls import calls_about
 from fuzz.tree.machine import Mismatch, Operation, Writer, rows_of
 from fuzz.tree.model import Account
 
@@ -162,23 +163,8 @@ def watch_door(_root: Path) -> Iterator[None]:
 @contextmanager
 def system_door(root: Path) -> Iterator[None]:
     """Calls about the tree, not about the engine's own files."""
-
-    def trapped(call: Callable[..., object]) -> Callable[..., object]:
-        def wrapper(path: object = ".", *args: object, **options: object) -> object:
-            if isinstance(path, str) and path.startswith(f"{root}/") and "/.index" not in path:
-                TRAP.spring()
-            return call(path, *args, **options)
-
-        return wrapper
-
-    kept = {name: getattr(os, name) for name in ("open", "stat", "lstat", "scandir", "listdir")}
-    for name, call in kept.items():
-        setattr(os, name, trapped(call))
-    try:
+    with calls_about(root, ("open", "stat", "lstat", "scandir", "listdir"), lambda _: TRAP.spring()):
         yield
-    finally:
-        for name, call in kept.items():
-            setattr(os, name, call)
 
 
 @contextmanager

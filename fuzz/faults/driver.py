@@ -31,6 +31,7 @@ from everos_engine.settings import load
 from everos_engine.stores import database
 from everos_engine.testing import FakeEmbedder
 from fuzz.scratch import SCRATCH
+from fuzz.system_calls import calls_about
 from fuzz.tree.machine import Mismatch, Operation, Writer, rows_of
 from fuzz.tree.model import Account
 
@@ -207,23 +208,13 @@ def outcome_door(engine: Engine, _root: Path) -> Iterator[None]:
 @contextmanager
 def read_door(_engine: Engine, root: Path) -> Iterator[None]:
     """EIO from the system's calls about the tree, not about the engine's own files."""
-    kept = {name: getattr(os, name) for name in ("open", "stat", "scandir", "listdir")}
 
-    def trapped(call: Callable[..., object]) -> Callable[..., object]:
-        def wrapper(path: object = ".", *args: object, **options: object) -> object:
-            if isinstance(path, str) and path.startswith(f"{root}/") and "/.index" not in path and TRAP.springs("read"):
-                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-            return call(path, *args, **options)
+    def fail(path: str) -> None:
+        if TRAP.springs("read"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
-        return wrapper
-
-    for name, call in kept.items():
-        setattr(os, name, trapped(call))
-    try:
+    with calls_about(root, ("open", "stat", "scandir", "listdir"), fail):
         yield
-    finally:
-        for name, call in kept.items():
-            setattr(os, name, call)
 
 
 class TrappedEmbedder(FakeEmbedder):
