@@ -294,7 +294,7 @@ def _forget(settings: Settings, arguments: argparse.Namespace) -> int:
 
     saved = forget(settings, arguments.paths, text=text, delete=arguments.delete)
     print(
-        f"forgotten: nothing below {shown(str(settings.root / '.index'))} holds it any more; {size(max(0, saved))} less"
+        f"forgotten: nothing below {shown(str(settings.index_directory))} holds it any more; {size(max(0, saved))} less"
     )
     return OK
 

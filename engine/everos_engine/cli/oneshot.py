@@ -194,7 +194,7 @@ def _do(
     hand_over: Callable[[Database], Awaitable[list[Outcome]]],
 ) -> list[Outcome]:
     async def work() -> list[Outcome]:
-        holder = locks.holder(settings.engine_directory / "engine.lock")
+        holder = locks.holder(settings.engine_lock)
         if holder is None or holder.ends_by_itself:
             try:
                 async with open_engine(settings, watching=False) as engine, trio.open_nursery() as nursery:
@@ -227,8 +227,6 @@ def _do(
         if threading.current_thread() is not threading.main_thread():
             return await work()  # signals reach the main thread only: who called us from another one handles them
         outcomes = None
-        if threading.current_thread() is not threading.main_thread():
-            return await work()  # signals reach only the main thread: a caller on another one handles them
         with trio.open_signal_receiver(*SIGNALS) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stop_on_signal, signals, nursery.cancel_scope, settings.shutdown_grace_seconds, said)
@@ -311,7 +309,7 @@ async def _reach(settings: Settings, database: Database, lsn: int) -> None:
     """
     patience_milliseconds = settings.embedder.outage_patience_seconds * 1000
     down_since: float | None = None
-    wake.send(settings.engine_directory / "wake.sock")
+    wake.send(settings.wake_socket)
     asked = answered = time.monotonic()
     while not database.read(lambda tx: queue.reached(tx, lsn)):
         await trio.sleep(LOOK_SECONDS)
@@ -329,5 +327,5 @@ async def _reach(settings: Settings, database: Database, lsn: int) -> None:
                 raise Transient(why)
             if database.is_replaced():
                 raise Transient("the queue's database was damaged and is made again meanwhile: run the command again")
-            if running_pid(settings.engine_directory / "engine.lock") is None:
+            if running_pid(settings.engine_lock) is None:
                 raise Transient("the engine stopped before it was done; everything is queued: run the command again")
