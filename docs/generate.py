@@ -94,7 +94,7 @@ def settings_page() -> str:
     may_be, who = choices(), setters()
     for name, variable, default, doc in table():
         allowed = f" One of {', '.join(f'`{choice}`' for choice in may_be[name])}." if name in may_be else ""
-        line = f"| `{name}` | `{default}` | {doc}{allowed} | `{variable}` | {who[name]} |"
+        line = f"| `{name.rpartition('.')[2]}` | {doc}{allowed} `{variable}` | `{default}` | {who[name]} |"
         groups[name.rpartition(".")[0]].append(line)
     for group, rows in sorted(groups.items()):
         title = f"`[{group}]`" if group else "The engine"
@@ -102,8 +102,8 @@ def settings_page() -> str:
             "",
             f"## {title}",
             "",
-            "| setting | default | what | environment | set by |",
-            "|---|---|---|---|---|",
+            "| setting | what, and its environment variable | default | set by |",
+            "|---|---|---|---|",
             *rows,
         ]
     return "\n".join(lines) + "\n"

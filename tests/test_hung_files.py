@@ -196,6 +196,12 @@ async def test_a_caller_that_gives_up_at_any_moment_leaves_no_call_behind() -> N
             assert await threads.call(lambda: 1, what="read", name="a") == 1
 
 
+async def test_the_result_of_a_call_that_is_over_is_there_without_a_wait() -> None:
+    call: Call[str, int] = Call("a", "a", 10 * HANG_SECONDS, is_over=True, result=1)
+    with trio.fail_after(HANG_SECONDS):
+        assert await call.wait() == 1
+
+
 async def test_a_call_waits_until_a_same_one_that_just_returned_is_forgotten() -> None:
     """Its thread says that it is over a moment before the event loop knows, and the loop must go on in that moment."""
     threads = FileThreads(deadline_seconds=HANG_SECONDS)

@@ -541,8 +541,8 @@ def open_queue(settings: Settings, *, may_replace: bool = False) -> Database:
     """
     check_root(settings)
     private.make(settings)
-    may_replace = may_replace or locks.running_pid(settings.engine_directory / "engine.lock") is None
-    path = settings.engine_directory / "engine.db"
+    may_replace = may_replace or locks.running_pid(settings.engine_lock) is None
+    path = settings.engine_database
     opened = partial(
         Database,
         path,
@@ -559,7 +559,7 @@ def _read_queue(settings: Settings) -> Database:
 
     Raises SettingsError and Fatal if there is nothing to read.
     """
-    path = settings.engine_directory / "engine.db"
+    path = settings.engine_database
     if not (path.exists() and settings.lancedb_directory.is_dir()):
         raise SettingsError(
             f"{settings.root} was never indexed, and it may not be written here: index it where it may be, or run the command as its owner"
@@ -586,7 +586,7 @@ async def _owned(settings: Settings, *, watching: bool) -> AsyncIterator[str]:
     settings.root.mkdir(parents=True, exist_ok=True)
     private.make(settings, whole=True)
     owner = f"{os.getpid()}-{secrets.token_hex(4)}"
-    lock = locks.EngineLock(directory / "engine.lock", ends_by_itself=not watching)
+    lock = locks.EngineLock(settings.engine_lock, ends_by_itself=not watching)
     await lock.take(wait_seconds=settings.lock_wait_seconds)
     try:
         with locks.OwnerLock(directory / "owners", owner):
@@ -601,7 +601,7 @@ async def _open_vectors(
 ) -> AsyncIterator[Vectors]:
     if not readonly:
         private.make(settings)
-    cache = embeddings.Cache(settings.engine_directory / "embeddings.db")
+    cache = embeddings.Cache(settings.embeddings_database)
     try:
         async with (
             open_embedder(settings.embedder, connecting=connecting and embedder is None) as configured,
@@ -707,7 +707,7 @@ def _word(asked: Mapping[str, object], name: str) -> str | None:
 
 async def _wake_ups(context: Context) -> None:
     """Receive datagrams of other processes, which queued something."""
-    async with wake.open_wake(context.settings.engine_directory / "wake.sock") as messages:
+    async with wake.open_wake(context.settings.wake_socket) as messages:
         async for _ in messages.messages():
             context.wake_up()
 

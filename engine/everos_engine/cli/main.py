@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from everos_engine.cli import parser as grammar
 from everos_engine.cli import terminal
-from everos_engine.diagnose.wording import ago, plural, printable, program_at, quoted, shown, size, with_root
-from everos_engine.errors import BadQuestion, EngineError, exhausted
+from everos_engine.cli.outcomes import INTERRUPTED, OK, TROUBLE, USAGE, program
+from everos_engine.diagnose.wording import program_at, quoted, shown, with_root
+from everos_engine.errors import EngineError, exhausted
 from everos_engine.settings import Settings, describe, load
 from everos_engine.system import private
 
-if TYPE_CHECKING:
-    from everos_engine.stores.reports import Outcome
-
-OK, TROUBLE, USAGE, INTERRUPTED = 0, 1, 2, 130
-MIN_FORGOTTEN_CHARACTERS = 4
 AS_THE_ENGINE = "run the command as the user the engine runs as"
 NO_ROOM = "free disk space, then run the command again; `everos-engine doctor disk` shows what is left"
 REMEDIES = {
@@ -153,8 +149,8 @@ def parser() -> argparse.ArgumentParser:
     return grammar.build(
         {
             "run": _run,
-            "sync": _sync,
-            "search": _search,
+            "sync": _in_module("sync"),
+            "search": _in_module("search"),
             "status": _status,
             "explain": _explain,
             "kinds": _kinds,
@@ -162,12 +158,22 @@ def parser() -> argparse.ArgumentParser:
             "fds": _fds,
             "fds calibrate": _calibrate,
             "doctor": _doctor,
-            "fix": _fix,
-            "release": _release,
+            "fix": _in_module("fix"),
+            "release": _in_module("release"),
             "trust": _trust,
-            "forget": _forget,
+            "forget": _in_module("forget"),
         }
     )
+
+
+def _in_module(name: str) -> Callable[[Settings, argparse.Namespace], int]:
+    """Return the command of that module, which is imported when the command runs."""
+
+    def run(settings: Settings, arguments: argparse.Namespace) -> int:
+        status: int = importlib.import_module(f"everos_engine.cli.{name}").command(settings, arguments)
+        return status
+
+    return run
 
 
 def _run(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -180,34 +186,6 @@ def _run(settings: Settings, arguments: argparse.Namespace) -> int:
 
     check_root(settings, may_make=arguments.create or settings.root == Settings().root)
     return run(settings)
-
-
-def _sync(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.cli.oneshot import sync
-    from everos_engine.diagnose import status
-
-    if arguments.audit:
-        from everos_engine.cli.oneshot import audit
-
-        found = audit(settings)
-        for path in found:
-            print(f"{shown(path)}: its content had changed unseen, now in step")
-        print(f"audit done: {len(found)} differed")
-        return OK
-    unknown = status.unknown(settings, arguments.paths)
-    outcomes = sync(settings, arguments.paths)
-    if not arguments.paths:
-        return _report_all(outcomes, settings, arguments)
-    for outcome in outcomes:
-        _show(outcome)
-        if outcome.status is None and outcome.md_path in unknown:
-            terminal.say(
-                f"{shown(outcome.md_path)}: nothing was indexed of it: check the name, unless it was just deleted"
-            )
-    bad = [
-        one for one in outcomes if one.status in {"failed", "pending"} or one.held is not None or one.md_path in unknown
-    ]
-    return TROUBLE if bad else OK
 
 
 def _status(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -255,103 +233,12 @@ def _doctor(settings: Settings, arguments: argparse.Namespace) -> int:
     return doctor.worst(checks)
 
 
-def _fix(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.diagnose import status
-
-    if arguments.apply:
-        from everos_engine.cli.oneshot import fix
-
-        tried = fix(settings)
-        return _report_tried(tried, status.failed(settings), f"{program(settings, arguments)} fix")
-    failed = status.failed(settings)
-    for outcome in failed:
-        _show(outcome)
-    print(f"{len(failed)} failed")
-    return TROUBLE if failed else OK
-
-
-def _release(settings: Settings, _arguments: argparse.Namespace) -> int:
-    from everos_engine.cli.oneshot import release
-
-    outcomes = release(settings)
-    for outcome in outcomes:
-        _show(outcome)
-    print(f"{len(outcomes)} released")
-    return TROUBLE if any(outcome.status == "failed" for outcome in outcomes) else OK
-
-
-def _forget(settings: Settings, arguments: argparse.Namespace) -> int:
-    if arguments.text == bool(arguments.paths) or (arguments.text and arguments.delete):
-        raise BadQuestion("name files, or give a text with --text. --delete is for files")
-    text = None
-    if arguments.text:
-        text = sys.stdin.read().strip()
-        if len(text) < MIN_FORGOTTEN_CHARACTERS:
-            raise BadQuestion(
-                f"the text on standard input has less than {MIN_FORGOTTEN_CHARACTERS} characters: too much would hold it"
-            )
-    from everos_engine.cli.oneshot import forget
-
-    saved = forget(settings, arguments.paths, text=text, delete=arguments.delete)
-    print(
-        f"forgotten: nothing below {shown(str(settings.root / '.index'))} holds it any more; {size(max(0, saved))} less"
-    )
-    return OK
-
-
 def _trust(flags: Mapping[str, object], arguments: argparse.Namespace) -> int:
     from everos_engine.cli import trust
 
     if arguments.remove:
         return trust.remove(flags)
     return trust.show(flags) if arguments.show else trust.give(flags)
-
-
-def _search(settings: Settings, arguments: argparse.Namespace) -> int:
-    from everos_engine.cli import lookup
-
-    if not any(map(str.isalnum, "".join(arguments.query))):
-        raise BadQuestion("the query has no word in it: name what to look for")
-    results = lookup.search(settings, arguments)
-    if results is None:
-        from everos_engine.cli.oneshot import search
-
-        results = search(settings, arguments)
-    for missing in _not_searched(settings, program(settings, arguments), found=bool(results)):
-        terminal.say(missing)
-    if arguments.json:
-        terminal.print_json(results)
-        return OK
-    for result in results:
-        print(
-            f"{result['score']:.3f}  {result['kind']}  {shown(str(result['md_path']))}:{result['line']}  {shown(str(result['entry_id']))}"
-        )
-        print(f"       {printable(str(result['snippet']))}")
-    if not results:
-        print("nothing found")
-    return OK
-
-
-def _not_searched(settings: Settings, program: str, *, found: bool) -> list[str]:
-    """Say what a search could not look into.
-
-    That is a damaged table and, if nothing was found, changes that are not indexed yet.
-    """
-    from everos_engine.diagnose import status
-
-    try:
-        seen = status.snapshot(settings)
-    except EngineError:
-        return []
-    lines = []
-    if seen.moment is not None and seen.engine.running:
-        damaged = [note for note in seen.moment.conditions if note.code == "index_damaged"]
-        lines += [f"results are incomplete: {note.message}; {with_root(note.remedy, program)}" for note in damaged]
-    waiting = seen.counts.pending + seen.counts.processing if seen.counts else 0
-    if waiting and not found:
-        then = "" if seen.engine.running else f": `{program} sync` indexes {'it' if waiting == 1 else 'them'}"
-        lines.append(f"{plural(waiting, 'change')} not indexed yet{then}")
-    return lines
 
 
 def _calibrate(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -385,49 +272,3 @@ def _settings(flags: Mapping[str, object]) -> int:
     for fault in dict.fromkeys(faults):
         terminal.say(fault)
     return USAGE if faults else OK
-
-
-def _report_all(troubled: list[Outcome], settings: Settings, arguments: argparse.Namespace) -> int:
-    """Say how much is in step, what is failed, and which files do not answer."""
-    from everos_engine.diagnose import status
-
-    for outcome in troubled:
-        _show(outcome)
-    failed = sum(outcome.status == "failed" for outcome in troubled)
-    found = status.snapshot(settings)
-    held = sum(one.count for one in found.moment.held) if found.moment else 0
-    waits = f", {plural(held, 'deletion')} held: `{program(settings, arguments)} status` says why" if held else ""
-    print(
-        f"in step: {found.counts.done if found.counts else 0} files, {sum(found.rows.values())} rows, {failed} failed{waits}"
-    )
-    return TROUBLE if troubled else OK
-
-
-def _report_tried(tried: list[Outcome], failed: list[Outcome], listing: str) -> int:
-    """Say what became of what was tried again, and what no attempt can help."""
-    for outcome in tried:
-        _show(outcome)
-    again = sum(outcome.status == "failed" for outcome in tried)
-    left = len({outcome.md_path for outcome in failed} - {outcome.md_path for outcome in tried})
-    first = f"{len(tried)} tried again, {again} failed again" if tried else "nothing to try again"
-    print(first + (f"; {left} more failed and are listed with what to edit by `{listing}`" if left else ""))
-    return TROUBLE if failed else OK
-
-
-def _show(outcome: Outcome) -> None:
-    word: str = outcome.status or "no such file; no rows of it are left"
-    if outcome.status == "failed":
-        seconds = max(0.0, time.time() - outcome.updated / 1000)
-        word = f"failed retryable={str(outcome.retryable).upper()} retries={outcome.retry_count}, last attempt {ago(seconds)} ago"
-    if outcome.held is not None:
-        from everos_engine.stores.held import REMEDY, WHY
-
-        word = f"the file is gone, and its deletion is held because {WHY[outcome.held]}; {REMEDY[outcome.held]}"
-    print(f"{shown(outcome.md_path)}: {word}")
-    for line in (outcome.error or "").split("\n") if outcome.error and outcome.status in {"failed", "pending"} else []:
-        print(f"    {printable(line)}")
-
-
-def program(settings: Settings, arguments: argparse.Namespace) -> str:
-    """Return how to call this program again on the same root."""
-    return program_at(settings.root if arguments.root is not None else None)

@@ -190,7 +190,7 @@ def _models(facts: Facts) -> dict[int, tuple[str, NDArray[np.float32]]]:
 
     found: dict[int, tuple[str, NDArray[np.float32]]] = {}
     for path, read in [
-        (facts.settings.engine_directory / "embeddings.db", embeddings.models),
+        (facts.settings.embeddings_database, embeddings.models),
         (facts.engine_db, models.known),
     ]:
         if path.exists():

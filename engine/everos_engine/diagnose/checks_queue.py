@@ -105,7 +105,7 @@ def check_queue(facts: Facts) -> Check:
     if facts.queue.damaged:
         cause = f"{facts.show(str(db))} is damaged: {facts.quote('; '.join(facts.queue.damaged[:3]))}"
         return Check("queue", "fail", cause, _replaced(facts))
-    cache = facts.settings.engine_directory / "embeddings.db"
+    cache = facts.settings.embeddings_database
     if cache.exists() and cache.stat().st_size <= MAX_CHECKED_BYTES:
         try:
             database = Database(cache, readonly=True)

@@ -82,7 +82,7 @@ def check_index_writable(facts: Facts) -> Check:
             if files.is_readonly(path):
                 break  # no permission helps
             cause = f"{facts.show(os.fspath(path))} may not be written by uid {os.geteuid()}"
-            index = settings.root / ".index"
+            index = settings.index_directory
             if path.stat().st_uid == os.geteuid():
                 return Check(
                     "permissions", "fail", cause, f"give it back: {facts.shell('chmod', '-R', 'u+rwX', index)}"
@@ -103,7 +103,7 @@ def _remount(point: str) -> str:
 
 def check_private(facts: Facts) -> Check | None:
     """Check that no other user can read the index, because it holds the text of private files."""
-    index = facts.settings.root / ".index"
+    index = facts.settings.index_directory
     if not index.is_dir():
         return None
     found = private.too_open(facts.settings)

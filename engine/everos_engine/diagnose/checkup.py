@@ -15,6 +15,7 @@ from everos_engine.diagnose.engine_state import EngineState, read_engine_state
 from everos_engine.diagnose.wording import commands_in, quoted, shown
 from everos_engine.errors import Damaged
 from everos_engine.settings import Settings
+from everos_engine.settings.paths import INDEX_DIRECTORY
 from everos_engine.stores import conditions, ledger, meta, queue, queue_facts, reports
 from everos_engine.stores.conditions import Condition
 from everos_engine.stores.database import Database, Transaction
@@ -105,7 +106,7 @@ class Facts:
     @property
     def engine_db(self) -> Path:
         """Return the queue's and the ledger's database."""
-        return self.settings.engine_directory / "engine.db"
+        return self.settings.engine_database
 
     @property
     def settings_watch_off(self) -> bool:
@@ -146,7 +147,7 @@ def conditions_of(facts: Facts) -> list[Condition]:
 def gather(settings: Settings, *, program: str, offline: bool) -> Facts:
     """Look at the tree, the database and the engine once, for all checks."""
     now = time.time()
-    path = settings.engine_directory / "engine.db"
+    path = settings.engine_database
     return Facts(
         settings=settings,
         program=program,
@@ -165,7 +166,7 @@ def survey(settings: Settings, *, now_seconds: float) -> Tree:
 
     def visit(directory: str) -> list[str]:
         below: list[str] = []
-        inside = directory.startswith(os.path.join(root, files.INDEX_DIRECTORY))
+        inside = directory.startswith(os.path.join(root, INDEX_DIRECTORY))
         found.index_directories += inside
         found.directories += not inside
         try:

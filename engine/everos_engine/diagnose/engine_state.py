@@ -97,14 +97,14 @@ class EngineState:
 def read_engine_state(settings: Settings) -> EngineState:
     """Return the state of this root's engine now."""
     try:
-        pid = running_pid(settings.engine_directory / "engine.lock")
+        pid = running_pid(settings.engine_lock)
     except PermissionError:
         return EngineState(0, "hidden")
     if pid is None:
         return EngineState(None, "absent")
     for _ in range(TRIES):
         try:
-            snapshot = ask(settings.engine_directory / "control.sock", "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
+            snapshot = ask(settings.control_socket, "pulse", deadline_seconds=PULSE_DEADLINE_SECONDS)
         except TimeoutError:
             return EngineState(pid, "stopped" if _is_stopped(pid) else "silent")
         except (OSError, ValueError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from everos_engine.diagnose.wording import quoted, shown
 from everos_engine.settings import ROOT_SETTINGS_FILE, Settings
+from everos_engine.settings.paths import ENGINE_DIRECTORY, INDEX_DIRECTORY
 from everos_engine.system import files
 from everos_engine.text import kinds
 from everos_engine.text.kinds.layout import nearest
@@ -34,7 +35,7 @@ def exclusion(settings: Settings, path: str, *, program: str) -> Exclusion | Non
     key = files.key_of(settings.root, path)
     if key is None:
         return _outside(settings, path, program=program)
-    if key == files.INDEX_DIRECTORY or key.startswith(files.INDEX_DIRECTORY + "/"):
+    if key == INDEX_DIRECTORY or key.startswith(INDEX_DIRECTORY + "/"):
         remedy = f"keep memory elsewhere below {shown(str(settings.root))}; {LAYOUT_HELP}"
         return Exclusion("index_directory", "everything below '.index' is the engine's own", remedy)
     return _by_nature(settings, path, key) or _by_name(settings, path, key)
@@ -191,7 +192,7 @@ def _root_above(path: str) -> str | None:
     """Return a directory above a path that is a separate memory root."""
     at = os.path.dirname(os.path.abspath(path))
     while True:
-        if os.path.isdir(os.path.join(at, files.INDEX_DIRECTORY, "engine")):
+        if os.path.isdir(os.path.join(at, INDEX_DIRECTORY, ENGINE_DIRECTORY)):
             return at
         if at == os.path.dirname(at):
             return None

@@ -217,7 +217,7 @@ def _look(settings: Settings, place: Place) -> Disk:
 
 
 def _remember(settings: Settings, key: str | None) -> Remembered:
-    path = settings.engine_directory / "engine.db"
+    path = settings.engine_database
     if key is None or not path.exists():
         return Remembered()
 

@@ -67,7 +67,7 @@ class Snapshot:
 def snapshot(settings: Settings) -> Snapshot:
     """Read one moment of the queue and the ledger, and ask the running engine for its snapshot."""
     engine = read_engine_state(settings)
-    path = settings.engine_directory / "engine.db"
+    path = settings.engine_database
     if not path.exists():
         return Snapshot(str(settings.root), engine, None, place=_place(settings))
     database = Database(path, readonly=True)
@@ -85,7 +85,7 @@ def _place(settings: Settings) -> Place:
 
 def failed(settings: Settings) -> list[Outcome]:
     """Return every dead-lettered change."""
-    path = settings.engine_directory / "engine.db"
+    path = settings.engine_database
     if not path.exists():
         return []
     database = Database(path, readonly=True)
@@ -102,7 +102,7 @@ def unknown(settings: Settings, paths: Sequence[str]) -> set[str]:
     """
     keys = [key_of(settings, files.locate(settings.root, path)) for path in paths]
     gone = [key for key in keys if not os.path.lexists(files.path_of(settings.root, key))]
-    path = settings.engine_directory / "engine.db"
+    path = settings.engine_database
     if not gone or not path.exists():
         return set(gone)
     database = Database(path, readonly=True)

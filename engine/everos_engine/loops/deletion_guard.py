@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from everos_engine.errors import FULL, Exhausted, Fatal
 from everos_engine.settings import Settings
+from everos_engine.settings.paths import INDEX_DIRECTORY
 from everos_engine.stores import full_scan, held
 from everos_engine.stores.database import Transaction
 from everos_engine.stores.full_scan import Vanished
@@ -64,11 +65,11 @@ class DeletionGuard:
             return "root_replaced"
         if not self.settings.engine_directory.is_dir():
             raise Fatal(
-                f"{self.settings.root / '.index'} was removed under the running engine: start it again, and it is rebuilt from markdown"
+                f"{self.settings.index_directory} was removed under the running engine: start it again, and it is rebuilt from markdown"
             )
         if not (self.settings.engine_directory / MARKER).exists():
             return "marker_missing"
-        return "root_empty" if not any(name != ".index" for name in names) else None
+        return "root_empty" if not any(name != INDEX_DIRECTORY for name in names) else None
 
 
 def may_delete(

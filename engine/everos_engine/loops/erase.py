@@ -22,6 +22,7 @@ from loguru import logger
 from everos_engine.errors import BadQuestion, Transient
 from everos_engine.loops.context import Context, now_milliseconds
 from everos_engine.loops.recovery import expect_root
+from everos_engine.settings.paths import SET_ASIDE
 from everos_engine.stores import embeddings, lance, ledger, meta
 from everos_engine.stores.database import Transaction
 from everos_engine.system import files
@@ -167,7 +168,7 @@ def _remove_copies(lancedb: Path, engine: Path) -> None:
     """Remove the copies of damaged stores that were set aside."""
     for place in (lancedb, engine):
         for path in place.iterdir() if place.is_dir() else ():
-            if path.name == "set-aside" or ".damaged" in path.name:
+            if path.name == SET_ASIDE or ".damaged" in path.name:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -22,6 +22,7 @@ from everos_engine.loops.context import Context, now_milliseconds
 from everos_engine.loops.deletion_guard import FEW, to_hold
 from everos_engine.loops.reconcile import probe, root_trouble, verify_racy
 from everos_engine.settings import Settings
+from everos_engine.settings.paths import INDEX_DIRECTORY
 from everos_engine.stores import full_scan, queue
 from everos_engine.stores.database import Transaction
 from everos_engine.stores.queue import Observation
@@ -35,7 +36,6 @@ STEP_MILLISECONDS, QUIET_STEP_MILLISECONDS = 20, 45
 QUIET_AFTER_MILLISECONDS = 10_000
 WATCHER_DESCRIPTORS = 4
 """The descriptors that watching opens: inotify, two polls and their wake-up."""
-INDEX_DIRECTORY = ".index"
 LOOK_SECONDS = 2.0
 """How often the root's identity and the watching thread are checked."""
 RETRY_SECONDS = 300.0

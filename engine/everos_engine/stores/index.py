@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from everos_engine.errors import Exhausted, Unexpected, UnknownOutcome
 from everos_engine.settings import LanceDBSettings
+from everos_engine.settings.paths import SET_ASIDE
 from everos_engine.stores import lance, versions
 from everos_engine.stores.lance import ForeignTable, Hit, Model, Row, TableKind, Unrecognised
 from everos_engine.stores.session_pool import PooledSession, SessionPool
@@ -31,7 +32,6 @@ MIN_OPTIMIZE_ROWS = 64
 """Fewer rows are read one by one as fast as they are looked up."""
 DELETE_KEYS = 1000
 EXHAUSTED_PAUSE_SECONDS = 0.1
-SET_ASIDE = "set-aside"
 """The folder next to the tables that keeps the newest damaged copy of each."""
 READERS_LOOK_SECONDS = 0.02
 

@@ -69,7 +69,8 @@ class Call(Generic[T, R]):
         """Wait for the result. Raises NoAnswer at the deadline, and what the call raised."""
         if self.begin is not None:
             return await self.begin()
-        await self.until_over()
+        if not self.is_over:
+            await self.until_over()
         return self.get()
 
     async def until_over(self) -> None:

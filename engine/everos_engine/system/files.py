@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from everos_engine.errors import BadFile, Transient
+from everos_engine.settings.paths import INDEX_DIRECTORY
 
-INDEX_DIRECTORY = ".index"
 MAIN, REFERENCES = "SKILL.md", "references"
 SKILL = "agent_skill"
 """The kind whose changes have references. A note may also be named SKILL.md."""
