@@ -21,10 +21,11 @@ from pathlib import Path
 import pytest
 import trio
 
+from everos_engine.diagnose.checkup import survey
 from everos_engine.diagnose.wording import commands_in
 from everos_engine.engine import open_engine
 from everos_engine.loops.fd_guard import LAW
-from everos_engine.settings import load
+from everos_engine.settings import Settings, load
 from everos_engine.stores import meta
 from everos_engine.stores.database import Database
 from everos_engine.stores.reports import Outcome
@@ -645,3 +646,13 @@ def test_cause_19_a_full_disk_is_named_and_the_index_catches_up_once_there_is_ro
         assert full.explain(FACTS)["verdict"] == "searchable"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_link_that_leads_to_itself_hides_no_other_file_of_its_directory(settings: Settings, root: Path) -> None:
+    for number in range(20):
+        (root / f"loop{number}.md").symlink_to(f"loop{number}.md")
+    path = put(root, FACTS, facts(fact(1, "the heron eats")))
+    (path.parent / "loop.md").symlink_to("loop.md")
+    os.utime(path, (10_413_792_000, 10_413_792_000))
+    tree = survey(settings, now_seconds=time.time())
+    assert (tree.files, tree.closed, [name for name, _ in tree.future]) == (1, (), [str(path)])

@@ -210,7 +210,7 @@ class _Survey:
 
 
 def _look(settings: Settings, found: _Survey, item: os.DirEntry[str], *, now_seconds: float) -> None:
-    if item.is_symlink() and item.is_dir():
+    if item.is_symlink() and os.path.isdir(item.path):  # False for a link that leads to itself
         found.linked.append(item.path)
         return
     key = files.key_of(settings.root, item.path)
